@@ -1,0 +1,1 @@
+"""Conversation files to training batches. Knows nothing of models beyond a tokenizer."""

@@ -1,0 +1,146 @@
+"""Text to token ids such that nothing a user wrote becomes a control token.
+
+Control tokens are the tokenizer's special tokens and those added tokens that stand in the chat template's own
+text. Every text of one in a user's string is *escaped* (replaced by private-use characters) before the template
+runs. Encoding then uses a twin of the tokenizer whose control tokens have unguessable names: the control tokens
+that the template wrote are renamed and parse as tokens, the escaped ones are put back and parse as plain text.
+One encoding of the whole string, so metaspace tokenizers and lstrip/rstrip tokens behave as at inference.
+"""
+
+import json
+import re
+import secrets
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from data_utils.sources import DataError
+
+DEFAULT_SYSTEM_MESSAGE = "You are a helpful assistant."
+_PRIVATE_USE = 0x100000  # plane 16; 65,534 characters that mean nothing in any text
+
+PLAIN_CHATML = """\
+{%- if messages and messages[0]['role'] != 'system' %}
+    {{- '<|im_start|>system\\n' + SYSTEM_MESSAGE + '<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+
+
+def load_tokenizer(
+    path: str, *, system_message: str | None = None, cache_dir: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load a tokenizer; one without a chat template gets plain ChatML, which is saved with the result.
+
+    system_message: default system turn of that plain ChatML template ("You are a helpful assistant." if None).
+
+    Raises: DataError: no tokenizer there, no fast tokenizer, or no ChatML tokens for the default template.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot load a tokenizer: {str(error).strip().splitlines()[0]}") from None
+    if not tokenizer.is_fast:
+        raise DataError(f"{path}: only fast tokenizers are supported; convert it to a tokenizer.json first")
+    if not tokenizer.chat_template:
+        missing = [text for text in ("<|im_start|>", "<|im_end|>") if text not in tokenizer.get_vocab()]
+        if missing:
+            raise DataError(
+                f"{path}: the tokenizer has no chat template and its vocabulary lacks {', '.join(missing)} for plain "
+                "ChatML; use a checkpoint that has them, or save a chat template with the tokenizer"
+            )
+        default = DEFAULT_SYSTEM_MESSAGE if system_message is None else system_message
+        written = [text for text in tokenizer.all_special_tokens if text in default]
+        if written:
+            raise DataError(f"--system_message: holds the control token {written[0]}, which it must not")
+        tokenizer.chat_template = PLAIN_CHATML.replace("SYSTEM_MESSAGE", json.dumps(default, ensure_ascii=False))
+    return tokenizer
+
+
+class SafeEncoder:
+    """Escape, encode, and the set of control tokens of one tokenizer and its chat template.
+
+    control_ids: text -> id of every control token.
+    template_ids: ids of the control tokens that stand in the template's own text, ascending.
+
+    Example: encode("<|im_start|>user\\n" + escape("<|im_end|>")) holds the id of <|im_start|> and not of <|im_end|>.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        template = tokenizer.get_chat_template()
+        added = tokenizer.added_tokens_decoder
+        # White-space tokens (Gemma has some) stand in every template by chance and control nothing.
+        self.control_ids = {
+            token.content: token_id
+            for token_id, token in added.items()
+            if token.content.strip() and (token.special or token.content in template)
+        }
+        missing = [text for text in re.findall(r"<\|[a-z0-9_]+\|>", template) if text not in tokenizer.get_vocab()]
+        if missing:
+            raise DataError(
+                f"the chat template writes {missing[0]}, which is no token of this tokenizer and would be read as "
+                "plain text; use the template that belongs to the checkpoint"
+            )
+        self.template_ids = sorted(token_id for text, token_id in self.control_ids.items() if text in template)
+        # In an assistant's turn only special tokens are escaped: markup such as <think> is what generation produces.
+        self.markup = {t.content for t in added.values() if t.content in self.control_ids and not t.special}
+
+        nonce = "".join(chr(_PRIVATE_USE + secrets.randbelow(0xFFF0)) for _ in range(8))
+        ordered = sorted(self.control_ids, key=len, reverse=True)
+        self._escaped = {text: f"{nonce}{chr(_PRIVATE_USE + index)}" for index, text in enumerate(ordered)}
+        renamed = {text: f"{nonce[::-1]}{chr(_PRIVATE_USE + index)}" for index, text in enumerate(ordered)}
+        self._swap = {plain: text for text, plain in self._escaped.items()} | renamed
+        self._user_pattern = _any_of(ordered)
+        self._assistant_pattern = _any_of([text for text in ordered if text not in self.markup])
+        self._swap_pattern = _any_of(sorted(self._swap, key=len, reverse=True))
+        self._twin, self._original_ids = _build_twin(tokenizer, renamed)
+        # A metaspace tokenizer marks the start of a piece: there, pieces must not be encoded apart.
+        self.pieces_equal_whole = self.encode("a\nHello") == self.encode("a\n") + self.encode("Hello")
+
+    def escape(self, text: str, role: str = "user") -> str:
+        """Replace control-token texts by private-use characters; an assistant's markup stays."""
+        pattern = self._assistant_pattern if role == "assistant" else self._user_pattern
+        return pattern.sub(lambda match: self._escaped[match.group()], text)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of rendered, escaped text, encoded as one string."""
+        text = self._swap_pattern.sub(lambda match: self._swap[match.group()], text)
+        ids = self._twin.encode(text, add_special_tokens=False).ids
+        return [self._original_ids.get(token_id, token_id) for token_id in ids]
+
+    def encode_target(self, prompt: str, prompt_ids: list[int], target: str) -> list[int]:
+        """Ids of what follows a prompt, with a cut where generation starts.
+
+        Byte-level tokenizers encode the target apart. Where that differs from whole strings (metaspace), the ids
+        after the prompt's are taken from the whole.
+        """
+        if self.pieces_equal_whole:
+            return self.encode(target)
+        whole = self.encode(prompt + target)
+        if whole[: len(prompt_ids)] == prompt_ids:
+            return whole[len(prompt_ids) :]
+        # The whole string merges across the cut: encode behind a control token, which is no start of a text.
+        return self.encode(next(iter(self.control_ids)) + target)[1:]
+
+
+def _build_twin(tokenizer: PreTrainedTokenizerBase, renamed: dict[str, str]) -> tuple[Tokenizer, dict[int, int]]:
+    """The tokenizer with its control tokens renamed, and the map from the twin's ids back to the original's."""
+    state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    for token in state["added_tokens"]:
+        token["content"] = renamed.get(token["content"], token["content"])
+    twin = Tokenizer.from_str(json.dumps(state))
+    twin.no_truncation()
+    twin.no_padding()
+    added = tokenizer.added_tokens_decoder.items()
+    names = {token_id: renamed.get(token.content, token.content) for token_id, token in added}
+    return twin, {twin.token_to_id(name): token_id for token_id, name in names.items()}
+
+
+def _any_of(texts: list[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, texts)) or r"(?!)")

@@ -1,0 +1,182 @@
+"""Fine-tune a chat model on conversations: python finetune.py --model_name_or_path M --data_path D --output_dir O.
+
+Reads top to bottom: settings -> data -> model -> training -> result. `--help` lists every setting.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from data_utils.collate import StepDataset
+from data_utils.dataset import TokenizedRows, load_rows
+from data_utils.sources import DataError
+from data_utils.template import ChatTemplate
+from data_utils.tokenizer import load_tokenizer
+from tuning import checkpoint, record
+from tuning.adapters import build_training_model
+from tuning.args import Arguments, SettingsError, describe_settings, parse_arguments
+from tuning.model import choose_dtypes, count_parameters, fingerprint_checkpoint, load_model, local_directory
+from tuning.trainer import StepTrainer
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one fine-tuning. Raises: DataError, SettingsError: the user's mistakes."""
+    # ---- settings ----
+    arguments = parse_arguments(argv)
+    model_args, data_args, run_args = arguments.model, arguments.data, arguments.run
+    settings = describe_settings(arguments)
+    output_dir = Path(run_args.output_dir)  # type: ignore[arg-type]
+    checkpoint.check_output_directory(
+        output_dir,
+        overwrite=run_args.overwrite_output_dir,
+        inputs=[path for path in (model_args.model_name_or_path, arguments.lora.lora_weight_path) if path],
+    )
+    started = time.perf_counter()
+    if data_args.lazy_preprocess:
+        say("--lazy_preprocess: rows are always tokenised first here; it has no effect")
+
+    # ---- data ----
+    tokenizer = load_tokenizer(
+        model_args.model_name_or_path,
+        system_message=data_args.system_message,
+        cache_dir=model_args.cache_dir,
+        trust_remote_code=model_args.trust_remote_code,
+    )
+    template = ChatTemplate(tokenizer, system_message=data_args.system_message, label_mask=data_args.label_mask)
+    rows, account = load_rows(data_args.data_path, template, max_length=data_args.model_max_length)
+    say("data: " + "\n      ".join(account.describe()))
+    eval_rows, eval_account = None, None
+    if data_args.eval_data_path:
+        eval_rows, eval_account = load_rows(data_args.eval_data_path, template, max_length=data_args.model_max_length)
+        say("evaluation data: " + "\n      ".join(eval_account.describe()))
+
+    # ---- model ----
+    transformers.set_seed(run_args.seed)  # fresh adapters are random
+    load_dtype, compute_dtype = choose_dtypes(
+        use_lora=arguments.lora.use_lora, pure_bf16=model_args.pure_bf16, bf16=run_args.bf16, fp16=run_args.fp16
+    )
+    model = load_model(
+        model_args.model_name_or_path,
+        dtype=load_dtype,
+        cache_dir=model_args.cache_dir,
+        trust_remote_code=model_args.trust_remote_code,
+        allow_pickle=model_args.allow_pickle,
+    )
+    base_path = str(local_directory(model_args.model_name_or_path, model_args.cache_dir))
+    base_fingerprint = fingerprint_checkpoint(base_path)
+    training_model, evidence = build_training_model(
+        model,
+        arguments.lora,
+        stop_id=template.stop_id,
+        stop=template.stop,
+        token_ids=template.encoder.template_ids,
+        vocabulary_size=len(tokenizer),
+        base_fingerprint=base_fingerprint,
+        gradient_checkpointing=bool(run_args.gradient_checkpointing),
+    )
+    trainable, total = count_parameters(training_model)
+    say(f"model: {evidence.describe()}")
+    say(f"       {trainable:,} of {total:,} parameters train; computing in {str(compute_dtype).removeprefix('torch.')}")
+    generation_config = checkpoint.align_stop_token(
+        model, tokenizer, stop_id=template.stop_id, is_base=evidence.is_base
+    )
+    writer = checkpoint.ResultWriter(
+        training_model, tokenizer, generation_config, base_path=base_path, dtype=compute_dtype
+    )
+
+    # ---- training ----
+    train_steps = build_steps(arguments, rows, tokenizer.pad_token_id, training=True)
+    eval_steps = build_steps(arguments, eval_rows, tokenizer.pad_token_id, training=False) if eval_rows else None
+    if is_first_process():
+        if run_args.overwrite_output_dir:
+            checkpoint.clear_run(output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+    trainer = StepTrainer(
+        training_model,
+        run_args,
+        train_dataset=train_steps,
+        eval_dataset=eval_steps,
+        save_result=lambda directory, step: writer.save(directory, step=step),
+        log_line=say,
+        loraplus_lr_ratio=arguments.lora.loraplus_lr_ratio,
+    )
+    run: dict[str, Any] = {
+        "status": "running",
+        **record.describe_environment(),
+        "settings": settings,
+        "base_model": {"path": base_path, "fingerprint": base_fingerprint, "evidence": evidence.describe()},
+        "stop_token": {"text": template.stop, "id": template.stop_id},
+        "data": vars(account),
+        "eval_data": vars(eval_account) if eval_account else None,
+        "parameters": {"trainable": trainable, "total": total},
+        "rows_per_step": train_steps.rows_per_step,
+        "processes": run_args.world_size,
+    }
+    if is_first_process():
+        record.write_json(output_dir / record.RUN_FILE, run)
+    training_started = time.perf_counter()
+    result = trainer.train()
+
+    # ---- result ----
+    if is_first_process():
+        train_s = time.perf_counter() - training_started
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        evaluations = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+        run |= {
+            "status": "finished",
+            "steps": result.global_step,
+            "supervised_tokens_trained": trainer.num_targets_seen,
+            "tokens_trained": trainer.num_tokens_seen,
+            "train_s": round(train_s, 1),
+            "wall_s": round(time.perf_counter() - started, 1),
+            "tokens_per_s": round(trainer.num_tokens_seen / train_s, 1),
+            "loss": {"first": losses[0], "last": losses[-1], "mean": result.training_loss} if losses else None,
+            "eval_loss": evaluations[-1] if evaluations else None,
+        }
+        record.write_json(output_dir / record.RUN_FILE, run)
+        writer.save(output_dir, step=result.global_step)
+        if losses:
+            say(f"loss: first {losses[0]:.4f}, last {losses[-1]:.4f}")
+        say(f"result: {output_dir}")
+        if arguments.lora.use_lora:
+            say(f"merge it with: python merge_lora.py {output_dir} {output_dir}-merged")
+
+
+def build_steps(arguments: Arguments, rows: TokenizedRows, pad_id: int, *, training: bool) -> StepDataset:
+    """This rank's share of every step. A step's size is batch x accumulation x processes, as in every HF script."""
+    run = arguments.run
+    batch = run.per_device_train_batch_size if training else run.per_device_eval_batch_size
+    accumulation = run.gradient_accumulation_steps if training else 1
+    return StepDataset(
+        rows,
+        rows_per_step=batch * accumulation * run.world_size,
+        max_tokens=batch * arguments.data.model_max_length,
+        pad_id=pad_id,
+        seed=(run.seed if run.data_seed is None else run.data_seed) if training else None,
+        rank=run.process_index,
+        num_ranks=run.world_size,
+    )
+
+
+def is_first_process() -> bool:
+    """Whether this process writes files and talks to the user."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def say(line: str) -> None:
+    """Print a line on the first process."""
+    if is_first_process():
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (DataError, SettingsError) as error:
+        if is_first_process():
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

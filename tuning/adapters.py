@@ -1,0 +1,387 @@
+"""LoRA: which layers, whether the checkpoint is a base model, and which embedding rows train."""
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from tuning.args import LoraArguments, SettingsError
+from tuning.model import TrainingModel, enable_gradient_checkpointing
+from tuning.record import RUN_FILE
+
+_ROUTERS = ("gate", "router", "shared_expert_gate")
+_ROWS = "token_adapter.trainable_tokens_delta"
+
+
+@dataclass(frozen=True)
+class BaseModelEvidence:
+    """Whether a checkpoint has learnt the chat template's control tokens, and what says so."""
+
+    is_base: bool
+    reasons: list[str]
+
+    def describe(self) -> str:
+        """One line for the log."""
+        return f"{'base' if self.is_base else 'chat'} model: " + "; ".join(self.reasons)
+
+
+def find_lora_targets(model: PreTrainedModel) -> list[str]:
+    """Names of the linear layers to adapt: all of the decoder's, never the output layer or a router.
+
+    Raises: SettingsError: experts kept as 3-D parameters, which LoRA on linear layers would skip in silence.
+    """
+    experts = find_expert_parameters(model)
+    if experts:
+        raise SettingsError(
+            f"mixture of experts: {experts[0]} and {len(experts) - 1} more are 3-D parameters that LoRA on linear "
+            "layers leaves frozen; say so with --lora_target_modules q_proj k_proj v_proj o_proj"
+        )
+    output = model.get_output_embeddings()
+    names = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not output
+    }
+    return sorted(names - set(_ROUTERS))
+
+
+def find_expert_parameters(model: PreTrainedModel) -> list[str]:
+    """Names of parameters that hold the weights of several experts."""
+    return [name for name, p in model.named_parameters() if p.ndim == 3 and "expert" in name]
+
+
+def check_lora_targets(model: PreTrainedModel, targets: list[str]) -> None:
+    """Raises: SettingsError: a name that matches no layer, a router, an expert, or the output layer if it is tied."""
+    layers = dict(model.named_modules())
+    output = model.get_output_embeddings()
+    for target in targets:
+        matched = [name for name in layers if name == target or name.endswith(f".{target}")]
+        if target.rpartition(".")[2] in _ROUTERS and find_expert_parameters(model):
+            raise SettingsError(f"--lora_target_modules {target}: a router; adapting it unbalances the experts")
+        if not matched:
+            linear = sorted({n.rpartition(".")[2] for n, m in layers.items() if isinstance(m, (nn.Linear, Conv1D))})
+            raise SettingsError(f"--lora_target_modules {target}: no such layer; the model has {', '.join(linear)}")
+        if not all(isinstance(layers[name], (nn.Linear, Conv1D)) for name in matched):
+            kind = type(layers[matched[0]]).__name__
+            raise SettingsError(f"--lora_target_modules {target}: {matched[0]} is a {kind}, not a linear layer")
+        if any(layers[name] is output for name in matched):
+            hint = "the output layer; --train_embeddings full trains it, and loads everywhere"
+            raise SettingsError(f"--lora_target_modules {target}: {hint}")
+
+
+def judge_base_model(model: PreTrainedModel, stop_id: int, stop: str, vocabulary_size: int) -> BaseModelEvidence:
+    """Decide from evidence whether the checkpoint is a base model.
+
+    Base, where the template's stop token does not end generation by the checkpoint's own configuration, or where
+    its embedding or output row was never trained: near zero, or equal to the row of a token nothing ever uses.
+
+    vocabulary_size: ids from here on belong to no token (padding of the matrix).
+    """
+    generation = model.generation_config
+    declared = {
+        token_id
+        for config in (generation, model.config)
+        for token_id in _as_list(getattr(config, "eos_token_id", None))
+    }
+    chatml = getattr(generation, "chat_format", None) == "chatml"
+    ends = stop_id in declared or chatml
+    if chatml:
+        reasons = ["generation_config says chat_format chatml"]
+    else:
+        listed = ", ".join(map(str, sorted(declared))) or "none"
+        reasons = [f"stop token {stop} ({stop_id}) {'ends' if ends else 'does not end'} generation (eos: {listed})"]
+    untrained = False
+    matrices = {"embedding": model.get_input_embeddings().weight}
+    if not is_tied(model):
+        matrices["output"] = model.get_output_embeddings().weight
+    for name, weight in matrices.items():
+        verdict, reason = _judge_row(weight.detach(), stop_id, vocabulary_size)
+        untrained = untrained or verdict
+        reasons.append(f"its {name} row {reason}")
+    return BaseModelEvidence(is_base=not ends or untrained, reasons=reasons)
+
+
+def _judge_row(weight: Tensor, row: int, vocabulary_size: int) -> tuple[bool, str]:
+    norm = weight[row].float().norm().item()
+    sample = weight[: min(vocabulary_size, len(weight)) : max(1, vocabulary_size // 4096)].float()
+    median = sample.norm(dim=1).median().item()
+    unused = weight[vocabulary_size:].float()
+    if norm < 0.01 * median:
+        return True, f"is untrained: its norm {norm:.3g} is near zero (median {median:.3g})"
+    if len(unused) and (unused - weight[row].float()).norm(dim=1).min().item() < 0.01 * norm:
+        return True, "is untrained: it equals a row no token uses"
+    return False, f"has norm {norm:.3g} (median {median:.3g})"
+
+
+class TokenRows(nn.Module):
+    """Trainable rows of the embedding and output matrices, kept beside the frozen matrices.
+
+    Rows are put in place after the lookup, and their logits after the projection: no copy of a matrix is made.
+
+    token_ids: [R]. embedding: [R, H] parameter. output: [R, H] parameter, None where the matrices are tied (then
+    `embedding` serves both). Kept in float32.
+    """
+
+    token_ids: Tensor
+    row_of_token: Tensor
+
+    def __init__(self, model: PreTrainedModel, token_ids: list[int]):
+        super().__init__()
+        self.tied = is_tied(model)
+        embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+        self.names = {"embedding": find_module_name(model, embedding), "output": find_module_name(model, output)}
+        device = embedding.weight.device
+        ids = torch.tensor(token_ids, device=device)
+        row_of_token = torch.full((len(embedding.weight),), -1, dtype=torch.long, device=device)
+        row_of_token[ids] = torch.arange(len(ids), device=device)
+        self.register_buffer("token_ids", ids, persistent=False)
+        self.register_buffer("row_of_token", row_of_token, persistent=False)
+        self.embedding = nn.Parameter(embedding.weight.detach()[ids].float().clone())
+        self.output = None if self.tied else nn.Parameter(output.weight.detach()[ids].float().clone())
+        # Gemma scales in the embedding's forward; rows replace its result and must be scaled alike.
+        self._scale = getattr(embedding, "embed_scale", None)
+        self._bias = getattr(output, "bias", None)
+        # Called as a module, so that ZeRO-3 gathers the rows.
+        self._hooks = [
+            embedding.register_forward_hook(lambda _, inputs, result: self("embedding", inputs[0], result)),
+            output.register_forward_hook(lambda _, inputs, result: self("output", inputs[0], result)),
+        ]
+
+    def forward(self, part: str, inputs: Tensor, result: Tensor) -> Tensor:
+        """Put the trained rows in place.
+
+        Shapes: part "embedding": inputs [...] ids, result [..., H]; part "output": inputs [..., H], result [..., V].
+        """
+        if part == "embedding":
+            row = self.row_of_token[inputs]
+            rows = F.embedding(row.clamp(min=0), self.embedding).to(result.dtype)
+            if self._scale is not None:
+                rows = rows * torch.as_tensor(self._scale).to(rows)
+            return torch.where((row >= 0).unsqueeze(-1), rows, result)
+        weight = self.embedding if self.output is None else self.output
+        columns = F.linear(inputs, weight.to(inputs.dtype))
+        if self._bias is not None:
+            columns = columns + self._bias[self.token_ids]
+        return result.index_copy_(-1, self.token_ids, columns.to(result.dtype))
+
+    def state_in_peft_format(self) -> dict[str, Tensor]:
+        """Absolute rows under peft's names; tied matrices have the embedding's only."""
+        state = {f"base_model.model.{self.names['embedding']}.{_ROWS}": self.embedding.detach().cpu()}
+        if self.output is not None:
+            state[f"base_model.model.{self.names['output']}.{_ROWS}"] = self.output.detach().cpu()
+        return state
+
+    def indices_in_peft_format(self) -> list[int] | dict[str, list[int]]:
+        """What peft's LoraConfig.trainable_token_indices holds for these rows."""
+        ids = self.token_ids.tolist()
+        if self.tied:
+            return ids
+        return {name.rpartition(".")[2]: ids for name in self.names.values()}
+
+    def write_into(self, model: PreTrainedModel) -> None:
+        """Write the rows into the model's matrices and stop substituting them."""
+        for hook in self._hooks:
+            hook.remove()
+        with torch.no_grad():
+            for part, module in (("embedding", model.get_input_embeddings()), ("output", model.get_output_embeddings())):
+                if (rows := getattr(self, part)) is not None:
+                    module.weight[self.token_ids] = rows.to(module.weight.dtype)
+
+    def load_peft_state(self, state: dict[str, Tensor]) -> None:
+        """Take rows from a saved adapter. Raises: KeyError, RuntimeError: other rows than these."""
+        with torch.no_grad():
+            for part, parameter in (("embedding", self.embedding), ("output", self.output)):
+                if parameter is not None:
+                    parameter.copy_(state[f"base_model.model.{self.names[part]}.{_ROWS}"])
+
+
+def build_training_model(
+    model: PreTrainedModel,
+    lora: LoraArguments,
+    *,
+    stop_id: int,
+    stop: str,
+    token_ids: list[int],
+    vocabulary_size: int,
+    base_fingerprint: str,
+    gradient_checkpointing: bool,
+) -> tuple[TrainingModel, BaseModelEvidence]:
+    """Prepare a loaded model for training: adapters, embedding rows, what is frozen and what is not.
+
+    token_ids: the chat template's control tokens, whose rows train on a base model.
+    base_fingerprint: model.fingerprint_checkpoint of the model, held against that of --lora_weight_path.
+
+    Raises: SettingsError: control tokens outside the embedding, or adapters that do not fit.
+    """
+    num_rows = len(model.get_input_embeddings().weight)
+    if beyond := [token_id for token_id in {*token_ids, stop_id} if token_id >= num_rows]:
+        raise SettingsError(
+            f"control token {beyond[0]} has no row in the model's embedding ({num_rows} rows); "
+            "resize the checkpoint's embedding first (model.resize_token_embeddings)"
+        )
+    evidence = judge_base_model(model, stop_id, stop, vocabulary_size)
+    if gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    if not lora.use_lora:
+        return TrainingModel(model), evidence
+    if lora.lora_weight_path:
+        directory = Path(lora.lora_weight_path)
+        check_adapter_base(directory, base_fingerprint)
+        return TrainingModel(*load_lora(model, directory)), evidence
+    embeddings = lora.train_embeddings
+    if embeddings == "auto":
+        embeddings = "tokens" if evidence.is_base else "off"
+    peft_model, rows = add_lora(
+        model,
+        r=lora.lora_r,
+        alpha=lora.lora_alpha,
+        dropout=lora.lora_dropout,
+        bias=lora.lora_bias,
+        use_dora=lora.use_dora,
+        use_rslora=lora.use_rslora,
+        target_modules=lora.lora_target_modules,
+        embeddings=embeddings,
+        token_ids=sorted({*token_ids, stop_id}),
+    )
+    return TrainingModel(peft_model, rows), evidence
+
+
+def check_adapter_base(directory: Path, base_fingerprint: str) -> None:
+    """Raises: SettingsError: the adapter was trained on another base model (by its run.json, where it has one)."""
+    config, _ = read_adapter(directory)
+    run_file = directory / RUN_FILE
+    if run_file.is_file():
+        trained_on = json.loads(run_file.read_text(encoding="utf-8"))["base_model"]["fingerprint"]
+        if trained_on != base_fingerprint:
+            raise SettingsError(
+                f"--lora_weight_path {directory}: was trained on another base model "
+                f"({config.base_model_name_or_path}); name that one with --model_name_or_path"
+            )
+
+
+def add_lora(
+    model: PreTrainedModel,
+    *,
+    r: int,
+    alpha: int,
+    dropout: float,
+    bias: str = "none",
+    use_dora: bool = False,
+    use_rslora: bool = False,
+    target_modules: list[str] | None = None,
+    embeddings: str = "off",
+    token_ids: list[int] | None = None,
+) -> tuple[PeftModel, TokenRows | None]:
+    """Freeze a model and give it fresh LoRA adapters.
+
+    embeddings: "off", "tokens" (rows of token_ids train) or "full" (both whole matrices train).
+    target_modules: layer names; None adapts every linear layer but the output.
+
+    Raises: SettingsError: no such layer, or one that cannot be adapted.
+    """
+    targets = find_lora_targets(model) if target_modules is None else target_modules
+    check_lora_targets(model, targets)
+    whole: dict[str, Any] = {}
+    if embeddings == "full":
+        matrices = [model.get_input_embeddings()] + ([] if is_tied(model) else [model.get_output_embeddings()])
+        whole = {
+            "modules_to_save": [find_module_name(model, matrix).rpartition(".")[2] for matrix in matrices],
+            "ensure_weight_tying": is_tied(model),
+        }
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        bias=bias,  # type: ignore[arg-type]
+        use_dora=use_dora,
+        use_rslora=use_rslora,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+        **whole,
+    )
+    rows = TokenRows(model, token_ids or []) if embeddings == "tokens" else None
+    peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
+    assert isinstance(peft_model, PeftModel)
+    return peft_model, rows
+
+
+def load_lora(model: PreTrainedModel, directory: Path) -> tuple[PeftModel, TokenRows | None]:
+    """Give a model the adapters (and trained rows) of a saved adapter directory, ready to train further.
+
+    Raises: SettingsError: not an adapter directory, or it does not fit the model.
+    """
+    config, state = read_adapter(directory)
+    row_state = {name: value for name, value in state.items() if name.endswith(_ROWS)}
+    rows = None
+    if config.trainable_token_indices is not None:
+        indices = config.trainable_token_indices
+        ids = indices if isinstance(indices, list) else next(iter(indices.values()))
+        rows = TokenRows(model, ids)
+        config.trainable_token_indices = None
+    config.inference_mode = False
+    peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
+    assert isinstance(peft_model, PeftModel)
+    try:
+        if rows is not None:
+            rows.load_peft_state(row_state)
+        result = set_peft_model_state_dict(peft_model, {n: v for n, v in state.items() if n not in row_state})
+    except (KeyError, RuntimeError) as error:
+        raise SettingsError(f"{directory}: the adapter does not fit this model: {str(error).splitlines()[0]}") from None
+    absent = [key for key in result.missing_keys if "lora_" in key or "modules_to_save" in key]
+    if result.unexpected_keys or absent:
+        odd = [*result.unexpected_keys, *absent][0]
+        raise SettingsError(f"{directory}: the adapter does not fit this model: {odd}")
+    return peft_model, rows
+
+
+def read_adapter(directory: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Configuration and weights of an adapter directory.
+
+    Raises: SettingsError: no adapter there, not a LoRA adapter, or weights that are not safetensors.
+    """
+    if not (directory / "adapter_config.json").is_file():
+        raise SettingsError(f"{directory}: no adapter_config.json in it; name the output directory of a LoRA run")
+    config = LoraConfig.from_pretrained(str(directory))
+    if not isinstance(config, LoraConfig):
+        raise SettingsError(f"{directory}: a {config.peft_type} adapter; only LoRA adapters are supported")
+    weights = directory / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise SettingsError(f"{directory}: no adapter_model.safetensors in it; the save was not finished")
+    return config, load_file(weights)
+
+
+def adapter_state(peft_model: PeftModel, rows: TokenRows | None) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """What an adapter directory holds: peft's configuration and weights, trained rows included."""
+    state = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    config = copy.deepcopy(peft_model.peft_config["default"])
+    assert isinstance(config, LoraConfig)
+    config.inference_mode = True
+    if rows is not None:
+        state.update(rows.state_in_peft_format())
+        config.trainable_token_indices = rows.indices_in_peft_format()
+    return config, {name: value.detach().cpu().contiguous() for name, value in state.items()}
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether embedding and output layer share one matrix."""
+    output = model.get_output_embeddings()
+    return output is not None and output.weight is model.get_input_embeddings().weight
+
+
+def find_module_name(model: nn.Module, module: nn.Module) -> str:
+    """Dotted name of a module inside a model."""
+    return next(name for name, candidate in model.named_modules() if candidate is module)
+
+
+def _as_list(value: int | list[int] | None) -> list[int]:
+    return [] if value is None else value if isinstance(value, list) else [value]

@@ -1,0 +1,261 @@
+"""Settings: one declaration each, what transformers' own settings mean here, and the checks across them."""
+
+import difflib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, NoReturn
+
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+
+
+class SettingsError(ValueError):
+    """A setting that cannot work or would be ignored. The message names it and the way out."""
+
+
+@dataclass
+class ModelArguments:
+    """What is trained."""
+
+    model_name_or_path: str = field(metadata={"help": "checkpoint directory or hub name"})
+    cache_dir: str | None = field(default=None, metadata={"help": "where hub downloads are kept"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "run Python code that comes with the checkpoint"})
+    allow_pickle: bool = field(default=False, metadata={"help": "read .bin weights (they can run code when loaded)"})
+    pure_bf16: bool = field(
+        default=False, metadata={"help": "full training with bf16 weights and optimizer states (default: fp32 ones)"}
+    )
+
+
+@dataclass
+class DataArguments:
+    """What it is trained on."""
+
+    data_path: list[str] = field(metadata={"help": "training conversations: one or several .json / .jsonl files"})
+    eval_data_path: list[str] | None = field(default=None, metadata={"help": "conversations to evaluate on"})
+    model_max_length: int = field(default=2048, metadata={"help": "tokens a row may have; longer ones lose whole turns"})
+    system_message: str | None = field(default=None, metadata={"help": "system turn for conversations without one"})
+    label_mask: Literal["assistant", "qwen"] = field(
+        default="assistant", metadata={"help": "trained tokens: the answers, or those of the original Qwen recipe"}
+    )
+    lazy_preprocess: bool = field(default=False, metadata={"help": "accepted for older scripts; has no effect"})
+
+
+@dataclass
+class LoraArguments:
+    """How it is trained."""
+
+    use_lora: bool = field(default=False, metadata={"help": "train LoRA adapters instead of all weights"})
+    q_lora: bool = field(default=False, metadata={"help": "LoRA on a 4-bit model (not available yet)"})
+    lora_r: int = field(default=64, metadata={"help": "rank of the adapters"})
+    lora_alpha: int = field(default=16, metadata={"help": "scale: alpha / r (rsLoRA: alpha / sqrt(r))"})
+    lora_dropout: float = field(default=0.05, metadata={"help": "dropout before the adapters, 0 to 1"})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "names of the layers to adapt (default: every linear layer but the output)"}
+    )
+    lora_weight_path: str | None = field(default=None, metadata={"help": "adapter directory to start from"})
+    lora_bias: Literal["none", "all", "lora_only"] = field(default="none", metadata={"help": "biases to train"})
+    use_dora: bool = field(default=False, metadata={"help": "weight-decomposed LoRA"})
+    use_rslora: bool = field(default=False, metadata={"help": "rank-stabilised LoRA"})
+    loraplus_lr_ratio: float | None = field(
+        default=None, metadata={"help": "LoRA+: learning rate of the B matrices over that of the A matrices"}
+    )
+    train_embeddings: Literal["auto", "tokens", "full", "off"] = field(
+        default="auto",
+        metadata={
+            "help": "embedding and output layer with LoRA: control tokens' rows, whole matrices, or nothing; "
+            "auto: rows on a base model, nothing on a chat model"
+        },
+    )
+
+
+@dataclass
+class RunArguments(TrainingArguments):
+    """transformers' settings (see FIELDS for what each means here) and two of ours."""
+
+    logging_steps: float = field(default=1, metadata={"help": "steps between log lines"})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "delete the earlier run in output_dir first"})
+
+
+@dataclass
+class Arguments:
+    """Everything the command line said."""
+
+    model: ModelArguments
+    data: DataArguments
+    lora: LoraArguments
+    run: RunArguments
+
+
+# Names that older scripts use, and what they are called now.
+ALIASES = {"evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps"}
+
+HONOURED = "honoured"
+_STEP = "the step here is laid out by tokens and summed over all ranks, which leaves nothing for it to do"
+_OWN_LOOP = "the training step and the evaluation here do not use it"
+_HUB = "upload the finished directory instead: hf upload NAME DIR"
+_LATER = "not available yet"
+
+# Every field of TrainingArguments: HONOURED, or why any value but the default is refused. A test holds it complete.
+FIELDS: dict[str, str] = {
+    **dict.fromkeys(
+        [
+            "output_dir", "per_device_train_batch_size", "num_train_epochs", "max_steps", "learning_rate",
+            "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "weight_decay",
+            "adam_beta1", "adam_beta2", "adam_epsilon", "gradient_accumulation_steps", "max_grad_norm", "bf16", "fp16",
+            "tf32", "gradient_checkpointing", "activation_checkpointing", "logging_strategy", "logging_steps",
+            "logging_first_step", "log_level", "log_level_replica", "report_to", "run_name", "eval_strategy",
+            "eval_steps", "eval_delay", "per_device_eval_batch_size", "eval_on_start", "save_strategy", "save_steps",
+            "save_total_limit", "save_only_model", "full_determinism", "seed", "data_seed", "use_cpu",
+            "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
+            "dataloader_prefetch_factor", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers",
+            "ddp_static_graph", "ddp_backend", "ddp_timeout", "do_train", "local_rank", "overwrite_output_dir",
+        ],
+        HONOURED,
+    ),
+    **dict.fromkeys(
+        [
+            "average_tokens_across_devices", "auto_find_batch_size", "dataloader_drop_last", "train_sampling_strategy",
+            "length_column_name", "group_by_length", "label_names", "remove_unused_columns", "accelerator_config",
+            "dataloader_in_order", "dataloader_multiprocessing_context",
+        ],
+        _STEP,
+    ),
+    **dict.fromkeys(
+        [
+            "label_smoothing_factor", "neftune_noise_alpha", "torch_empty_cache_steps", "optim_target_modules",
+            "bf16_full_eval", "fp16_full_eval", "prediction_loss_only", "eval_do_concat_batches",
+            "eval_use_gather_object", "eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics",
+            "include_num_input_tokens_seen", "logging_nan_inf_filter", "log_on_each_node", "disable_tqdm", "debug",
+            "skip_memory_metrics", "use_cache", "use_liger_kernel", "liger_kernel_config", "torch_compile",
+            "torch_compile_backend", "torch_compile_mode", "parallelism_config", "activation_checkpointing_kwargs",
+            "gradient_checkpointing_kwargs", "do_eval", "do_predict", "project", "trackio_space_id",
+            "trackio_bucket_id", "trackio_static_space_id", "enable_jit_checkpoint", "save_on_each_node",
+            "ignore_data_skip", "restore_callback_states_from_checkpoint", "ray_scope", "torchdynamo",
+            "use_legacy_prediction_loop", "mp_parameters", "jit_mode_eval", "tpu_num_cores", "past_index",
+        ],
+        _OWN_LOOP,
+    ),
+    **dict.fromkeys(
+        [
+            "push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push",
+            "hub_revision",
+        ],
+        _HUB,
+    ),
+    **dict.fromkeys(
+        [
+            "deepspeed", "fsdp", "fsdp_config", "resume_from_checkpoint", "load_best_model_at_end",
+            "metric_for_best_model", "greater_is_better",
+        ],
+        _LATER,
+    ),
+}  # fmt: skip
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(message.replace("the following arguments are required", "required"))
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
+    """Parse and check a command line (sys.argv without the program's name if None).
+
+    Raises: SettingsError: unknown, abbreviated, contradicting or void settings.
+    """
+    words = [_expand_alias(word) for word in (sys.argv[1:] if argv is None else argv)]
+    classes = (ModelArguments, DataArguments, LoraArguments, RunArguments)
+    parser = _Parser(classes, allow_abbrev=False, prog="finetune.py")  # type: ignore[arg-type]
+    _check_flags(words, {flag for action in parser._actions for flag in action.option_strings})
+    words += _device_defaults(words)
+    try:
+        arguments = Arguments(*parser.parse_args_into_dataclasses(words))
+    except SettingsError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:  # TrainingArguments' own checks
+        raise SettingsError(str(error).strip().splitlines()[0]) from None
+    given = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
+    _check_transformers_settings(arguments.run)
+    _check_settings(arguments, given)
+    return arguments
+
+
+def describe_settings(arguments: Arguments) -> dict[str, dict[str, Any]]:
+    """All settings as plain JSON values, for run.json."""
+    run = arguments.run.to_dict()
+    return {"model": vars(arguments.model), "data": vars(arguments.data), "lora": vars(arguments.lora), "run": run}
+
+
+def _expand_alias(word: str) -> str:
+    name, equals, value = word[2:].partition("=")
+    return f"--{ALIASES[name]}{equals}{value}" if word.startswith("--") and name in ALIASES else word
+
+
+def _check_flags(words: list[str], known: set[str]) -> None:
+    for word in words:
+        flag = word.partition("=")[0]
+        if not word.startswith("--") or flag in known:
+            continue
+        if flag == "--group_by_length":
+            raise SettingsError("--group_by_length: not needed; rows of a step are laid out by length already")
+        close = difflib.get_close_matches(flag, known, n=1, cutoff=0.6)
+        prefixed = sorted(name for name in known if name.startswith(flag))
+        guess = prefixed[:1] or close
+        raise SettingsError(f"{flag}: unknown setting" + (f"; did you mean {guess[0]}?" if guess else "; see --help"))
+
+
+def _check_transformers_settings(run: RunArguments) -> None:
+    # TrainingArguments fills some fields in by itself; what a run without the setting gets is the default.
+    default = TrainingArguments(output_dir=run.output_dir, use_cpu=run.use_cpu)
+    for name in (declared.name for declared in fields(TrainingArguments)):
+        reason = FIELDS.get(name, "not known to this version of the toolkit")
+        if reason != HONOURED and str(getattr(run, name)) != str(getattr(default, name)):
+            raise SettingsError(f"--{name} {getattr(run, name)}: {reason}")
+
+
+def _check_settings(arguments: Arguments, given: set[str]) -> None:
+    model, data, lora, run = arguments.model, arguments.data, arguments.lora, arguments.run
+    if lora.q_lora:
+        raise SettingsError("--q_lora: not available yet; use --use_lora")
+    if not run.output_dir:
+        raise SettingsError("--output_dir: required; name the directory for the result")
+    if not lora.use_lora:
+        void = sorted(given & {f.name for f in fields(LoraArguments)} - {"use_lora", "q_lora"})
+        if void:
+            raise SettingsError(f"--{void[0]}: has no effect without --use_lora")
+    elif model.pure_bf16:
+        raise SettingsError("--pure_bf16: has no effect with --use_lora, which keeps adapters in fp32")
+    if lora.lora_r < 1:
+        raise SettingsError(f"--lora_r {lora.lora_r}: must be at least 1")
+    if not 0 <= lora.lora_dropout < 1:
+        raise SettingsError(f"--lora_dropout {lora.lora_dropout}: must be at least 0 and below 1")
+    if model.pure_bf16 and run.fp16:
+        raise SettingsError("--pure_bf16 and --fp16: choose one")
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(run, name) < 1:
+            raise SettingsError(f"--{name} {getattr(run, name)}: must be at least 1")
+    if data.model_max_length < 2:
+        raise SettingsError(f"--model_max_length {data.model_max_length}: must be at least 2")
+    if run.num_train_epochs <= 0 and run.max_steps <= 0:
+        raise SettingsError(f"--num_train_epochs {run.num_train_epochs}: must be above 0")
+    evaluates = str(run.eval_strategy.value) != "no" or run.eval_on_start  # type: ignore[union-attr]
+    if evaluates and not data.eval_data_path:
+        raise SettingsError("--eval_strategy: needs --eval_data_path")
+    if data.eval_data_path and not evaluates:
+        raise SettingsError("--eval_data_path: has no effect without --eval_strategy steps or epoch")
+    if str(run.save_strategy.value) == "best":  # type: ignore[union-attr]
+        raise SettingsError("--save_strategy best: not available yet; use steps or epoch")
+    if any(word in str(run.optim) for word in ("layerwise", "lomo")):
+        raise SettingsError(f"--optim {run.optim}: steps inside the backward pass, which {_OWN_LOOP}")
+
+
+def _device_defaults(words: list[str]) -> list[str]:
+    """Flags that the machine decides: CPU where there is nothing else, bf16 where the GPU has it, else fp16."""
+    if "--use_cpu" in words:
+        return []
+    if not torch.cuda.is_available():
+        other = torch.backends.mps.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available())
+        return [] if other else ["--use_cpu", "True"]
+    if {"--bf16", "--fp16", "--pure_bf16"} & {word.partition("=")[0] for word in words}:
+        return []
+    return ["--bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "--fp16", "True"]

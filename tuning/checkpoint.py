@@ -1,0 +1,155 @@
+"""Results on disk: a directory with a valid manifest is complete, one without is not."""
+
+import hashlib
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from tuning.adapters import TokenRows, adapter_state
+from tuning.args import SettingsError
+from tuning.model import TrainingModel
+from tuning.record import METRICS_FILE, RUN_FILE, write_json
+
+MANIFEST_FILE = "manifest.json"
+_RUN_FILES = (RUN_FILE, METRICS_FILE, MANIFEST_FILE, "adapter_config.json", "config.json")
+
+
+class ResultWriter:
+    """Writes what was trained so that it stops, serves and loads everywhere.
+
+    base_path: absolute path (or hub name) of the base model, recorded in adapters.
+    dtype: of a full model's weights on disk; adapters are float32.
+    """
+
+    def __init__(
+        self,
+        training_model: TrainingModel,
+        tokenizer: PreTrainedTokenizerBase,
+        generation_config: GenerationConfig,
+        *,
+        base_path: str,
+        dtype: torch.dtype,
+    ):
+        self._model = training_model
+        self._tokenizer = tokenizer
+        self._generation_config = generation_config
+        self._base_path = base_path
+        self._dtype = dtype
+
+    def save(self, directory: Path, *, step: int) -> None:
+        """Write adapter or model, tokenizer with chat template and generation config; the manifest last."""
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / MANIFEST_FILE).unlink(missing_ok=True)
+        self._tokenizer.save_pretrained(directory)
+        if hasattr(self._model.model, "peft_config"):
+            rows = self._model.token_rows
+            assert rows is None or isinstance(rows, TokenRows)
+            config, state = adapter_state(self._model.model, rows)  # type: ignore[arg-type]
+            config.base_model_name_or_path = self._base_path
+            save_file(state, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+            # Loaders look for the configuration first: with it last, a torn save is no adapter to anyone.
+            config.save_pretrained(str(directory))
+        else:
+            save_full_model(self._model.causal_lm, directory, dtype=self._dtype)
+        self._generation_config.save_pretrained(directory)
+        write_manifest(directory, step=step)
+
+
+def save_full_model(model: PreTrainedModel, directory: Path, *, dtype: torch.dtype, max_shard_size: str = "5GB") -> None:
+    """Write a model's safetensors and config.json in a dtype, without changing the model."""
+    state = {
+        name: value.to(dtype) if value.is_floating_point() else value for name, value in model.state_dict().items()
+    }
+    before = model.config.dtype
+    model.config.dtype = dtype
+    try:
+        model.save_pretrained(directory, state_dict=state, max_shard_size=max_shard_size)
+    finally:
+        model.config.dtype = before
+
+
+def align_stop_token(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, stop_id: int, is_base: bool
+) -> GenerationConfig:
+    """Make the saved result stop on the token it was trained to stop on. Returns its generation config.
+
+    The stop token comes first in eos_token_id; what the checkpoint had stays. A base model's tokenizer and config
+    take it as their eos token too: converters and servers read it from there.
+    """
+    config = GenerationConfig(**model.generation_config.to_diff_dict()) if model.generation_config else GenerationConfig()
+    eos = config.eos_token_id
+    others = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    ids = [stop_id, *(token_id for token_id in others if token_id != stop_id)]
+    config.eos_token_id = ids if len(ids) > 1 else stop_id
+    if tokenizer.pad_token_id is None or (is_base and tokenizer.pad_token_id == stop_id):
+        tokenizer.pad_token_id = others[0] if others else stop_id
+    if is_base:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(stop_id)
+        model.config.get_text_config().eos_token_id = stop_id
+    config.pad_token_id = tokenizer.pad_token_id
+    # A base checkpoint may carry sampling values that are void without do_sample; transformers refuses to save them.
+    if not config.do_sample:
+        config.temperature = config.top_p = config.top_k = None
+    model.generation_config = config
+    return config
+
+
+def write_manifest(directory: Path, *, step: int | None = None) -> None:
+    """Write the list of a directory's files with sizes and hashes, after they are on disk."""
+    files = {}
+    for path in sorted(path for path in directory.iterdir() if path.is_file() and path.name != MANIFEST_FILE):
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
+    write_json(directory / MANIFEST_FILE, {"step": step, "files": files})
+
+
+def check_output_directory(directory: Path, *, overwrite: bool, inputs: list[str]) -> None:
+    """Refuse a directory that holds another run, or the model that is about to be trained.
+
+    Raises: SettingsError.
+    """
+    for path in inputs:
+        if Path(path).resolve() == directory.resolve():
+            raise SettingsError(f"--output_dir {directory}: is an input of this run; choose another directory")
+    if directory.exists() and not directory.is_dir():
+        raise SettingsError(f"--output_dir {directory}: is a file")
+    if not overwrite and _run_files(directory):
+        raise SettingsError(
+            f"--output_dir {directory}: holds another run ({_run_files(directory)[0].name}); "
+            "choose another directory, or --overwrite_output_dir deletes that run"
+        )
+
+
+def clear_run(directory: Path) -> None:
+    """Delete the files of an earlier run; anything else in the directory stays."""
+    if not _run_files(directory):
+        return
+    for path in [*_run_files(directory), *directory.glob("*.safetensors"), *directory.glob("*.safetensors.index.json")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """checkpoint-N directories, oldest step first."""
+    found = [path for path in directory.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
+
+
+def rotate_checkpoints(directory: Path, limit: int | None) -> None:
+    """Delete the oldest checkpoints beyond a limit. Call it only after the newest one is complete."""
+    if limit is not None and limit > 0:
+        for path in list_checkpoints(directory)[:-limit]:
+            # The manifest first: a deletion that is cut short leaves no directory that looks complete.
+            (path / MANIFEST_FILE).unlink(missing_ok=True)
+            shutil.rmtree(path)
+
+
+def _run_files(directory: Path) -> list[Path]:
+    named = [directory / name for name in _RUN_FILES if (directory / name).exists()]
+    return named + list_checkpoints(directory)

@@ -1,0 +1,146 @@
+"""Loading models, choosing their precision, and the module that training engines wrap."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import cached_file
+
+from tuning.args import SettingsError
+from tuning.loss import sum_cross_entropy
+
+# Settings by which an architecture changes its logits after the output layer; the loss here would miss them.
+_LOGIT_TRANSFORMS = {"final_logit_softcapping": None, "logits_scaling": 1, "logit_scale": 1}
+
+
+def load_model(
+    path: str,
+    *,
+    dtype: torch.dtype | str,
+    cache_dir: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> PreTrainedModel:
+    """Load a causal language model from safetensors (or .bin where allow_pickle).
+
+    Raises: SettingsError: nothing there, no causal language model, no safetensors, weights missing.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            cache_dir=cache_dir,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=None if allow_pickle else True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{path}: cannot load a model: {str(error).strip().splitlines()[0]}") from None
+    if info["missing_keys"] or info["mismatched_keys"]:
+        lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+        raise SettingsError(f"{path}: {len(lacking)} weights are missing or of another shape, the first: {lacking[0]}")
+    text_config = config.get_text_config()
+    for name, neutral in _LOGIT_TRANSFORMS.items():
+        if getattr(text_config, name, neutral) not in (neutral, None):
+            raise SettingsError(f"{path}: {name} = {getattr(text_config, name)} changes logits; not supported yet")
+    if getattr(config, "quantization_config", None) is not None:
+        raise SettingsError(f"{path}: a quantised checkpoint; training on it is not available yet")
+    return model
+
+
+def hide_gptqmodel() -> None:
+    """Keep peft from importing gptqmodel (seconds, and a banner) for models that are not GPTQ-quantised."""
+    import peft.tuners.lora.awq
+    import peft.tuners.lora.gptq
+    import peft.utils.other
+
+    for module in (peft.tuners.lora.awq, peft.tuners.lora.gptq, peft.utils.other):
+        if hasattr(module, "is_gptqmodel_available"):
+            module.is_gptqmodel_available = lambda: False
+
+
+def choose_dtypes(*, use_lora: bool, pure_bf16: bool, bf16: bool, fp16: bool) -> tuple[torch.dtype, torch.dtype]:
+    """Dtypes of the loaded weights and of the computation.
+
+    Frozen weights (LoRA) are kept in the compute dtype. Trained weights are fp32 masters, or bf16 on request.
+    """
+    compute = torch.bfloat16 if bf16 or pure_bf16 else torch.float16 if fp16 else torch.float32
+    return (compute if use_lora or pure_bf16 else torch.float32), compute
+
+
+def fingerprint_checkpoint(path: str, cache_dir: str | None = None) -> str:
+    """A hash that tells one base model from another: config, tensor names and shapes, and samples of the values.
+
+    Reads a few hundred KiB of each weights file, so that a 100 GB checkpoint takes no time.
+    """
+    digest = hashlib.sha256()
+    directory = local_directory(path, cache_dir)
+    for file in sorted([*directory.glob("*.safetensors"), *directory.glob("pytorch_model*.bin")]):
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}".encode())
+        with open(file, "rb") as stream:
+            for position in range(0, size, max(1, size // 16)):
+                stream.seek(position)
+                digest.update(stream.read(4096))
+    return digest.hexdigest()
+
+
+def local_directory(path: str, cache_dir: str | None = None) -> Path:
+    """The directory of a checkpoint; of a hub name, its downloaded snapshot."""
+    if Path(path).is_dir():
+        return Path(path).resolve()
+    config = cached_file(path, "config.json", cache_dir=cache_dir)
+    assert config is not None
+    return Path(config).parent
+
+
+class TrainingModel(nn.Module):
+    """What DDP, DeepSpeed and FSDP wrap: a causal language model whose forward returns the loss sum.
+
+    model: the transformers model, or the peft model around it. Its parameter names stay as they are.
+    token_rows: trained rows of the embedding and output matrices (adapters.TokenRows), or None.
+    """
+
+    def __init__(self, model: nn.Module, token_rows: nn.Module | None = None):
+        super().__init__()
+        self.model = model
+        self.token_rows = token_rows
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The transformers model, without peft's wrapper."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # type: ignore
+
+    @property
+    def config(self) -> Any:
+        """The model's configuration, which training engines look for."""
+        return self.causal_lm.config
+
+    def forward(self, input_ids: Tensor, target_index: Tensor, targets: Tensor) -> Tensor:
+        """Summed cross-entropy of the micro-batch.
+
+        Shapes: input_ids [B, T]; target_index [N], positions in the flattened [B * T]; targets [N]. Returns: scalar.
+        """
+        causal_lm = self.causal_lm
+        hidden = causal_lm.get_decoder()(input_ids=input_ids, use_cache=False)[0]
+        supervised = hidden.flatten(0, 1).index_select(0, target_index)
+        return sum_cross_entropy(causal_lm.get_output_embeddings(), supervised, targets)
+
+
+def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute activations in the backward pass. Non-reentrant: works with frozen inputs and with hooks."""
+    if hasattr(model, "activation_checkpointing_enable"):  # transformers >= 5.20
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Trainable and all parameters; tied ones count once."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)

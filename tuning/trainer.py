@@ -1,0 +1,256 @@
+"""The training loop: transformers' Trainer, where one dataloader item is one rank's whole optimizer step."""
+
+import math
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import DistributedType
+from peft.optimizers import create_loraplus_optimizer
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
+
+from tuning.checkpoint import rotate_checkpoints
+from tuning.model import TrainingModel
+from tuning.record import METRICS_FILE, append_metrics
+
+
+class StepTrainer(Trainer):
+    """Trains a TrainingModel on steps.
+
+    train_dataset, eval_dataset: item s is this rank's share of step s of the run, counted over epochs:
+        {"micro_batches": [inputs of the model's forward, ...], "row_ids": [[...], ...], "num_targets": supervised
+        tokens of the step on all ranks, "num_tokens": likewise without padding}; len() is the steps of one epoch.
+        Every rank has the same number of micro-batches.
+    save_result: writes what was trained into a directory (called on rank 0).
+    log_line: prints a line for the user (on rank 0).
+    """
+
+    def __init__(
+        self,
+        model: TrainingModel,
+        args: TrainingArguments,
+        *,
+        train_dataset: Dataset[Any],
+        eval_dataset: Dataset[Any] | None = None,
+        save_result: Callable[[Path, int], None],
+        log_line: Callable[[str], None],
+        loraplus_lr_ratio: float | None = None,
+    ):
+        # Accumulation is the layout's business; one item is a whole step to the Trainer.
+        args.gradient_accumulation_steps = 1
+        args.logging_nan_inf_filter = False  # a host sync per step, to hide what must be seen
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False  # every trained parameter takes part in every forward
+        super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset)
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        self._save_result = save_result
+        self._log_line = log_line
+        self._loraplus_lr_ratio = loraplus_lr_ratio
+        self._metrics_path = Path(args.output_dir) / METRICS_FILE
+        self._window: _Window | None = None  # opened by the first step
+        self.num_tokens_seen = self.num_targets_seen = 0
+
+    # ---- data ----
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Steps of the epoch that the state stands in."""
+        sampler = _StepSampler(lambda: self.state.global_step, len(self.train_dataset))  # type: ignore[arg-type]
+        return self._build_dataloader(self.train_dataset, sampler)  # type: ignore[arg-type]
+
+    def _build_dataloader(self, dataset: Dataset[Any], sampler: Sampler[int] | None) -> DataLoader:
+        # batch_size=1, not None: accelerate's skip_first_batches needs a batch sampler.
+        workers = self.args.dataloader_num_workers
+        return DataLoader(
+            dataset,
+            batch_size=1,
+            sampler=sampler,
+            collate_fn=_only_item,
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+            persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
+            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
+        )
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple:
+        """One item, which is a whole step, and its number of supervised tokens over all ranks."""
+        step = next(epoch_iterator)
+        return [step], step["num_targets"]
+
+    # ---- step ----
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW and its kin as transformers builds them; LoRA+ through peft."""
+        if self._loraplus_lr_ratio is None or self.optimizer is not None:
+            return super().create_optimizer() if model is None else super().create_optimizer(model)
+        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        learning_rate = options.pop("lr")
+        self.optimizer = create_loraplus_optimizer(
+            self.model,  # type: ignore[arg-type]
+            optimizer_cls=optimizer_class,
+            lr=learning_rate,
+            loraplus_lr_ratio=self._loraplus_lr_ratio,
+            loraplus_weight_decay=self.args.weight_decay,
+            **options,
+        )
+        return self.optimizer
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward of every micro-batch; gradients are synchronised at the last one.
+
+        Returns: this rank's share of the step's loss, times the number of ranks (the Trainer logs the mean over
+            ranks; DDP, ZeRO and FSDP average gradients over ranks).
+        """
+        if not model.training:
+            model.train()
+        self._window = self._window or _Window()
+        scale = self.args.world_size / num_items_in_batch
+        total = torch.zeros((), device=self.args.device)
+        last = len(inputs["micro_batches"]) - 1
+        options = {"scale_wrt_gas": False} if self.accelerator.distributed_type == DistributedType.DEEPSPEED else {}
+        for index, micro_batch in enumerate(inputs["micro_batches"]):
+            self._seed_micro_batch(index)
+            self.accelerator.gradient_state._set_sync_gradients(index == last)
+            if index == last or options:
+                loss = self._run_micro_batch(model, micro_batch, scale, options)
+            else:
+                with self.accelerator.no_sync(model):
+                    loss = self._run_micro_batch(model, micro_batch, scale, options)
+            total += loss
+        self._window.add(inputs)
+        self.num_tokens_seen += inputs["num_tokens"]
+        self.num_targets_seen += inputs["num_targets"]
+        return total
+
+    def _run_micro_batch(self, model: Any, micro_batch: Any, scale: float, options: dict[str, Any]) -> torch.Tensor:
+        loss = model(**self._prepare_input(micro_batch)) * scale
+        self.accelerator.backward(loss, **options)
+        return loss.detach()
+
+    def _seed_micro_batch(self, index: int) -> None:
+        # Dropout's random numbers follow from (seed, step, rank, micro-batch), so a resumed run repeats them.
+        place = f"{self.args.seed}/{self.state.global_step}/{self.args.process_index}/{index}"
+        torch.manual_seed(zlib.crc32(place.encode()))
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted: the Trainer's estimate walks over all parameters in every step."""
+        return 0
+
+    # ---- evaluation ----
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Summed loss over all supervised tokens, divided by their number, and its perplexity."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        assert dataset is not None
+        started = time.perf_counter()
+        model = self.model_wrapped
+        model.eval()
+        sums, num_targets = [], 0
+        with torch.no_grad():
+            for step in self._build_dataloader(dataset, None):  # type: ignore[arg-type]
+                for micro_batch in step["micro_batches"]:
+                    sums.append(model(**self._prepare_input(micro_batch)))
+                num_targets += step["num_targets"]
+        total = torch.stack(sums).sum()
+        if self.args.world_size > 1:
+            dist.all_reduce(total)
+        loss = total.item() / num_targets
+        metrics = {
+            f"{metric_key_prefix}_loss": loss,
+            f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700.0)),
+            f"{metric_key_prefix}_runtime": round(time.perf_counter() - started, 3),
+        }
+        if self._window is not None:
+            self._window.exclude(time.perf_counter() - started)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # ---- log and save ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add throughput to the Trainer's logs and append them to metrics.jsonl."""
+        if "loss" in logs:
+            assert self._window is not None
+            logs.update(self._window.close())
+            self._window = None
+        super().log(logs, start_time)
+        if self.is_world_process_zero():
+            append_metrics(self._metrics_path, {"step": self.state.global_step, **logs})
+            if "loss" in logs or "eval_loss" in logs:
+                self._log_line(_describe_logs(self.state.global_step, self.state.max_steps, logs))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # Not the Trainer's: it rotates before a checkpoint is complete.
+        started = time.perf_counter()
+        run_directory = Path(self.args.output_dir)
+        if self.is_world_process_zero():
+            self._save_result(run_directory / f"checkpoint-{self.state.global_step}", self.state.global_step)
+            rotate_checkpoints(run_directory, self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
+        if self._window is not None:
+            self._window.exclude(time.perf_counter() - started)
+
+
+class _StepSampler(Sampler[int]):
+    """Numbers of the steps of the current epoch, counted over the whole run."""
+
+    def __init__(self, global_step: Callable[[], int], steps_per_epoch: int):
+        self._global_step = global_step
+        self._steps_per_epoch = steps_per_epoch
+
+    def __iter__(self) -> Iterator[int]:
+        epoch = self._global_step() // self._steps_per_epoch
+        return iter(range(epoch * self._steps_per_epoch, (epoch + 1) * self._steps_per_epoch))
+
+    def __len__(self) -> int:
+        return self._steps_per_epoch
+
+
+class _Window:
+    """Tokens and time since the last log line."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._num_tokens = self._num_targets = 0
+
+    def add(self, step: dict[str, Any]) -> None:
+        """Count one step."""
+        self._num_tokens += step["num_tokens"]
+        self._num_targets += step["num_targets"]
+
+    def close(self) -> dict[str, float]:
+        """Rates over all ranks since the last call, without what was excluded."""
+        elapsed_s = time.perf_counter() - self._started
+        return {
+            "supervised_tokens": float(self._num_targets),
+            "tokens_per_s": round(self._num_tokens / elapsed_s, 1),
+            "supervised_tokens_per_s": round(self._num_targets / elapsed_s, 1),
+        }
+
+    def exclude(self, elapsed_s: float) -> None:
+        """Take time that was not training (evaluating, saving) out of the window."""
+        self._started += elapsed_s
+
+
+def _only_item(items: list[Any]) -> Any:
+    return items[0]
+
+
+def _describe_logs(step: int, max_steps: int, logs: dict[str, float]) -> str:
+    if "eval_loss" in logs:
+        return f"step {step}/{max_steps}  eval loss {logs['eval_loss']:.4f}  perplexity {logs['eval_perplexity']:.3f}"
+    line = f"step {step}/{max_steps}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}"
+    if "grad_norm" in logs:
+        line += f"  grad norm {logs['grad_norm']:.3f}"
+    if "tokens_per_s" in logs:
+        line += f"  {logs['tokens_per_s']:,.0f} tokens/s"
+    return line
