@@ -13,6 +13,7 @@ import torch
 from data_utils.sources import DataError
 from data_utils.tokenizer import load_tokenizer
 from tuning import merge
+from tuning.adapters import read_adapter
 from tuning.args import SettingsError
 from tuning.model import load_model
 
@@ -25,6 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     adapter, out = Path(args.adapter), Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not args.overwrite:
         raise SettingsError(f"{out}: exists and is not empty; choose another directory, or --overwrite deletes it")
+    read_adapter(adapter)
     tokenizer = load_tokenizer(str(adapter))
     wanted = "auto" if args.dtype == "auto" else DTYPES[args.dtype]
     training_model, base = merge.load_adapter_model(

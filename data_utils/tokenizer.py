@@ -10,6 +10,7 @@ One encoding of the whole string, so metaspace tokenizers and lstrip/rstrip toke
 import json
 import re
 import secrets
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -18,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from data_utils.sources import DataError
 
 DEFAULT_SYSTEM_MESSAGE = "You are a helpful assistant."
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _PRIVATE_USE = 0x100000  # plane 16; 65,534 characters that mean nothing in any text
 
 PLAIN_CHATML = """\
@@ -42,6 +44,11 @@ def load_tokenizer(
 
     Raises: DataError: no tokenizer there, no fast tokenizer, or no ChatML tokens for the default template.
     """
+    directory = Path(path)
+    if directory.is_dir() and not any((directory / name).is_file() for name in _TOKENIZER_FILES):
+        raise DataError(f"{path}: no tokenizer in this directory (tokenizer.json); is it a checkpoint?")
+    if not directory.is_dir() and (path.count("/") != 1 or path[:1] in "./~"):
+        raise DataError(f"{path}: no such checkpoint directory, and not a hub name (owner/name)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:

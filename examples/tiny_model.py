@@ -1,13 +1,14 @@
 """Build a small Qwen3-architecture base checkpoint: python examples/tiny_model.py [OUT].
 
 The model of `make demo` and of the tests: real architecture, real byte-level BPE tokenizer, about 4 M parameters.
-It is a *base* model: pre-trained for some seconds on the plain text of this repository, with the ChatML control
-tokens in its vocabulary but never trained, no chat template, and <|endoftext|> as its end of sequence.
-The same machine and versions give the same bytes.
+It is a *base* model: pre-trained for some seconds on plain text, with the ChatML control tokens in its vocabulary
+but never trained, no chat template, and <|endoftext|> as its end of sequence. The plain text is the license and the
+sentences of conversations.json in random order: it has read them all, but not which one answers which. The same machine and versions give the same bytes.
 """
 
 import json
 import os
+import random
 import sys
 from pathlib import Path
 
@@ -26,11 +27,13 @@ QWEN_SPLIT = (
 
 
 def read_texts() -> list[str]:
-    """Plain texts to learn from: what the example conversations say, without their form, and the license."""
+    """Plain texts to learn from: what the example conversations say, shuffled, and paragraphs of the license."""
     with open(ROOT / "examples" / "conversations.json", encoding="utf-8") as file:
         conversations = json.load(file)
     said = [turn["value"] for row in conversations for turn in row["conversations"]]
-    return [*said, *(ROOT / "LICENSE").read_text(encoding="utf-8").split("\n\n")]
+    texts = [*said, *(ROOT / "LICENSE").read_text(encoding="utf-8").split("\n\n")]
+    random.Random(0).shuffle(texts)
+    return texts
 
 
 def build_tokenizer(texts: list[str], vocabulary_size: int = 2048) -> PreTrainedTokenizerFast:
@@ -74,7 +77,7 @@ def pretrain(model: Qwen3ForCausalLM, ids: torch.Tensor, *, num_steps: int, seed
     return loss.item()
 
 
-def build(out: Path = DEFAULT_OUT, *, num_steps: int = 300, seed: int = 0) -> Path:
+def build(out: Path = DEFAULT_OUT, *, num_steps: int = 150, seed: int = 0) -> Path:
     """Build the checkpoint, or keep the one that is there. num_steps=0 leaves random weights."""
     if (out / "config.json").is_file():
         return out
@@ -96,7 +99,7 @@ def build(out: Path = DEFAULT_OUT, *, num_steps: int = 300, seed: int = 0) -> Pa
     )
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM(config)
-    ids = torch.tensor(tokenizer("<|endoftext|>".join(texts))["input_ids"])
+    ids = torch.tensor([i for text in texts for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
     control = torch.tensor(tokenizer.convert_tokens_to_ids(CONTROL_TOKENS[1:]))
     loss = pretrain(model, ids, num_steps=num_steps, seed=seed) if num_steps else float("nan")
     with torch.no_grad():

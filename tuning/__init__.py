@@ -1,7 +1,20 @@
 """Model to checkpoint. Knows nothing of files of conversations."""
 
 import logging
+import os
+import sys
+import warnings
+
+import torch
 
 # Optional libraries announce at import what this machine lacks (kernels for other GPUs); nobody can act on it.
 for _name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # peft's own use
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed looks for GPUs at import, and says so
+if not sys.stderr.isatty():
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import transformers.utils.logging
+
+    transformers.utils.logging.disable_progress_bar()

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tuning.args import LoraArguments, SettingsError
-from tuning.model import TrainingModel, enable_gradient_checkpointing
+from tuning.model import TrainingModel, enable_gradient_checkpointing, hide_gptqmodel
 from tuning.record import RUN_FILE
 
 _ROUTERS = ("gate", "router", "shared_expert_gate")
@@ -310,6 +310,7 @@ def add_lora(
         **whole,
     )
     rows = TokenRows(model, token_ids or []) if embeddings == "tokens" else None
+    hide_gptqmodel()
     peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
     assert isinstance(peft_model, PeftModel)
     return peft_model, rows
@@ -329,6 +330,7 @@ def load_lora(model: PreTrainedModel, directory: Path) -> tuple[PeftModel, Token
         rows = TokenRows(model, ids)
         config.trainable_token_indices = None
     config.inference_mode = False
+    hide_gptqmodel()
     peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
     assert isinstance(peft_model, PeftModel)
     try:
@@ -366,6 +368,8 @@ def adapter_state(peft_model: PeftModel, rows: TokenRows | None) -> tuple[LoraCo
     config = copy.deepcopy(peft_model.peft_config["default"])
     assert isinstance(config, LoraConfig)
     config.inference_mode = True
+    if isinstance(config.target_modules, set):  # in one order, so that equal runs write equal files
+        config.target_modules = sorted(config.target_modules)
     if rows is not None:
         state.update(rows.state_in_peft_format())
         config.trainable_token_indices = rows.indices_in_peft_format()

@@ -45,6 +45,10 @@ class StepTrainer(Trainer):
         # Accumulation is the layout's business; one item is a whole step to the Trainer.
         args.gradient_accumulation_steps = 1
         args.logging_nan_inf_filter = False  # a host sync per step, to hide what must be seen
+        # Already enabled on the model itself; the Trainer would look for it on the wrapper.
+        args.gradient_checkpointing = False
+        if hasattr(args, "activation_checkpointing"):
+            args.activation_checkpointing = False
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # every trained parameter takes part in every forward
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset)
