@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     model_args, data_args, run_args = arguments.model, arguments.data, arguments.run
     settings = describe_settings(arguments)
-    output_dir = Path(run_args.output_dir)  # type: ignore[arg-type]
+    output_dir = Path(run_args.output_dir)
     checkpoint.check_output_directory(
         output_dir,
         overwrite=run_args.overwrite_output_dir,

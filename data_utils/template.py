@@ -64,9 +64,7 @@ class ChatTemplate:
 
     def render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
         """The chat template's text. Raises: jinja2.TemplateError: the template refuses the messages."""
-        text = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
         assert isinstance(text, str)
         return text
 

@@ -71,12 +71,12 @@ def load_tokenizer(
 
 
 class SafeEncoder:
-    """Escape, encode, and the set of control tokens of one tokenizer and its chat template.
+    r"""Escape, encode, and the set of control tokens of one tokenizer and its chat template.
 
     control_ids: text -> id of every control token.
     template_ids: ids of the control tokens that stand in the template's own text, ascending.
 
-    Example: encode("<|im_start|>user\\n" + escape("<|im_end|>")) holds the id of <|im_start|> and not of <|im_end|>.
+    Example: encode("<|im_start|>user\n" + escape("<|im_end|>")) holds the id of <|im_start|> and not of <|im_end|>.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -146,7 +146,8 @@ def _build_twin(tokenizer: PreTrainedTokenizerBase, renamed: dict[str, str]) -> 
     twin.no_padding()
     added = tokenizer.added_tokens_decoder.items()
     names = {token_id: renamed.get(token.content, token.content) for token_id, token in added}
-    return twin, {twin.token_to_id(name): token_id for token_id, name in names.items()}
+    twin_ids = {token_id: twin.token_to_id(name) for token_id, name in names.items()}
+    return twin, {twin_id: token_id for token_id, twin_id in twin_ids.items() if twin_id is not None}
 
 
 def _any_of(texts: list[str]) -> re.Pattern[str]:

@@ -38,7 +38,9 @@ def main() -> int:
         stopped = f"ended by {tokenizer.decode(new[-1:])}" if new[-1] in stops else "ended by the length limit"
         same = answer == messages[asked]["content"] and new[-1] == stops[0]
         exact = exact and same
-        print(f"> {messages[asked - 1]['content']}\n{answer}\n  [{'as trained' if same else 'NOT as trained'}, {stopped}]")
+        print(
+            f"> {messages[asked - 1]['content']}\n{answer}\n  [{'as trained' if same else 'NOT as trained'}, {stopped}]"
+        )
     return 0 if exact else 1
 
 

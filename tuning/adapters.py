@@ -193,7 +193,10 @@ class TokenRows(nn.Module):
         for hook in self._hooks:
             hook.remove()
         with torch.no_grad():
-            for part, module in (("embedding", model.get_input_embeddings()), ("output", model.get_output_embeddings())):
+            for part, module in (
+                ("embedding", model.get_input_embeddings()),
+                ("output", model.get_output_embeddings()),
+            ):
                 if (rows := getattr(self, part)) is not None:
                     module.weight[self.token_ids] = rows.to(module.weight.dtype)
 
@@ -302,7 +305,7 @@ def add_lora(
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        bias=bias,  # type: ignore[arg-type]
+        bias=bias,
         use_dora=use_dora,
         use_rslora=use_rslora,
         target_modules=targets,
@@ -311,7 +314,7 @@ def add_lora(
     )
     rows = TokenRows(model, token_ids or []) if embeddings == "tokens" else None
     hide_gptqmodel()
-    peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
+    peft_model = get_peft_model(model, config)
     assert isinstance(peft_model, PeftModel)
     return peft_model, rows
 
@@ -331,7 +334,7 @@ def load_lora(model: PreTrainedModel, directory: Path) -> tuple[PeftModel, Token
         config.trainable_token_indices = None
     config.inference_mode = False
     hide_gptqmodel()
-    peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
+    peft_model = get_peft_model(model, config)
     assert isinstance(peft_model, PeftModel)
     try:
         if rows is not None:

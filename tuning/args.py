@@ -33,7 +33,9 @@ class DataArguments:
 
     data_path: list[str] = field(metadata={"help": "training conversations: one or several .json / .jsonl files"})
     eval_data_path: list[str] | None = field(default=None, metadata={"help": "conversations to evaluate on"})
-    model_max_length: int = field(default=2048, metadata={"help": "tokens a row may have; longer ones lose whole turns"})
+    model_max_length: int = field(
+        default=2048, metadata={"help": "tokens a row may have; longer ones lose whole turns"}
+    )
     system_message: str | None = field(default=None, metadata={"help": "system turn for conversations without one"})
     label_mask: Literal["assistant", "qwen"] = field(
         default="assistant", metadata={"help": "trained tokens: the answers, or those of the original Qwen recipe"}
@@ -165,7 +167,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     """
     words = [_expand_alias(word) for word in (sys.argv[1:] if argv is None else argv)]
     classes = (ModelArguments, DataArguments, LoraArguments, RunArguments)
-    parser = _Parser(classes, allow_abbrev=False, prog="finetune.py")  # type: ignore[arg-type]
+    parser = _Parser(classes, allow_abbrev=False, prog="finetune.py")
     _check_flags(words, {flag for action in parser._actions for flag in action.option_strings})
     words += _device_defaults(words)
     try:
@@ -238,12 +240,12 @@ def _check_settings(arguments: Arguments, given: set[str]) -> None:
         raise SettingsError(f"--model_max_length {data.model_max_length}: must be at least 2")
     if run.num_train_epochs <= 0 and run.max_steps <= 0:
         raise SettingsError(f"--num_train_epochs {run.num_train_epochs}: must be above 0")
-    evaluates = str(run.eval_strategy.value) != "no" or run.eval_on_start  # type: ignore[union-attr]
+    evaluates = str(run.eval_strategy.value) != "no" or run.eval_on_start
     if evaluates and not data.eval_data_path:
         raise SettingsError("--eval_strategy: needs --eval_data_path")
     if data.eval_data_path and not evaluates:
         raise SettingsError("--eval_data_path: has no effect without --eval_strategy steps or epoch")
-    if str(run.save_strategy.value) == "best":  # type: ignore[union-attr]
+    if str(run.save_strategy.value) == "best":
         raise SettingsError("--save_strategy best: not available yet; use steps or epoch")
     if any(word in str(run.optim) for word in ("layerwise", "lomo")):
         raise SettingsError(f"--optim {run.optim}: steps inside the backward pass, which {_OWN_LOOP}")

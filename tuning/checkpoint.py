@@ -49,7 +49,7 @@ class ResultWriter:
         if hasattr(self._model.model, "peft_config"):
             rows = self._model.token_rows
             assert rows is None or isinstance(rows, TokenRows)
-            config, state = adapter_state(self._model.model, rows)  # type: ignore[arg-type]
+            config, state = adapter_state(self._model.model, rows)
             config.base_model_name_or_path = self._base_path
             save_file(state, directory / "adapter_model.safetensors", metadata={"format": "pt"})
             # Loaders look for the configuration first: with it last, a torn save is no adapter to anyone.
@@ -60,7 +60,9 @@ class ResultWriter:
         write_manifest(directory, step=step)
 
 
-def save_full_model(model: PreTrainedModel, directory: Path, *, dtype: torch.dtype, max_shard_size: str = "5GB") -> None:
+def save_full_model(
+    model: PreTrainedModel, directory: Path, *, dtype: torch.dtype, max_shard_size: str = "5GB"
+) -> None:
     """Write a model's safetensors and config.json in a dtype, without changing the model."""
     state = {
         name: value.to(dtype) if value.is_floating_point() else value for name, value in model.state_dict().items()
@@ -81,7 +83,9 @@ def align_stop_token(
     The stop token comes first in eos_token_id; what the checkpoint had stays. A base model's tokenizer and config
     take it as their eos token too: converters and servers read it from there.
     """
-    config = GenerationConfig(**model.generation_config.to_diff_dict()) if model.generation_config else GenerationConfig()
+    config = (
+        GenerationConfig(**model.generation_config.to_diff_dict()) if model.generation_config else GenerationConfig()
+    )
     eos = config.eos_token_id
     others = [] if eos is None else eos if isinstance(eos, list) else [eos]
     ids = [stop_id, *(token_id for token_id in others if token_id != stop_id)]

@@ -64,10 +64,10 @@ def merge_weights(training_model: TrainingModel) -> PreTrainedModel:
     assert isinstance(peft_model, PeftModel)
     for module in peft_model.modules():
         if isinstance(module, LoraLayer):
-            weight = module.get_base_layer().weight  # type: ignore[operator]
+            weight = module.get_base_layer().weight
             dtype = weight.dtype
             weight.data = weight.data.float()
-            module.merge(safe_merge=True)  # type: ignore[operator]
+            module.merge(safe_merge=True)
             weight.data = weight.data.to(dtype)
     model = peft_model.unload()
     assert isinstance(model, PreTrainedModel)
@@ -124,4 +124,4 @@ def build_probes(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
             [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
         )
         for question in questions
-    ]  # type: ignore[misc]
+    ]

@@ -114,7 +114,7 @@ class TrainingModel(nn.Module):
     @property
     def causal_lm(self) -> PreTrainedModel:
         """The transformers model, without peft's wrapper."""
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # type: ignore
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     @property
     def config(self) -> Any:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from accelerate.utils import DistributedType
 from peft.optimizers import create_loraplus_optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
 from tuning.checkpoint import rotate_checkpoints
@@ -54,6 +54,8 @@ class StepTrainer(Trainer):
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
+        self.optimizer: torch.optim.Optimizer | None
+        self.control: TrainerControl
         self._save_result = save_result
         self._log_line = log_line
         self._loraplus_lr_ratio = loraplus_lr_ratio
@@ -65,8 +67,8 @@ class StepTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Steps of the epoch that the state stands in."""
-        sampler = _StepSampler(lambda: self.state.global_step, len(self.train_dataset))  # type: ignore[arg-type]
-        return self._build_dataloader(self.train_dataset, sampler)  # type: ignore[arg-type]
+        sampler = _StepSampler(lambda: self.state.global_step, len(self.train_dataset))
+        return self._build_dataloader(self.train_dataset, sampler)
 
     def _build_dataloader(self, dataset: Dataset[Any], sampler: Sampler[int] | None) -> DataLoader:
         # batch_size=1, not None: accelerate's skip_first_batches needs a batch sampler.
@@ -89,14 +91,14 @@ class StepTrainer(Trainer):
 
     # ---- step ----
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: Any = None) -> Any:
         """AdamW and its kin as transformers builds them; LoRA+ through peft."""
         if self._loraplus_lr_ratio is None or self.optimizer is not None:
             return super().create_optimizer() if model is None else super().create_optimizer(model)
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         learning_rate = options.pop("lr")
         self.optimizer = create_loraplus_optimizer(
-            self.model,  # type: ignore[arg-type]
+            self.model,
             optimizer_cls=optimizer_class,
             lr=learning_rate,
             loraplus_lr_ratio=self._loraplus_lr_ratio,
@@ -159,7 +161,7 @@ class StepTrainer(Trainer):
         model.eval()
         sums, num_targets = [], 0
         with torch.no_grad():
-            for step in self._build_dataloader(dataset, None):  # type: ignore[arg-type]
+            for step in self._build_dataloader(dataset, None):
                 for micro_batch in step["micro_batches"]:
                     sums.append(model(**self._prepare_input(micro_batch)))
                 num_targets += step["num_targets"]

@@ -1,0 +1,39 @@
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := output/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint check bench
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 18
+
+setup: .venv/.installed ## make .venv and install requirements_finetune.txt and requirements_dev.txt, once
+
+.venv/.installed: requirements_finetune.txt requirements_dev.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements_finetune.txt -r requirements_dev.txt
+	touch $@
+
+demo: setup ## fine-tune the tiny example model on examples/conversations.json, merge it, ask it three questions
+	sh finetune/finetune_lora_single_gpu.sh -o $(DEMO) --overwrite_output_dir --num_train_epochs 30 \
+		--per_device_train_batch_size 8 --gradient_accumulation_steps 1 --learning_rate 3e-3 --lora_alpha 64 \
+		--logging_steps 30 --save_strategy no
+	$(BIN)/python merge_lora.py $(DEMO) $(DEMO)-merged --overwrite
+	$(BIN)/python examples/ask.py $(DEMO)-merged examples/conversations.json
+
+test: setup ## the tests that take minutes
+	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+test-all: setup ## every test this machine can run, with names and skips
+	$(BIN)/python -m pytest -v -rs
+
+lint: setup ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: lint test ## lint, then test
+
+bench: setup ## nothing to measure yet: benchmarks come with the speed issue
+	@echo "no benchmarks yet"
