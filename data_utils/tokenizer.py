@@ -63,7 +63,8 @@ def load_tokenizer(
                 "ChatML; use a checkpoint that has them, or save a chat template with the tokenizer"
             )
         default = DEFAULT_SYSTEM_MESSAGE if system_message is None else system_message
-        written = [text for text in tokenizer.all_special_tokens if text in default]
+        added = [token.content for token in tokenizer.added_tokens_decoder.values()]
+        written = [text for text in added if text.strip() and text in default]
         if written:
             raise DataError(f"--system_message: holds the control token {written[0]}, which it must not")
         tokenizer.chat_template = PLAIN_CHATML.replace("SYSTEM_MESSAGE", json.dumps(default, ensure_ascii=False))

@@ -1,6 +1,7 @@
 """Settings: one declaration each, what transformers' own settings mean here, and the checks across them."""
 
 import difflib
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -75,6 +76,7 @@ class LoraArguments:
 class RunArguments(TrainingArguments):
     """transformers' settings (see FIELDS for what each means here) and two of ours."""
 
+    output_dir: str = field(metadata={"help": "directory for the result"})
     logging_steps: float = field(default=1, metadata={"help": "steps between log lines"})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "delete the earlier run in output_dir first"})
 
@@ -111,14 +113,15 @@ FIELDS: dict[str, str] = {
             "save_total_limit", "save_only_model", "full_determinism", "seed", "data_seed", "use_cpu",
             "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
             "dataloader_prefetch_factor", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers",
-            "ddp_static_graph", "ddp_backend", "ddp_timeout", "do_train", "local_rank", "overwrite_output_dir",
+            "ddp_static_graph", "ddp_backend", "ddp_timeout", "do_train", "do_eval", "local_rank",
+            "overwrite_output_dir",
         ],
         HONOURED,
     ),
     **dict.fromkeys(
         [
             "average_tokens_across_devices", "auto_find_batch_size", "dataloader_drop_last", "train_sampling_strategy",
-            "length_column_name", "group_by_length", "label_names", "remove_unused_columns", "accelerator_config",
+            "length_column_name", "label_names", "remove_unused_columns", "accelerator_config",
             "dataloader_in_order", "dataloader_multiprocessing_context",
         ],
         _STEP,
@@ -131,10 +134,9 @@ FIELDS: dict[str, str] = {
             "include_num_input_tokens_seen", "logging_nan_inf_filter", "log_on_each_node", "disable_tqdm", "debug",
             "skip_memory_metrics", "use_cache", "use_liger_kernel", "liger_kernel_config", "torch_compile",
             "torch_compile_backend", "torch_compile_mode", "parallelism_config", "activation_checkpointing_kwargs",
-            "gradient_checkpointing_kwargs", "do_eval", "do_predict", "project", "trackio_space_id",
+            "gradient_checkpointing_kwargs", "do_predict", "project", "trackio_space_id",
             "trackio_bucket_id", "trackio_static_space_id", "enable_jit_checkpoint", "save_on_each_node",
-            "ignore_data_skip", "restore_callback_states_from_checkpoint", "ray_scope", "torchdynamo",
-            "use_legacy_prediction_loop", "mp_parameters", "jit_mode_eval", "tpu_num_cores", "past_index",
+            "ignore_data_skip", "restore_callback_states_from_checkpoint",
         ],
         _OWN_LOOP,
     ),
@@ -157,6 +159,8 @@ FIELDS: dict[str, str] = {
 
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
+        # HfArgumentParser gives every flag a second spelling with dashes; one name is enough in a message.
+        message = re.sub(r"/--[a-z0-9-]+", "", message).removeprefix("argument ")
         raise SettingsError(message.replace("the following arguments are required", "required"))
 
 
@@ -171,11 +175,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     _check_flags(words, {flag for action in parser._actions for flag in action.option_strings})
     words += _device_defaults(words)
     try:
-        arguments = Arguments(*parser.parse_args_into_dataclasses(words))
+        *parsed, stray = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     except SettingsError:
         raise
     except (ValueError, TypeError, ImportError) as error:  # TrainingArguments' own checks
         raise SettingsError(str(error).strip().splitlines()[0]) from None
+    if stray:
+        raise SettingsError(f"{stray[0]}: belongs to no setting; see --help")
+    arguments = Arguments(*parsed)
     given = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
     _check_transformers_settings(arguments.run)
     _check_settings(arguments, given)
@@ -196,6 +203,8 @@ def _expand_alias(word: str) -> str:
 def _check_flags(words: list[str], known: set[str]) -> None:
     for word in words:
         flag = word.partition("=")[0]
+        if FIELDS.get(flag[2:]) == _LATER:
+            raise SettingsError(f"{flag}: {_LATER}")
         if not word.startswith("--") or flag in known:
             continue
         if flag == "--group_by_length":
@@ -219,8 +228,6 @@ def _check_settings(arguments: Arguments, given: set[str]) -> None:
     model, data, lora, run = arguments.model, arguments.data, arguments.lora, arguments.run
     if lora.q_lora:
         raise SettingsError("--q_lora: not available yet; use --use_lora")
-    if not run.output_dir:
-        raise SettingsError("--output_dir: required; name the directory for the result")
     if not lora.use_lora:
         void = sorted(given & {f.name for f in fields(LoraArguments)} - {"use_lora", "q_lora"})
         if void:

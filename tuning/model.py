@@ -108,7 +108,7 @@ class TrainingModel(nn.Module):
 
     def __init__(self, model: nn.Module, token_rows: nn.Module | None = None):
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.token_rows = token_rows
 
     @property

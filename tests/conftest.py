@@ -1,0 +1,90 @@
+"""Small checkpoints built in code; the real vocabulary and real data where they lie beside the project."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from examples.tiny_model import build_tokenizer, read_texts
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
+CONVERSATIONS = ROOT / "examples" / "conversations.json"
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE with ChatML control tokens and no chat template; of the tests' own, do not change it."""
+    return build_tokenizer(read_texts(), vocabulary_size=1024)
+
+
+@pytest.fixture(scope="session")
+def real_tokenizer_path() -> Path:
+    path = SHARED / "qwen_tokenizer" / "hf"
+    if not path.is_dir():
+        pytest.skip("the real Qwen vocabulary is not beside the project")
+    return path
+
+
+def build_model(tokenizer, *, tied: bool, seed: int = 0, **changes) -> Qwen3ForCausalLM:
+    """A random two-layer Qwen3 with sharper weights than usual, so that differences show."""
+    torch.manual_seed(seed)
+    settings = dict(
+        vocab_size=len(tokenizer) + 8,  # some rows belong to no token, as in real checkpoints
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=1024,
+        tie_word_embeddings=tied,
+        initializer_range=0.1,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = Qwen3ForCausalLM(Qwen3Config(**(settings | changes)))
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    return model
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tokenizer, tmp_path_factory) -> dict[str, Path]:
+    """Base checkpoints on disk: "untied", "tied" and "other" (other weights than "untied")."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    for name, tied, seed in (("untied", False, 0), ("tied", True, 0), ("other", False, 1)):
+        build_model(tokenizer, tied=tied, seed=seed).save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    return {path.name: path for path in root.iterdir()}
+
+
+@pytest.fixture
+def write_json(tmp_path):
+    """Write a value (or raw text) as a file; returns its path."""
+
+    def write(value, name="data.json") -> Path:
+        path = tmp_path / name
+        path.write_text(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), encoding="utf-8")
+        return path
+
+    return write
+
+
+def run_python(*words, timeout_s: int = 300, check: bool = True, **environment) -> subprocess.CompletedProcess:
+    """Run python in a fresh process from the project's root."""
+    done = subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done

@@ -1,0 +1,117 @@
+"""Runs for the tests: our trainer in any layout, and the slow obvious reference it must equal."""
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from transformers import AutoModelForCausalLM
+
+from data_utils.collate import StepDataset
+from data_utils.dataset import TokenizedRows, load_rows
+from data_utils.template import ChatTemplate
+from data_utils.tokenizer import load_tokenizer
+from tests.conftest import CONVERSATIONS
+from tuning.adapters import adapter_state, add_lora
+from tuning.args import RunArguments
+from tuning.model import TrainingModel, load_model
+from tuning.trainer import StepTrainer
+
+MAX_LENGTH = 160
+LEARNING_RATES = {"full": 1e-3, "lora": 3e-3, "tokens": 3e-3}
+
+
+def example_rows(checkpoint: Path) -> tuple[TokenizedRows, ChatTemplate]:
+    template = ChatTemplate(load_tokenizer(str(checkpoint)))
+    rows, _ = load_rows([CONVERSATIONS], template, max_length=MAX_LENGTH)
+    return rows, template
+
+
+def build(checkpoint: Path, kind: str, template: ChatTemplate, *, dropout: float = 0.0) -> TrainingModel:
+    """kind: "full", "lora", "tokens" (LoRA and control tokens' rows) or "matrices" (LoRA and both whole matrices)."""
+    torch.manual_seed(1)
+    model = load_model(str(checkpoint), dtype=torch.float32)
+    if kind == "full":
+        return TrainingModel(model)
+    embeddings = {"lora": "off", "tokens": "tokens", "matrices": "full"}[kind]
+    ids = template.encoder.template_ids
+    return TrainingModel(*add_lora(model, r=4, alpha=8, dropout=dropout, embeddings=embeddings, token_ids=ids))
+
+
+def train(
+    training_model: TrainingModel,
+    rows: TokenizedRows,
+    output: Path,
+    *,
+    kind: str,
+    batch: int,
+    accumulation: int,
+    steps: int = 6,
+    **options,
+) -> StepTrainer:
+    """Train with StepTrainer; the layout's ranks come from the process group, if there is one."""
+    args = RunArguments(
+        output_dir=str(output),
+        max_steps=steps,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=LEARNING_RATES[kind],
+        lr_scheduler_type="constant",
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        **options,
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    steps_dataset = StepDataset(
+        rows,
+        rows_per_step=batch * accumulation * args.world_size,
+        max_tokens=batch * MAX_LENGTH,
+        pad_id=0,
+        seed=args.seed,
+        rank=args.process_index,
+        num_ranks=args.world_size,
+    )
+    trainer = StepTrainer(
+        training_model, args, train_dataset=steps_dataset, save_result=lambda *_: None, log_line=lambda _: None
+    )
+    trainer.train()
+    return trainer
+
+
+def measured(trainer: StepTrainer) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of every step."""
+    return [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
+
+
+def reference(
+    checkpoint: Path, kind: str, training_model: TrainingModel, rows: TokenizedRows, *, steps: int = 6
+) -> list[tuple[float, float]]:
+    """Plain transformers and peft: one row at a time, their own loss and rows. Starts as training_model."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    if kind != "full":
+        config, state = adapter_state(training_model.model, training_model.token_rows)
+        config = LoraConfig(**{**config.to_dict(), "inference_mode": False})
+        model = get_peft_model(model, config)
+        set_peft_model_state_dict(model, state)
+        assert isinstance(model, PeftModel)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATES[kind], weight_decay=0.0)
+    everything = StepDataset(rows, rows_per_step=8, max_tokens=8 * MAX_LENGTH, pad_id=0, seed=42)
+    by_id = {row_id: rows[index] for index, row_id in enumerate(rows.ids)}
+    results = []
+    for step in range(steps):
+        ids = [row_id for micro_batch in everything[step]["row_ids"] for row_id in micro_batch]
+        num_targets = everything[step]["num_targets"]
+        total = 0.0
+        for input_ids, labels in (by_id[row_id] for row_id in ids):
+            ids_T, labels_T = torch.tensor([input_ids]), torch.tensor([labels])
+            loss = model(
+                input_ids=ids_T, attention_mask=torch.ones_like(ids_T), labels=labels_T, num_items_in_batch=num_targets
+            ).loss
+            loss.backward()
+            total += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0).item()
+        optimizer.step()
+        optimizer.zero_grad()
+        results.append((total, norm))
+    return results

@@ -1,0 +1,82 @@
+from dataclasses import fields
+
+import pytest
+from transformers import TrainingArguments
+
+from tuning.args import FIELDS, HONOURED, SettingsError, describe_settings, parse_arguments
+
+BASE = ["--model_name_or_path", "m", "--data_path", "d.json", "--output_dir", "/tmp/never-made", "--use_cpu", "True"]
+
+
+def test_every_setting_of_transformers_is_honoured_or_refused():
+    missing = {field.name for field in fields(TrainingArguments)} - FIELDS.keys()
+    assert not missing, "decide in tuning/args.py FIELDS what these mean here"
+    assert all(reason == HONOURED or len(reason) > 10 for reason in FIELDS.values())
+
+
+def test_the_original_scripts_flags_parse_to_what_they_meant():
+    arguments = parse_arguments(
+        [
+            *("--model_name_or_path", "Qwen/Qwen-7B", "--data_path", "a.json", "b.jsonl", "--eval_data_path", "e.json"),
+            *("--bf16", "True", "--output_dir", "out", "--num_train_epochs", "5", "--per_device_train_batch_size", "2"),
+            *("--per_device_eval_batch_size", "1", "--gradient_accumulation_steps", "8"),
+            *("--evaluation_strategy", "epoch", "--save_strategy", "steps", "--save_steps", "1000"),
+            *("--save_total_limit", "10", "--learning_rate", "3e-4", "--weight_decay", "0.1", "--adam_beta2", "0.95"),
+            *("--warmup_ratio", "0.01", "--lr_scheduler_type", "cosine", "--logging_steps", "1", "--report_to", "none"),
+            *("--model_max_length", "512", "--lazy_preprocess", "True", "--gradient_checkpointing", "--use_lora"),
+            *("--lora_r", "32", "--lora_target_modules", "c_attn", "w1", "--overwrite_output_dir", "--use_cpu"),
+        ]
+    )
+    assert arguments.data.data_path == ["a.json", "b.jsonl"] and arguments.data.eval_data_path == ["e.json"]
+    assert arguments.run.eval_strategy == "epoch" and arguments.run.warmup_steps == 0.01
+    assert arguments.run.get_warmup_steps(1000) == 10
+    assert arguments.run.gradient_checkpointing and arguments.run.overwrite_output_dir
+    assert arguments.lora.lora_target_modules == ["c_attn", "w1"] and arguments.lora.lora_r == 32
+    assert describe_settings(arguments)["run"]["adam_beta2"] == 0.95
+
+
+def test_the_originals_defaults():
+    lora = parse_arguments([*BASE, "--use_lora"]).lora
+    assert (lora.lora_r, lora.lora_alpha, lora.lora_dropout, lora.lora_bias) == (64, 16, 0.05, "none")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--learning_rat", "1"], "--learning_rat: unknown setting; did you mean --learning_rate?"),
+        (["--per_device_train", "8"], "did you mean --per_device_train_batch_size?"),
+        (["--use_loraa"], "did you mean --use_lora?"),
+        (["--zzz"], "--zzz: unknown setting; see --help"),
+        (["--lora_r", "many", "--use_lora"], "--lora_r: invalid int value: 'many'"),
+        (["--lora_bias", "some", "--use_lora"], "--lora_bias: invalid choice: 'some'"),
+        (["stray"], "stray: belongs to no setting"),
+        (["--q_lora"], "--q_lora: not available yet"),
+        (["--deepspeed", "finetune/ds_config_zero2.json"], "--deepspeed: not available yet"),
+        (["--fsdp", "full_shard"], "--fsdp: not available yet"),
+        (["--resume_from_checkpoint", "x"], "--resume_from_checkpoint: not available yet"),
+        (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor 0.1: the training step"),
+        (["--group_by_length"], "--group_by_length: not needed"),
+        (["--dataloader_drop_last", "True"], "--dataloader_drop_last True: the step"),
+        (["--push_to_hub"], "hf upload"),
+        (["--lora_r", "8"], "--lora_r: has no effect without --use_lora"),
+        (["--use_lora", "--pure_bf16"], "--pure_bf16: has no effect with --use_lora"),
+        (["--use_lora", "--lora_dropout", "1"], "--lora_dropout 1.0: must be"),
+        (["--eval_data_path", "e.json"], "--eval_data_path: has no effect without --eval_strategy"),
+        (["--eval_strategy", "epoch"], "--eval_strategy: needs --eval_data_path"),
+        (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size 0: must be at least 1"),
+        (["--num_train_epochs", "0"], "--num_train_epochs 0.0: must be above 0"),
+        (["--model_max_length", "1"], "--model_max_length 1: must be"),
+        (["--lr_scheduler_type", "cosin"], "cosin"),
+    ],
+)
+def test_mistakes_are_one_line(words, message):
+    with pytest.raises(SettingsError) as error:
+        parse_arguments([*BASE, *words])
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_required_settings_are_named():
+    with pytest.raises(SettingsError, match="required: --model_name_or_path, --data_path"):
+        parse_arguments(["--output_dir", "x"])
+    with pytest.raises(SettingsError, match="required: --output_dir"):
+        parse_arguments(["--model_name_or_path", "m", "--data_path", "d"])

@@ -1,0 +1,116 @@
+"""A step is a set of rows: every layout gives the trajectory of plain transformers, one row at a time."""
+
+import json
+
+import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from tests import runs
+from tests.conftest import run_python
+
+LAYOUTS = [(1, 8), (2, 4), (4, 2), (8, 1)]
+
+
+def assert_same(actual, expected):
+    assert len(actual) == len(expected)
+    for (loss, norm), (expected_loss, expected_norm) in zip(actual, expected, strict=True):
+        assert loss == pytest.approx(expected_loss, abs=1e-5)
+        assert norm == pytest.approx(expected_norm, rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def references(checkpoints):
+    """(checkpoint, kind) -> the reference's losses and gradient norms, computed once."""
+    known = {}
+
+    def get(name, kind):
+        if (name, kind) not in known:
+            rows, template = runs.example_rows(checkpoints[name])
+            fresh = runs.build(checkpoints[name], kind, template)
+            known[name, kind] = runs.reference(checkpoints[name], kind, fresh, rows)
+        return known[name, kind]
+
+    return get
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), LAYOUTS)
+@pytest.mark.parametrize("kind", ["full", "lora", "tokens"])
+def test_every_layout_is_plain_transformers(checkpoints, references, tmp_path, kind, batch, accumulation):
+    rows, template = runs.example_rows(checkpoints["untied"])
+    model = runs.build(checkpoints["untied"], kind, template)
+    trainer = runs.train(model, rows, tmp_path, kind=kind, batch=batch, accumulation=accumulation)
+    assert_same(runs.measured(trainer), references("untied", kind))
+
+
+@pytest.mark.parametrize("kind", ["full", "tokens"])
+def test_tied_matrices_too(checkpoints, references, tmp_path, kind):
+    rows, template = runs.example_rows(checkpoints["tied"])
+    model = runs.build(checkpoints["tied"], kind, template)
+    trainer = runs.train(model, rows, tmp_path, kind=kind, batch=4, accumulation=2)
+    assert_same(runs.measured(trainer), references("tied", kind))
+
+
+def test_gradient_checkpointing_and_workers_change_nothing(checkpoints, references, tmp_path):
+    from tuning.model import enable_gradient_checkpointing
+
+    rows, template = runs.example_rows(checkpoints["untied"])
+    model = runs.build(checkpoints["untied"], "tokens", template)
+    enable_gradient_checkpointing(model.causal_lm)
+    options = {"gradient_checkpointing": True, "dataloader_num_workers": 1}
+    trainer = runs.train(model, rows, tmp_path, kind="tokens", batch=4, accumulation=2, **options)
+    assert model.causal_lm.model.layers[0].gradient_checkpointing
+    assert_same(runs.measured(trainer), references("untied", "tokens"))
+
+
+def test_dropout_follows_seed_and_step_not_the_past(checkpoints, tmp_path):
+    def losses(noise):
+        rows, template = runs.example_rows(checkpoints["untied"])
+        model = runs.build(checkpoints["untied"], "lora", template, dropout=0.5)
+        torch.manual_seed(noise)
+        return runs.measured(
+            runs.train(model, rows, tmp_path / str(noise), kind="lora", batch=4, accumulation=2, steps=3)
+        )
+
+    assert losses(1) == losses(2)
+
+
+@pytest.mark.dist
+def test_two_processes_give_the_same_trajectory(checkpoints, references, tmp_path):
+    kinds = ["full", "lora", "tokens"]
+    run_python(
+        *("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--rdzv_backend", "c10d"),
+        *("--rdzv_endpoint", "localhost:0", "-m", "tests.test_equivalence", checkpoints["untied"], tmp_path, *kinds),
+    )
+    for kind in kinds:
+        results = [json.loads((tmp_path / f"{kind}-{rank}.json").read_text()) for rank in (0, 1)]
+        assert [result["engine"] for result in results] == ["DistributedDataParallel"] * 2
+        assert results[0]["measured"] == results[1]["measured"]
+        assert_same(results[0]["measured"], references("untied", kind))
+        # Ranks hold the same weights at the end, and did not train the same rows.
+        assert results[0]["weights"] == results[1]["weights"]
+        assert results[0]["rows"] != results[1]["rows"]
+
+
+def _worker(checkpoint, output, *kinds):
+    for kind in kinds:
+        rows, template = runs.example_rows(checkpoint)
+        trainer = runs.train(
+            runs.build(checkpoint, kind, template), rows, output / kind, kind=kind, batch=2, accumulation=2
+        )
+        assert isinstance(trainer.model_wrapped, DistributedDataParallel)
+        weights = [p.double().sum().item() for p in trainer.model.parameters() if p.requires_grad]
+        result = {
+            "engine": type(trainer.model_wrapped).__name__,
+            "measured": runs.measured(trainer),
+            "weights": weights,
+            "rows": trainer.train_dataset[0]["row_ids"],
+        }
+        (output / f"{kind}-{trainer.args.process_index}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    import sys
+    from pathlib import Path
+
+    _worker(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
