@@ -376,7 +376,8 @@ def adapter_state(peft_model: PeftModel, rows: TokenRows | None) -> tuple[LoraCo
     if rows is not None:
         state.update(rows.state_in_peft_format())
         config.trainable_token_indices = rows.indices_in_peft_format()
-    return config, {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    # Whole tied matrices are one tensor under two names; peft asks for both when it loads.
+    return config, {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
 
 
 def is_tied(model: PreTrainedModel) -> bool:

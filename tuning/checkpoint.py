@@ -64,9 +64,12 @@ def save_full_model(
     model: PreTrainedModel, directory: Path, *, dtype: torch.dtype, max_shard_size: str = "5GB"
 ) -> None:
     """Write a model's safetensors and config.json in a dtype, without changing the model."""
-    state = {
-        name: value.to(dtype) if value.is_floating_point() else value for name, value in model.state_dict().items()
-    }
+    cast: dict[int, torch.Tensor] = {}  # by identity: a tied matrix stays one tensor, and is written once
+    state = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if id(value) not in cast:
+            cast[id(value)] = value.detach().to(dtype) if value.is_floating_point() else value.detach()
+        state[name] = cast[id(value)]
     before = model.config.dtype
     model.config.dtype = dtype
     try:
@@ -106,7 +109,10 @@ def align_stop_token(
 def write_manifest(directory: Path, *, step: int | None = None) -> None:
     """Write the list of a directory's files with sizes and hashes, after they are on disk."""
     files = {}
+    umask = os.umask(0)
+    os.umask(umask)
     for path in sorted(path for path in directory.iterdir() if path.is_file() and path.name != MANIFEST_FILE):
+        path.chmod(0o666 & ~umask)  # safetensors writes for the owner alone
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())

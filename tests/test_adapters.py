@@ -1,0 +1,231 @@
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from torch import nn
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from tests import runs
+from tests.conftest import build_model
+from tuning.adapters import (
+    TokenRows,
+    adapter_state,
+    add_lora,
+    build_training_model,
+    check_lora_targets,
+    find_lora_targets,
+    judge_base_model,
+)
+from tuning.args import LoraArguments, SettingsError
+
+LAYERS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+
+
+@pytest.fixture
+def model(tokenizer):
+    return build_model(tokenizer, tied=False)
+
+
+def moe_model():
+    config = Qwen3MoeConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    return Qwen3MoeForCausalLM(config)
+
+
+def test_targets_are_all_linear_layers_but_the_output(model):
+    assert find_lora_targets(model) == LAYERS
+
+
+def test_experts_are_refused_by_name_and_routers_always():
+    model = moe_model()
+    with pytest.raises(SettingsError, match=r"mixture of experts: .*experts.* --lora_target_modules"):
+        find_lora_targets(model)
+    with pytest.raises(SettingsError, match="gate: a router"):
+        check_lora_targets(model, ["gate"])
+    adapted, _ = add_lora(model, r=2, alpha=4, dropout=0, target_modules=["q_proj", "v_proj"])
+    assert {n.split(".")[-4] for n, p in adapted.named_parameters() if p.requires_grad} == {"q_proj", "v_proj"}
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("lm_head", "lm_head: the output layer; --train_embeddings full"),
+        ("c_attn", "c_attn: no such layer; the model has down_proj"),
+        ("mlp", "mlp: model.layers.0.mlp is a Qwen3MLP, not a linear layer"),
+    ],
+)
+def test_targets_that_cannot_be_adapted(model, target, message):
+    with pytest.raises(SettingsError, match=message):
+        check_lora_targets(model, [target])
+
+
+# ---- base or chat ----
+
+
+def judge(model, stop_id=7, vocabulary_size=None):
+    return judge_base_model(model, stop_id, "<|im_end|>", vocabulary_size or model.config.vocab_size)
+
+
+def test_a_stop_token_that_does_not_end_generation_is_a_base_model(model):
+    evidence = judge(model)
+    assert evidence.is_base and "does not end generation" in evidence.describe()
+
+
+def test_a_trained_stop_token_that_ends_generation_is_a_chat_model(model):
+    model.generation_config.eos_token_id = [7, 3]
+    evidence = judge(model)
+    assert not evidence.is_base and evidence.describe().startswith("chat model: stop token <|im_end|> (7) ends")
+
+
+def test_the_original_chat_checkpoints_say_chatml(model):
+    model.generation_config.chat_format = "chatml"
+    assert not judge(model).is_base
+
+
+@pytest.mark.parametrize("matrix", ["embedding", "output"])
+@pytest.mark.parametrize("kind", ["near zero", "equals"])
+def test_untrained_rows_are_a_base_model_whatever_the_configuration_says(model, matrix, kind):
+    model.generation_config.eos_token_id = 7
+    weight = (model.get_input_embeddings() if matrix == "embedding" else model.get_output_embeddings()).weight
+    with torch.no_grad():
+        weight[7] = weight[-1] if kind == "equals" else weight[7] * 1e-3
+    evidence = judge(model, vocabulary_size=len(weight) - 4)
+    assert evidence.is_base and f"its {matrix} row is untrained" in evidence.describe() and kind in evidence.describe()
+
+
+def test_control_tokens_without_a_row_are_refused(model):
+    with pytest.raises(SettingsError, match="control token 9999 has no row"):
+        build_training_model(
+            model, LoraArguments(use_lora=True), stop_id=9999, stop="x", token_ids=[], vocabulary_size=10,
+            base_fingerprint="", gradient_checkpointing=False,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(("choice", "eos", "rows"), [("auto", 3, True), ("auto", [7, 3], False), ("off", 3, False)])
+def test_auto_trains_rows_on_a_base_model_only(model, choice, eos, rows):
+    model.generation_config.eos_token_id = eos
+    training_model, _ = build_training_model(
+        model, LoraArguments(use_lora=True, train_embeddings=choice), stop_id=7, stop="x", token_ids=[5, 7],
+        vocabulary_size=len(model.get_input_embeddings().weight), base_fingerprint="", gradient_checkpointing=False,
+    )  # fmt: skip
+    assert (training_model.token_rows is not None) == rows
+    if rows:
+        assert training_model.token_rows.token_ids.tolist() == [5, 7]
+
+
+# ---- the side table ----
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_are_peft_trainable_tokens_in_logits_and_gradients(tokenizer, tied):
+    ids = [3, 9, 11]
+    ours, rows = add_lora(
+        build_model(tokenizer, tied=tied), r=2, alpha=4, dropout=0, embeddings="tokens", token_ids=ids
+    )
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in [*rows.parameters(), *(p for n, p in ours.named_parameters() if "lora_B" in n)]:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    config, state = adapter_state(ours, rows)
+    theirs = get_peft_model(
+        build_model(tokenizer, tied=tied), LoraConfig(**{**config.to_dict(), "inference_mode": False})
+    )
+    set_peft_model_state_dict(theirs, state)
+
+    inputs = torch.tensor([[3, 1, 9, 11, 2, 3], [4, 5, 6, 7, 8, 9]])
+    logits = [model(input_ids=inputs).logits for model in (ours, theirs)]
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
+    weight = torch.randn(logits[0].shape, generator=generator)
+    for logit in logits:
+        (logit * weight).sum().backward()
+    gradients = {n.replace(".default", ""): p.grad for n, p in theirs.named_parameters() if p.grad is not None}
+    ours_rows = {n: (rows.embedding if "embed" in n else rows.output).grad for n in rows.state_in_peft_format()}
+    assert len(ours_rows) == (1 if tied else 2)
+    for name, gradient in ours_rows.items():
+        torch.testing.assert_close(gradient, gradients[name], atol=1e-4, rtol=1e-4)
+
+
+def test_rows_are_megabytes_and_everything_else_is_frozen(tokenizer):
+    model, rows = add_lora(
+        build_model(tokenizer, tied=False), r=2, alpha=4, dropout=0, embeddings="tokens", token_ids=[3, 9]
+    )
+    assert sum(p.numel() for p in rows.parameters()) == 2 * 2 * 32
+    assert all("lora_" in n for n, p in model.named_parameters() if p.requires_grad)
+    assert all(p.dtype == torch.float32 for p in rows.parameters())
+
+
+def test_scaled_embeddings_and_biased_outputs_keep_their_scale_and_bias():
+    class Scaled(nn.Embedding):
+        embed_scale = torch.tensor(3.0)
+
+        def forward(self, ids):
+            return super().forward(ids) * self.embed_scale
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = Scaled(10, 4), nn.Linear(4, 10)
+
+        def get_input_embeddings(self):
+            return self.embed
+
+        def get_output_embeddings(self):
+            return self.head
+
+        def forward(self, ids):
+            return self.head(self.embed(ids))
+
+    model = Model()
+    inputs = torch.arange(10)
+    before = model(inputs).detach()
+    rows = TokenRows(model, [2, 5])
+    torch.testing.assert_close(model(inputs), before)
+    with torch.no_grad():
+        rows.embedding.add_(1.0)
+        rows.output.mul_(2.0)
+    substituted = model(inputs).detach()
+    rows.write_into(model)
+    torch.testing.assert_close(model(inputs), substituted)
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"use_rslora": True}, {"bias": "all"}])
+def test_variants_of_lora_train(tokenizer, options):
+    model, _ = add_lora(build_model(tokenizer, tied=False), r=2, alpha=4, dropout=0, **options)
+    training_model = runs.TrainingModel(model)
+    ids = torch.tensor([[1, 2, 3, 4]])
+    training_model(ids, torch.tensor([0, 1]), torch.tensor([2, 3])).backward()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert trained and all(p.grad is not None for p in trained.values())
+    assert ("magnitude" in " ".join(trained)) == bool(options.get("use_dora"))
+
+
+def test_lora_plus_raises_the_learning_rate_of_b(checkpoints, tmp_path):
+    _, template = runs.example_rows(checkpoints["untied"])
+    training_model = runs.build(checkpoints["untied"], "tokens", template)
+    from tuning.trainer import StepTrainer
+
+    trainer = StepTrainer(
+        training_model,
+        runs.RunArguments(
+            output_dir=str(tmp_path), learning_rate=1e-3, weight_decay=0.1, use_cpu=True, report_to="none"
+        ),
+        train_dataset=[],
+        save_result=lambda *_: None,
+        log_line=lambda _: None,
+        loraplus_lr_ratio=16.0,
+    )
+    groups = trainer.create_optimizer().param_groups
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    names = {n: rates[id(p)] for n, p in training_model.named_parameters() if p.requires_grad}
+    assert {rate for n, rate in names.items() if "lora_B" in n} == {1.6e-2}
+    assert {rate for n, rate in names.items() if "lora_B" not in n} == {1e-3}
+
+
+def test_other_architectures_are_found(tokenizer):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=32))
+    assert find_lora_targets(gpt2) == ["c_attn", "c_fc", "c_proj"]
+    model, _ = add_lora(gpt2, r=2, alpha=4, dropout=0)
+    assert AutoModelForCausalLM is not None and model.peft_config["default"].r == 2

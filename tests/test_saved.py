@@ -1,0 +1,155 @@
+"""The saved result, in a fresh process: what was trained is what loads, by peft, by transformers, and merged."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+import merge_lora
+from tests import runs
+from tests.conftest import run_python
+from tuning.adapters import load_lora
+from tuning.checkpoint import MANIFEST_FILE, ResultWriter, align_stop_token
+from tuning.model import TrainingModel, load_model
+
+CASES = [(kind, tied) for kind in ("lora", "tokens", "matrices", "full") for tied in ("untied", "tied")]
+PROBE = torch.tensor([[1022, 40, 41, 1023, 5, 1022, 7, 8, 1023, 1021]])
+
+
+def write_result(checkpoint: Path, kind: str, out: Path, **lora) -> torch.Tensor:
+    """Save a randomised result as finetune.py does. Returns: the logits of the model in memory."""
+    _, template = runs.example_rows(checkpoint)
+    training_model = runs.build(checkpoint, kind, template)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in training_model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    causal_lm = training_model.causal_lm
+    config = align_stop_token(causal_lm, template.tokenizer, stop_id=template.stop_id, is_base=True)
+    writer = ResultWriter(training_model, template.tokenizer, config, base_path=str(checkpoint), dtype=torch.float32)
+    writer.save(out, step=1)
+    with torch.no_grad():
+        return training_model.eval().causal_lm(input_ids=PROBE).logits
+
+
+@pytest.fixture(scope="module")
+def results(checkpoints, tmp_path_factory):
+    """(kind, tied) -> (output directory, logits in memory, logits by loader in a fresh process)."""
+    root = tmp_path_factory.mktemp("saved")
+    expected = {}
+    for kind, tied in CASES:
+        out = root / f"{kind}-{tied}"
+        expected[kind, tied] = write_result(checkpoints[tied], kind, out)
+        if kind != "full":
+            merge_lora.main([str(out), str(root / f"{kind}-{tied}-merged")])
+    run_python("-m", "tests.test_saved", root, checkpoints["untied"], checkpoints["tied"])
+    return {
+        (kind, tied): (root / f"{kind}-{tied}", expected[kind, tied], load_file(root / f"{kind}-{tied}.safetensors"))
+        for kind, tied in CASES
+    }
+
+
+def _worker(root: Path, untied: Path, tied: Path) -> None:
+    from peft import AutoPeftModelForCausalLM, PeftModel
+    from transformers import AutoModelForCausalLM
+
+    for kind, name in CASES:
+        out = root / f"{kind}-{name}"
+        if kind == "full":
+            models = {"transformers": AutoModelForCausalLM.from_pretrained(out)}
+        else:
+            base = AutoModelForCausalLM.from_pretrained(untied if name == "untied" else tied)
+            models = {
+                "PeftModel": PeftModel.from_pretrained(base, out),
+                "AutoPeftModel": AutoPeftModelForCausalLM.from_pretrained(out),
+                "merged": AutoModelForCausalLM.from_pretrained(root / f"{kind}-{name}-merged"),
+            }
+        with torch.no_grad():
+            logits = {loader: model.eval()(input_ids=PROBE).logits.contiguous() for loader, model in models.items()}
+        save_file(logits, root / f"{kind}-{name}.safetensors")
+
+
+@pytest.mark.parametrize(("kind", "tied"), CASES)
+def test_every_loader_gives_the_logits_of_the_trained_model(results, kind, tied):
+    _, expected, by_loader = results[kind, tied]
+    assert set(by_loader) == ({"transformers"} if kind == "full" else {"PeftModel", "AutoPeftModel", "merged"})
+    for loader, logits in by_loader.items():
+        assert (logits - expected).abs().max().item() < 1e-5 * max(1, expected.abs().max().item()), loader
+
+
+@pytest.mark.parametrize(("kind", "tied"), CASES)
+def test_a_result_is_complete_and_stops_on_the_trained_token(results, checkpoints, kind, tied):
+    out, _, _ = results[kind, tied]
+    standalone = out if kind == "full" else out.with_name(f"{out.name}-merged")
+    for directory in {out, standalone}:
+        manifest = json.loads((directory / MANIFEST_FILE).read_text())
+        assert set(manifest["files"]) == {p.name for p in directory.iterdir() if p.is_file()} - {MANIFEST_FILE}
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        assert tokenizer.eos_token == "<|im_end|>" and tokenizer.chat_template
+        generation = json.loads((directory / "generation_config.json").read_text())
+        assert generation["eos_token_id"][0] == tokenizer.eos_token_id and len(generation["eos_token_id"]) == 2
+        assert all(path.stat().st_mode & 0o044 == 0o044 for path in directory.iterdir()), "others cannot read it"
+    state = load_file(standalone / "model.safetensors")
+    assert ("lm_head.weight" in state) == (tied == "untied"), "tied matrices stay tied"
+    config = json.loads((standalone / "config.json").read_text())
+    assert config["eos_token_id"] == tokenizer.eos_token_id and config["dtype"] == "float32"
+    if kind != "full":
+        assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+            checkpoints[tied]
+        )
+
+
+@pytest.mark.parametrize(("kind", "tied"), [case for case in CASES if case[0] != "full"])
+def test_training_can_go_on_from_a_saved_adapter(results, checkpoints, kind, tied):
+    out, expected, _ = results[kind, tied]
+    model = TrainingModel(*load_lora(load_model(str(checkpoints[tied]), dtype=torch.float32), out)).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model.causal_lm(input_ids=PROBE).logits, expected, atol=1e-5, rtol=1e-5)
+    model(PROBE, torch.tensor([3]), torch.tensor([1])).backward()
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert trained and all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert any("token_rows" in n for n in trained) == (kind == "tokens")
+
+
+def test_a_merge_in_bf16_says_how_far_it_is_off(results, tmp_path, capsys):
+    out, _, _ = results["tokens", "untied"]
+    merge_lora.main([str(out), str(tmp_path / "merged"), "--dtype", "bf16"])
+    printed = capsys.readouterr().out
+    assert "merge verified: max |dlogits|" in printed and "(bfloat16)" in printed
+    assert load_file(tmp_path / "merged" / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
+
+
+def test_a_wrong_merge_is_noticed_and_removed(results, tmp_path, monkeypatch):
+    from tuning import merge
+
+    def forget_rows(training_model):
+        return training_model.model.merge_and_unload()
+
+    monkeypatch.setattr(merge, "merge_weights", forget_rows)
+    with pytest.raises(ValueError, match="the merged model differs from the adapter"):
+        merge_lora.main([str(results["tokens", "untied"][0]), str(tmp_path / "merged")])
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda out, tmp: [str(tmp / "absent"), str(tmp / "m")], "no adapter_config.json"),
+        (lambda out, tmp: [str(out), str(out.parent)], "exists and is not empty"),
+        (lambda out, tmp: [str(out), str(out), "--overwrite"], "is an input of this merge"),
+        (lambda out, tmp: [str(out), str(tmp / "m"), "--base", str(tmp)], "cannot load a model"),
+    ],
+)
+def test_mistakes_in_a_merge_are_named_and_write_nothing(results, tmp_path, make, message):
+    with pytest.raises(ValueError, match=message):
+        merge_lora.main(make(results["lora", "untied"][0], tmp_path))
+    assert not (tmp_path / "m").exists()
+
+
+if __name__ == "__main__":
+    _worker(*map(Path, sys.argv[1:]))
