@@ -1,0 +1,210 @@
+"""The scripts as users run them: a whole run, and every mistake as one line with exit code 2."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.conftest import CONVERSATIONS, ROOT, run_python
+from tests.runs import MAX_LENGTH
+
+
+@pytest.fixture
+def run_script(capfd, monkeypatch):
+    """Run an entry script as __main__ in this process. Returns: exit code, stdout, stderr."""
+
+    def run(script, *words):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
+        monkeypatch.chdir(ROOT)
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as exit_:
+            code = exit_.code or 0
+        return code, *capfd.readouterr()
+
+    return run
+
+
+def flags(checkpoint, data, out, *more):
+    return [
+        *("--model_name_or_path", checkpoint, "--data_path", data, "--output_dir", out, "--report_to", "none"),
+        *("--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2, "--model_max_length", MAX_LENGTH),
+        *("--learning_rate", 3e-3, "--max_steps", 4, "--lr_scheduler_type", "constant", *more),
+    ]
+
+
+def test_a_run_leaves_a_whole_result(run_script, checkpoints, tmp_path):
+    out = tmp_path / "out"
+    data = [CONVERSATIONS, CONVERSATIONS]
+    words = flags(checkpoints["untied"], data[0], out, "--use_lora", "--lazy_preprocess", "--save_steps", 1)
+    words += ["--save_total_limit", 2, "--eval_data_path", data[1], "--eval_strategy", "steps", "--eval_steps", 2]
+    code, stdout, stderr = run_script("finetune.py", *words)
+    assert code == 0, stderr
+    assert "base model: stop token <|im_end|>" in stdout
+    assert "--lazy_preprocess: rows are always tokenised first" in stdout
+    assert "56 conversations: 56 trained" in stdout
+    assert {path.name for path in out.iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "chat_template.jinja", "generation_config.json", "run.json", "metrics.jsonl", "manifest.json",
+        "checkpoint-3", "checkpoint-4",
+    }  # fmt: skip
+
+    run = json.loads((out / "run.json").read_text())
+    assert run["status"] == "finished" and run["steps"] == 4 and run["rows_per_step"] == 8
+    assert run["data"]["files"][0]["conversations"] == 56 and len(run["data"]["files"][0]["sha256"]) == 64
+    assert run["loss"]["last"] < run["loss"]["first"] and run["eval_loss"] > 0 and run["tokens_per_s"] > 0
+    assert run["parameters"]["trainable"] < run["parameters"]["total"]
+    assert run["settings"]["run"]["gradient_accumulation_steps"] == 2 and run["versions"]["torch"]
+    assert run["base_model"]["path"] == str(checkpoints["untied"]) and run["stop_token"]["text"] == "<|im_end|>"
+
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in metrics if "loss" in m] == [1, 2, 3, 4]
+    assert [m["step"] for m in metrics if "eval_loss" in m] == [2, 4]
+    assert sum(m["supervised_tokens"] for m in metrics if "loss" in m) == run["supervised_tokens_trained"]
+    saved, last = (load_file(directory / "adapter_model.safetensors") for directory in (out, out / "checkpoint-4"))
+    assert all((saved[name] == last[name]).all() for name in saved)
+
+    # The trained data evaluated on is the training loss by another road: plain transformers on the merged model.
+    code, stdout, stderr = run_script("merge_lora.py", out, tmp_path / "merged")
+    assert code == 0 and "merge verified: max |dlogits|" in stdout and "top-1 100 %" in stdout
+    assert _plain_loss(tmp_path / "merged") == pytest.approx(metrics[-2]["eval_loss"], abs=1e-4)
+    assert metrics[-2]["eval_perplexity"] == pytest.approx(2.718281828 ** metrics[-2]["eval_loss"], rel=1e-4)
+
+    # Another run into the same directory is refused, then replaces it on request; nothing of the old one stays.
+    code, _, stderr = run_script("finetune.py", *flags(checkpoints["untied"], CONVERSATIONS, out))
+    assert code == 2 and "holds another run (run.json)" in stderr
+    code, *_ = run_script("finetune.py", *flags(checkpoints["untied"], CONVERSATIONS, out, "--overwrite_output_dir"))
+    assert code == 0
+    assert not (out / "adapter_config.json").exists() and (out / "model.safetensors").exists()
+    assert not (out / "checkpoint-3").exists()
+
+
+def _plain_loss(directory) -> float:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tests.runs import example_rows
+
+    rows, _ = example_rows(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory).eval()
+    total, count = 0.0, 0
+    for index in range(len(rows)):
+        input_ids, labels = (torch.tensor([values]) for values in rows[index])
+        with torch.no_grad():
+            total += model(input_ids=input_ids, labels=labels, num_items_in_batch=1).loss.item()
+        count += rows.num_targets(index)
+    return total / count
+
+
+def test_training_goes_on_from_an_adapter_of_the_same_base_only(run_script, checkpoints, tmp_path):
+    first = tmp_path / "first"
+    words = flags(checkpoints["untied"], CONVERSATIONS, first, "--use_lora", "--lora_r", 4)
+    assert run_script("finetune.py", *words)[0] == 0
+    more = ["--use_lora", "--lora_weight_path", first]
+    assert run_script("finetune.py", *flags(checkpoints["untied"], CONVERSATIONS, tmp_path / "second", *more))[0] == 0
+    losses = [
+        [
+            json.loads(line)["loss"]
+            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+            if '"loss"' in line
+        ]
+        for name in ("first", "second")
+    ]
+    assert losses[1][0] < losses[0][0] and (tmp_path / "second" / "adapter_config.json").exists()
+    code, _, stderr = run_script("finetune.py", *flags(checkpoints["other"], CONVERSATIONS, tmp_path / "third", *more))
+    assert code == 2 and "was trained on another base model" in stderr and not (tmp_path / "third").exists()
+
+
+USER, ANSWER = {"from": "user", "value": "Q"}, {"from": "assistant", "value": "A"}
+BAD_DATA = {
+    "empty list": ("[]", "data.json: no rows in it"),
+    "invalid JSON": ('[\n{"id" 2}]', "data.json:2:7: invalid JSON"),
+    "no list": ('{"conversations": []}', "data.json:1: not a JSON list"),
+    "no conversations": ([{"text": "x"}], "data.json:1: no 'conversations' or 'messages'"),
+    "unknown role": (
+        [{"conversations": [USER, {"from": "gpt4", "value": "A"}]}],
+        "data.json:1: conversations[1].from: 'gpt4' is not a role (user, human, assistant,",
+    ),
+    "empty assistant turn": (
+        [{"conversations": [USER, ANSWER]}, {"conversations": [USER, {"from": "gpt", "value": ""}]}],
+        "data.json:1: conversations[1].value: empty assistant turn",
+    ),
+    "no supervised token": ([{"conversations": [USER]}], "no supervised token in the whole set"),
+    "nothing fits": (
+        [{"conversations": [USER, {"from": "gpt", "value": "A " * 400}]}],
+        "first turn does not fit in 160 tokens (--model_max_length) (",
+    ),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), BAD_DATA.values(), ids=BAD_DATA)
+def test_bad_data_is_one_line_and_leaves_nothing(run_script, checkpoints, write_json, tmp_path, content, message):
+    out = tmp_path / "out"
+    code, _, stderr = run_script("finetune.py", *flags(checkpoints["untied"], write_json(content), out))
+    _assert_one_line(code, stderr, message, out)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--data_path": "absent.json"}, "absent.json: no such file"),
+        ({"--model_name_or_path": "/nowhere/model"}, "/nowhere/model: no such checkpoint directory"),
+        ({"--model_name_or_path": "tests"}, "tests: no tokenizer in this directory"),
+        ({"--lora_weight_path": "tests"}, "tests: no adapter_config.json in it"),
+        ({"--learning_rat": "1"}, "--learning_rat: unknown setting; did you mean --learning_rate?"),
+        ({"--q_lora": "True"}, "--q_lora: not available yet"),
+        ({"--output_dir": "README.md"}, "--output_dir README.md: is a file"),
+    ],
+)
+def test_mistakes_on_the_command_line(run_script, checkpoints, tmp_path, change, message):
+    out = tmp_path / "out"
+    words = [str(word) for word in flags(checkpoints["untied"], CONVERSATIONS, out, "--use_lora")]
+    for flag, value in change.items():
+        if flag in words:
+            words[words.index(flag) + 1] = value
+        else:
+            words += [flag, value]
+    code, _, stderr = run_script("finetune.py", *words)
+    _assert_one_line(code, stderr, message, out)
+
+
+def test_the_base_model_is_never_the_output(run_script, checkpoints):
+    before = {path: path.stat().st_mtime_ns for path in checkpoints["untied"].iterdir()}
+    words = flags(checkpoints["untied"], CONVERSATIONS, checkpoints["untied"], "--overwrite_output_dir")
+    code, _, stderr = run_script("finetune.py", *words)
+    assert code == 2 and "is an input of this run" in stderr
+    assert before == {path: path.stat().st_mtime_ns for path in checkpoints["untied"].iterdir()}
+
+
+def _assert_one_line(code: int, stderr: str, message: str, out: Path) -> None:
+    lines = stderr.strip().splitlines()
+    assert code == 2 and len(lines) == 1, stderr
+    assert lines[0].startswith("error: ") and message in lines[0]
+    assert not out.exists()
+
+
+def test_a_fresh_process_says_nothing_else(checkpoints, tmp_path):
+    done = run_python("finetune.py", *flags(checkpoints["untied"], "absent.json", tmp_path / "out"), check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: absent.json: no such file; --data_path takes .json or .jsonl files\n"
+    assert done.stdout == ""
+    done = run_python("merge_lora.py", tmp_path, tmp_path / "out", check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
+def test_show_prints_text_with_the_trained_parts_marked(checkpoints, capsys, monkeypatch):
+    from data_utils.__main__ import main
+
+    monkeypatch.setattr(sys, "argv", ["data_utils", "show", str(CONVERSATIONS), "--model", str(checkpoints["untied"])])
+    assert main() == 0
+    shown = capsys.readouterr()
+    assert shown.out.count("--- demo-") == 3
+    assert "<|im_start|>assistant\n[[I am Sparrow, a small model" in shown.out
+    assert "56 conversations: 56 trained" in shown.err
+    monkeypatch.setattr(sys, "argv", ["data_utils", "show", "absent.json", "--model", str(checkpoints["untied"])])
+    assert main() == 2
+    assert capsys.readouterr().err.startswith("error: absent.json: no such file")
