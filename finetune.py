@@ -27,25 +27,17 @@ def main(argv: list[str] | None = None) -> None:
     """Run one fine-tuning. Raises: DataError, SettingsError: the user's mistakes."""
     # ---- settings ----
     arguments = parse_arguments(argv)
-    model_args, data_args, run_args = arguments.model, arguments.data, arguments.run
-    settings = describe_settings(arguments)
+    model_args, data_args, lora_args, run_args = arguments.model, arguments.data, arguments.lora, arguments.run
+    settings, environment, started = describe_settings(arguments), record.describe_environment(), time.perf_counter()
     output_dir = Path(run_args.output_dir)
-    checkpoint.check_output_directory(
-        output_dir,
-        overwrite=run_args.overwrite_output_dir,
-        inputs=[path for path in (model_args.model_name_or_path, arguments.lora.lora_weight_path) if path],
-    )
-    started = time.perf_counter()
+    inputs = [path for path in (model_args.model_name_or_path, lora_args.lora_weight_path) if path]
+    checkpoint.check_output_directory(output_dir, overwrite=run_args.overwrite_output_dir, inputs=inputs)
     if data_args.lazy_preprocess:
         say("--lazy_preprocess: rows are always tokenised first here; it has no effect")
 
     # ---- data ----
-    tokenizer = load_tokenizer(
-        model_args.model_name_or_path,
-        system_message=data_args.system_message,
-        cache_dir=model_args.cache_dir,
-        trust_remote_code=model_args.trust_remote_code,
-    )
+    source: dict[str, Any] = {"cache_dir": model_args.cache_dir, "trust_remote_code": model_args.trust_remote_code}
+    tokenizer = load_tokenizer(model_args.model_name_or_path, system_message=data_args.system_message, **source)
     template = ChatTemplate(tokenizer, system_message=data_args.system_message, label_mask=data_args.label_mask)
     rows, account = load_rows(data_args.data_path, template, max_length=data_args.model_max_length)
     say("data: " + "\n      ".join(account.describe()))
@@ -57,20 +49,14 @@ def main(argv: list[str] | None = None) -> None:
     # ---- model ----
     transformers.set_seed(run_args.seed)  # fresh adapters are random
     load_dtype, compute_dtype = choose_dtypes(
-        use_lora=arguments.lora.use_lora, pure_bf16=model_args.pure_bf16, bf16=run_args.bf16, fp16=run_args.fp16
+        use_lora=lora_args.use_lora, pure_bf16=model_args.pure_bf16, bf16=run_args.bf16, fp16=run_args.fp16
     )
-    model = load_model(
-        model_args.model_name_or_path,
-        dtype=load_dtype,
-        cache_dir=model_args.cache_dir,
-        trust_remote_code=model_args.trust_remote_code,
-        allow_pickle=model_args.allow_pickle,
-    )
+    model = load_model(model_args.model_name_or_path, dtype=load_dtype, allow_pickle=model_args.allow_pickle, **source)
     base_path = str(local_directory(model_args.model_name_or_path, model_args.cache_dir))
     base_fingerprint = fingerprint_checkpoint(base_path)
     training_model, evidence = build_training_model(
         model,
-        arguments.lora,
+        lora_args,
         stop_id=template.stop_id,
         stop=template.stop,
         token_ids=template.encoder.template_ids,
@@ -81,32 +67,15 @@ def main(argv: list[str] | None = None) -> None:
     trainable, total = count_parameters(training_model)
     say(f"model: {evidence.describe()}")
     say(f"       {trainable:,} of {total:,} parameters train; computing in {str(compute_dtype).removeprefix('torch.')}")
-    generation_config = checkpoint.align_stop_token(
-        model, tokenizer, stop_id=template.stop_id, is_base=evidence.is_base
-    )
-    writer = checkpoint.ResultWriter(
-        training_model, tokenizer, generation_config, base_path=base_path, dtype=compute_dtype
-    )
+    generation = checkpoint.align_stop_token(model, tokenizer, stop_id=template.stop_id, is_base=evidence.is_base)
+    writer = checkpoint.ResultWriter(training_model, tokenizer, generation, base_path=base_path, dtype=compute_dtype)
 
     # ---- training ----
     train_steps = build_steps(arguments, rows, tokenizer.pad_token_id, training=True)
     eval_steps = build_steps(arguments, eval_rows, tokenizer.pad_token_id, training=False) if eval_rows else None
-    if is_first_process():
-        if run_args.overwrite_output_dir:
-            checkpoint.clear_run(output_dir)
-        output_dir.mkdir(parents=True, exist_ok=True)
-    trainer = StepTrainer(
-        training_model,
-        run_args,
-        train_dataset=train_steps,
-        eval_dataset=eval_steps,
-        save_result=lambda directory, step: writer.save(directory, step=step),
-        log_line=say,
-        loraplus_lr_ratio=arguments.lora.loraplus_lr_ratio,
-    )
     run: dict[str, Any] = {
         "status": "running",
-        **record.describe_environment(),
+        **environment,
         "settings": settings,
         "base_model": {"path": base_path, "fingerprint": base_fingerprint, "evidence": evidence.describe()},
         "stop_token": {"text": template.stop, "id": template.stop_id},
@@ -117,32 +86,27 @@ def main(argv: list[str] | None = None) -> None:
         "processes": run_args.world_size,
     }
     if is_first_process():
+        checkpoint.prepare_output_directory(output_dir, overwrite=run_args.overwrite_output_dir)
         record.write_json(output_dir / record.RUN_FILE, run)
-    training_started = time.perf_counter()
-    result = trainer.train()
+    trainer = StepTrainer(
+        training_model,
+        run_args,
+        train_dataset=train_steps,
+        eval_dataset=eval_steps,
+        save_result=writer.save,
+        log_line=say,
+        loraplus_lr_ratio=lora_args.loraplus_lr_ratio,
+    )
+    trainer.train()
 
     # ---- result ----
     if is_first_process():
-        train_s = time.perf_counter() - training_started
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        evaluations = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-        run |= {
-            "status": "finished",
-            "steps": result.global_step,
-            "supervised_tokens_trained": trainer.num_targets_seen,
-            "tokens_trained": trainer.num_tokens_seen,
-            "train_s": round(train_s, 1),
-            "wall_s": round(time.perf_counter() - started, 1),
-            "tokens_per_s": round(trainer.num_tokens_seen / train_s, 1),
-            "loss": {"first": losses[0], "last": losses[-1], "mean": result.training_loss} if losses else None,
-            "eval_loss": evaluations[-1] if evaluations else None,
-        }
+        run |= {"status": "finished", **trainer.summarize(), "wall_s": round(time.perf_counter() - started, 1)}
         record.write_json(output_dir / record.RUN_FILE, run)
-        writer.save(output_dir, step=result.global_step)
-        if losses:
-            say(f"loss: first {losses[0]:.4f}, last {losses[-1]:.4f}")
+        writer.save(output_dir, step=run["steps"])
+        say(f"loss: first {run['loss']['first']:.4f}, last {run['loss']['last']:.4f}")
         say(f"result: {output_dir}")
-        if arguments.lora.use_lora:
+        if lora_args.use_lora:
             say(f"merge it with: python merge_lora.py {output_dir} {output_dir}-merged")
 
 

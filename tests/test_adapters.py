@@ -7,15 +7,15 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausal
 from tests import runs
 from tests.conftest import build_model
 from tuning.adapters import (
-    TokenRows,
     adapter_state,
     add_lora,
     build_training_model,
     check_lora_targets,
     find_lora_targets,
-    judge_base_model,
 )
 from tuning.args import LoraArguments, SettingsError
+from tuning.base_model import judge_base_model
+from tuning.token_rows import TokenRows
 
 LAYERS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 

@@ -25,9 +25,9 @@ def test_four_hundred_real_conversations(real_tokenizer_path, tmp_path, capsys):
 
     trained = run_python(
         *("finetune.py", "--model_name_or_path", base, "--data_path", data, "--output_dir", out, "--use_lora"),
-        *("--lora_alpha", 256),
+        *("--train_embeddings", "full"),
         *("--num_train_epochs", 1, "--per_device_train_batch_size", 8, "--model_max_length", 512),
-        *("--learning_rate", 1e-2, "--lr_scheduler_type", "cosine", "--logging_steps", 10, "--save_strategy", "no"),
+        *("--learning_rate", 3e-3, "--lr_scheduler_type", "cosine", "--logging_steps", 10, "--save_strategy", "no"),
         timeout_s=900,
         OMP_NUM_THREADS="2",
     )
@@ -53,7 +53,7 @@ print("difference", max((a - logits[0]).abs().max().item() for a in logits[1:]))
     with capsys.disabled():
         print(f"\n{trained.stdout}{verified.stdout}{loaded.stdout}")
     run = json.loads((out / "run.json").read_text())
-    assert run["data"]["conversations"] == 400 and run["loss"]["last"] < run["loss"]["first"] - 1
+    assert run["data"]["conversations"] == 400 and run["loss"]["last"] < run["loss"]["first"] - 2
     largest, difference = (float(line.split()[-1]) for line in loaded.stdout.splitlines()[-2:])
     assert difference < 1e-5 * max(1.0, largest)
     assert torch.isfinite(torch.tensor(run["loss"]["last"]))

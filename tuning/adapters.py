@@ -1,13 +1,10 @@
-"""LoRA: which layers, whether the checkpoint is a base model, and which embedding rows train."""
+"""LoRA: which layers it adapts, fresh or from a saved adapter, and what an adapter directory holds."""
 
 import copy
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
@@ -16,23 +13,12 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tuning.args import LoraArguments, SettingsError
-from tuning.model import TrainingModel, enable_gradient_checkpointing, hide_gptqmodel
+from tuning.base_model import BaseModelEvidence, judge_base_model
+from tuning.model import TrainingModel, enable_gradient_checkpointing, find_module_name, hide_gptqmodel, is_tied
 from tuning.record import RUN_FILE
+from tuning.token_rows import PEFT_SUFFIX, TokenRows
 
 _ROUTERS = ("gate", "router", "shared_expert_gate")
-_ROWS = "token_adapter.trainable_tokens_delta"
-
-
-@dataclass(frozen=True)
-class BaseModelEvidence:
-    """Whether a checkpoint has learnt the chat template's control tokens, and what says so."""
-
-    is_base: bool
-    reasons: list[str]
-
-    def describe(self) -> str:
-        """One line for the log."""
-        return f"{'base' if self.is_base else 'chat'} model: " + "; ".join(self.reasons)
 
 
 def find_lora_targets(model: PreTrainedModel) -> list[str]:
@@ -77,135 +63,6 @@ def check_lora_targets(model: PreTrainedModel, targets: list[str]) -> None:
         if any(layers[name] is output for name in matched):
             hint = "the output layer; --train_embeddings full trains it, and loads everywhere"
             raise SettingsError(f"--lora_target_modules {target}: {hint}")
-
-
-def judge_base_model(model: PreTrainedModel, stop_id: int, stop: str, vocabulary_size: int) -> BaseModelEvidence:
-    """Decide from evidence whether the checkpoint is a base model.
-
-    Base, where the template's stop token does not end generation by the checkpoint's own configuration, or where
-    its embedding or output row was never trained: near zero, or equal to the row of a token nothing ever uses.
-
-    vocabulary_size: ids from here on belong to no token (padding of the matrix).
-    """
-    generation = model.generation_config
-    declared = {
-        token_id
-        for config in (generation, model.config)
-        for token_id in _as_list(getattr(config, "eos_token_id", None))
-    }
-    chatml = getattr(generation, "chat_format", None) == "chatml"
-    ends = stop_id in declared or chatml
-    if chatml:
-        reasons = ["generation_config says chat_format chatml"]
-    else:
-        listed = ", ".join(map(str, sorted(declared))) or "none"
-        reasons = [f"stop token {stop} ({stop_id}) {'ends' if ends else 'does not end'} generation (eos: {listed})"]
-    untrained = False
-    matrices = {"embedding": model.get_input_embeddings().weight}
-    if not is_tied(model):
-        matrices["output"] = model.get_output_embeddings().weight
-    for name, weight in matrices.items():
-        verdict, reason = _judge_row(weight.detach(), stop_id, vocabulary_size)
-        untrained = untrained or verdict
-        reasons.append(f"its {name} row {reason}")
-    return BaseModelEvidence(is_base=not ends or untrained, reasons=reasons)
-
-
-def _judge_row(weight: Tensor, row: int, vocabulary_size: int) -> tuple[bool, str]:
-    norm = weight[row].float().norm().item()
-    sample = weight[: min(vocabulary_size, len(weight)) : max(1, vocabulary_size // 4096)].float()
-    median = sample.norm(dim=1).median().item()
-    unused = weight[vocabulary_size:].float()
-    if norm < 0.01 * median:
-        return True, f"is untrained: its norm {norm:.3g} is near zero (median {median:.3g})"
-    if len(unused) and (unused - weight[row].float()).norm(dim=1).min().item() < 0.01 * norm:
-        return True, "is untrained: it equals a row no token uses"
-    return False, f"has norm {norm:.3g} (median {median:.3g})"
-
-
-class TokenRows(nn.Module):
-    """Trainable rows of the embedding and output matrices, kept beside the frozen matrices.
-
-    Rows are put in place after the lookup, and their logits after the projection: no copy of a matrix is made.
-
-    token_ids: [R]. embedding: [R, H] parameter. output: [R, H] parameter, None where the matrices are tied (then
-    `embedding` serves both). Kept in float32.
-    """
-
-    token_ids: Tensor
-    row_of_token: Tensor
-
-    def __init__(self, model: PreTrainedModel, token_ids: list[int]):
-        super().__init__()
-        self.tied = is_tied(model)
-        embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
-        self.names = {"embedding": find_module_name(model, embedding), "output": find_module_name(model, output)}
-        device = embedding.weight.device
-        ids = torch.tensor(token_ids, device=device)
-        row_of_token = torch.full((len(embedding.weight),), -1, dtype=torch.long, device=device)
-        row_of_token[ids] = torch.arange(len(ids), device=device)
-        self.register_buffer("token_ids", ids, persistent=False)
-        self.register_buffer("row_of_token", row_of_token, persistent=False)
-        self.embedding = nn.Parameter(embedding.weight.detach()[ids].float().clone())
-        self.output = None if self.tied else nn.Parameter(output.weight.detach()[ids].float().clone())
-        # Gemma scales in the embedding's forward; rows replace its result and must be scaled alike.
-        self._scale = getattr(embedding, "embed_scale", None)
-        self._bias = getattr(output, "bias", None)
-        # Called as a module, so that ZeRO-3 gathers the rows.
-        self._hooks = [
-            embedding.register_forward_hook(lambda _, inputs, result: self("embedding", inputs[0], result)),
-            output.register_forward_hook(lambda _, inputs, result: self("output", inputs[0], result)),
-        ]
-
-    def forward(self, part: str, inputs: Tensor, result: Tensor) -> Tensor:
-        """Put the trained rows in place.
-
-        Shapes: part "embedding": inputs [...] ids, result [..., H]; part "output": inputs [..., H], result [..., V].
-        """
-        if part == "embedding":
-            row = self.row_of_token[inputs]
-            rows = F.embedding(row.clamp(min=0), self.embedding).to(result.dtype)
-            if self._scale is not None:
-                rows = rows * torch.as_tensor(self._scale).to(rows)
-            return torch.where((row >= 0).unsqueeze(-1), rows, result)
-        weight = self.embedding if self.output is None else self.output
-        columns = F.linear(inputs, weight.to(inputs.dtype))
-        if self._bias is not None:
-            columns = columns + self._bias[self.token_ids]
-        return result.index_copy_(-1, self.token_ids, columns.to(result.dtype))
-
-    def state_in_peft_format(self) -> dict[str, Tensor]:
-        """Absolute rows under peft's names; tied matrices have the embedding's only."""
-        state = {f"base_model.model.{self.names['embedding']}.{_ROWS}": self.embedding.detach().cpu()}
-        if self.output is not None:
-            state[f"base_model.model.{self.names['output']}.{_ROWS}"] = self.output.detach().cpu()
-        return state
-
-    def indices_in_peft_format(self) -> list[int] | dict[str, list[int]]:
-        """What peft's LoraConfig.trainable_token_indices holds for these rows."""
-        ids = self.token_ids.tolist()
-        if self.tied:
-            return ids
-        return {name.rpartition(".")[2]: ids for name in self.names.values()}
-
-    def write_into(self, model: PreTrainedModel) -> None:
-        """Write the rows into the model's matrices and stop substituting them."""
-        for hook in self._hooks:
-            hook.remove()
-        with torch.no_grad():
-            for part, module in (
-                ("embedding", model.get_input_embeddings()),
-                ("output", model.get_output_embeddings()),
-            ):
-                if (rows := getattr(self, part)) is not None:
-                    module.weight[self.token_ids] = rows.to(module.weight.dtype)
-
-    def load_peft_state(self, state: dict[str, Tensor]) -> None:
-        """Take rows from a saved adapter. Raises: KeyError, RuntimeError: other rows than these."""
-        with torch.no_grad():
-            for part, parameter in (("embedding", self.embedding), ("output", self.output)):
-                if parameter is not None:
-                    parameter.copy_(state[f"base_model.model.{self.names[part]}.{_ROWS}"])
 
 
 def build_training_model(
@@ -325,7 +182,7 @@ def load_lora(model: PreTrainedModel, directory: Path) -> tuple[PeftModel, Token
     Raises: SettingsError: not an adapter directory, or it does not fit the model.
     """
     config, state = read_adapter(directory)
-    row_state = {name: value for name, value in state.items() if name.endswith(_ROWS)}
+    row_state = {name: value for name, value in state.items() if name.endswith(PEFT_SUFFIX)}
     rows = None
     if config.trainable_token_indices is not None:
         indices = config.trainable_token_indices
@@ -378,18 +235,3 @@ def adapter_state(peft_model: PeftModel, rows: TokenRows | None) -> tuple[LoraCo
         config.trainable_token_indices = rows.indices_in_peft_format()
     # Whole tied matrices are one tensor under two names; peft asks for both when it loads.
     return config, {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
-
-
-def is_tied(model: PreTrainedModel) -> bool:
-    """Whether embedding and output layer share one matrix."""
-    output = model.get_output_embeddings()
-    return output is not None and output.weight is model.get_input_embeddings().weight
-
-
-def find_module_name(model: nn.Module, module: nn.Module) -> str:
-    """Dotted name of a module inside a model."""
-    return next(name for name, candidate in model.named_modules() if candidate is module)
-
-
-def _as_list(value: int | list[int] | None) -> list[int]:
-    return [] if value is None else value if isinstance(value, list) else [value]

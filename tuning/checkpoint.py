@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from tuning.adapters import TokenRows, adapter_state
+from tuning.adapters import adapter_state
 from tuning.args import SettingsError
 from tuning.model import TrainingModel
 from tuning.record import METRICS_FILE, RUN_FILE, write_json
+from tuning.token_rows import TokenRows
 
 MANIFEST_FILE = "manifest.json"
 _RUN_FILES = (RUN_FILE, METRICS_FILE, MANIFEST_FILE, "adapter_config.json", "config.json")
@@ -137,9 +138,10 @@ def check_output_directory(directory: Path, *, overwrite: bool, inputs: list[str
         )
 
 
-def clear_run(directory: Path) -> None:
-    """Delete the files of an earlier run; anything else in the directory stays."""
-    if not _run_files(directory):
+def prepare_output_directory(directory: Path, *, overwrite: bool) -> None:
+    """Make the directory; on request delete the files of an earlier run. Anything else in it stays."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if not overwrite or not _run_files(directory):
         return
     for path in [*_run_files(directory), *directory.glob("*.safetensors"), *directory.glob("*.safetensors.index.json")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -10,10 +10,11 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from tuning.adapters import TokenRows, load_lora, read_adapter
+from tuning.adapters import load_lora, read_adapter
 from tuning.args import SettingsError
 from tuning.checkpoint import save_full_model, write_manifest
 from tuning.model import TrainingModel, load_model, local_directory
+from tuning.token_rows import TokenRows
 
 # Largest difference of logits that rounding explains, relative to the largest logit, by the merged weights' dtype.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}

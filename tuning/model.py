@@ -144,3 +144,14 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Trainable and all parameters; tied ones count once."""
     parameters = list(model.parameters())
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether embedding and output layer share one matrix."""
+    output = model.get_output_embeddings()
+    return output is not None and output.weight is model.get_input_embeddings().weight
+
+
+def find_module_name(model: nn.Module, module: nn.Module) -> str:
+    """Dotted name of a module inside a model."""
+    return next(name for name, candidate in model.named_modules() if candidate is module)

@@ -27,7 +27,7 @@ class StepTrainer(Trainer):
         {"micro_batches": [inputs of the model's forward, ...], "row_ids": [[...], ...], "num_targets": supervised
         tokens of the step on all ranks, "num_tokens": likewise without padding}; len() is the steps of one epoch.
         Every rank has the same number of micro-batches.
-    save_result: writes what was trained into a directory (called on rank 0).
+    save_result: writes what was trained into a directory, given the step (called on rank 0).
     log_line: prints a line for the user (on rank 0).
     """
 
@@ -38,7 +38,7 @@ class StepTrainer(Trainer):
         *,
         train_dataset: Dataset[Any],
         eval_dataset: Dataset[Any] | None = None,
-        save_result: Callable[[Path, int], None],
+        save_result: Callable[..., None],
         log_line: Callable[[str], None],
         loraplus_lr_ratio: float | None = None,
     ):
@@ -61,7 +61,8 @@ class StepTrainer(Trainer):
         self._loraplus_lr_ratio = loraplus_lr_ratio
         self._metrics_path = Path(args.output_dir) / METRICS_FILE
         self._window: _Window | None = None  # opened by the first step
-        self.num_tokens_seen = self.num_targets_seen = 0
+        self._num_tokens_seen = self._num_targets_seen = 0
+        self._train_s = 0.0
 
     # ---- data ----
 
@@ -130,8 +131,8 @@ class StepTrainer(Trainer):
                     loss = self._run_micro_batch(model, micro_batch, scale, options)
             total += loss
         self._window.add(inputs)
-        self.num_tokens_seen += inputs["num_tokens"]
-        self.num_targets_seen += inputs["num_targets"]
+        self._num_tokens_seen += inputs["num_tokens"]
+        self._num_targets_seen += inputs["num_targets"]
         return total
 
     def _run_micro_batch(self, model: Any, micro_batch: Any, scale: float, options: dict[str, Any]) -> torch.Tensor:
@@ -194,12 +195,33 @@ class StepTrainer(Trainer):
             if "loss" in logs or "eval_loss" in logs:
                 self._log_line(_describe_logs(self.state.global_step, self.state.max_steps, logs))
 
+    def train(self, *args: Any, **options: Any) -> Any:
+        """Train, and take the time."""
+        started = time.perf_counter()
+        result = super().train(*args, **options)
+        self._train_s = time.perf_counter() - started
+        return result
+
+    def summarize(self) -> dict[str, Any]:
+        """What was trained, for run.json: steps, tokens, times, first, last and mean loss."""
+        losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
+        evaluations = [entry["eval_loss"] for entry in self.state.log_history if "eval_loss" in entry]
+        return {
+            "steps": self.state.global_step,
+            "tokens_trained": self._num_tokens_seen,
+            "supervised_tokens_trained": self._num_targets_seen,
+            "train_s": round(self._train_s, 1),
+            "tokens_per_s": round(self._num_tokens_seen / self._train_s, 1),
+            "loss": {"first": losses[0], "last": losses[-1]} if losses else None,
+            "eval_loss": evaluations[-1] if evaluations else None,
+        }
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # Not the Trainer's: it rotates before a checkpoint is complete.
         started = time.perf_counter()
         run_directory = Path(self.args.output_dir)
         if self.is_world_process_zero():
-            self._save_result(run_directory / f"checkpoint-{self.state.global_step}", self.state.global_step)
+            self._save_result(run_directory / f"checkpoint-{self.state.global_step}", step=self.state.global_step)
             rotate_checkpoints(run_directory, self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
         if self._window is not None:

@@ -1,0 +1,95 @@
+"""Trained rows of the embedding and output matrices: a side table instead of a copy of the matrix."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tuning.model import find_module_name, is_tied
+
+PEFT_SUFFIX = "token_adapter.trainable_tokens_delta"
+
+
+class TokenRows(nn.Module):
+    """Trainable rows of the embedding and output matrices, kept beside the frozen matrices.
+
+    Rows are put in place after the lookup, and their logits after the projection: no copy of a matrix is made.
+
+    token_ids: [R]. embedding: [R, H] parameter. output: [R, H] parameter, None where the matrices are tied (then
+    `embedding` serves both). Kept in float32.
+    """
+
+    token_ids: Tensor
+    row_of_token: Tensor
+
+    def __init__(self, model: PreTrainedModel, token_ids: list[int]):
+        super().__init__()
+        self.tied = is_tied(model)
+        embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+        self.names = {"embedding": find_module_name(model, embedding), "output": find_module_name(model, output)}
+        device = embedding.weight.device
+        ids = torch.tensor(token_ids, device=device)
+        row_of_token = torch.full((len(embedding.weight),), -1, dtype=torch.long, device=device)
+        row_of_token[ids] = torch.arange(len(ids), device=device)
+        self.register_buffer("token_ids", ids, persistent=False)
+        self.register_buffer("row_of_token", row_of_token, persistent=False)
+        self.embedding = nn.Parameter(embedding.weight.detach()[ids].float().clone())
+        self.output = None if self.tied else nn.Parameter(output.weight.detach()[ids].float().clone())
+        # Gemma scales in the embedding's forward; rows replace its result and must be scaled alike.
+        self._scale = getattr(embedding, "embed_scale", None)
+        self._bias = getattr(output, "bias", None)
+        # Called as a module, so that ZeRO-3 gathers the rows.
+        self._hooks = [
+            embedding.register_forward_hook(lambda _, inputs, result: self("embedding", inputs[0], result)),
+            output.register_forward_hook(lambda _, inputs, result: self("output", inputs[0], result)),
+        ]
+
+    def forward(self, part: str, inputs: Tensor, result: Tensor) -> Tensor:
+        """Put the trained rows in place.
+
+        Shapes: part "embedding": inputs [...] ids, result [..., H]; part "output": inputs [..., H], result [..., V].
+        """
+        if part == "embedding":
+            row = self.row_of_token[inputs]
+            rows = F.embedding(row.clamp(min=0), self.embedding).to(result.dtype)
+            if self._scale is not None:
+                rows = rows * torch.as_tensor(self._scale).to(rows)
+            return torch.where((row >= 0).unsqueeze(-1), rows, result)
+        weight = self.embedding if self.output is None else self.output
+        columns = F.linear(inputs, weight.to(inputs.dtype))
+        if self._bias is not None:
+            columns = columns + self._bias[self.token_ids]
+        return result.index_copy_(-1, self.token_ids, columns.to(result.dtype))
+
+    def state_in_peft_format(self) -> dict[str, Tensor]:
+        """Absolute rows under peft's names; tied matrices have the embedding's only."""
+        state = {f"base_model.model.{self.names['embedding']}.{PEFT_SUFFIX}": self.embedding.detach().cpu()}
+        if self.output is not None:
+            state[f"base_model.model.{self.names['output']}.{PEFT_SUFFIX}"] = self.output.detach().cpu()
+        return state
+
+    def indices_in_peft_format(self) -> list[int] | dict[str, list[int]]:
+        """What peft's LoraConfig.trainable_token_indices holds for these rows."""
+        ids = self.token_ids.tolist()
+        if self.tied:
+            return ids
+        return {name.rpartition(".")[2]: ids for name in self.names.values()}
+
+    def write_into(self, model: PreTrainedModel) -> None:
+        """Write the rows into the model's matrices and stop substituting them."""
+        for hook in self._hooks:
+            hook.remove()
+        with torch.no_grad():
+            for part, module in (
+                ("embedding", model.get_input_embeddings()),
+                ("output", model.get_output_embeddings()),
+            ):
+                if (rows := getattr(self, part)) is not None:
+                    module.weight[self.token_ids] = rows.to(module.weight.dtype)
+
+    def load_peft_state(self, state: dict[str, Tensor]) -> None:
+        """Take rows from a saved adapter. Raises: KeyError, RuntimeError: other rows than these."""
+        with torch.no_grad():
+            for part, parameter in (("embedding", self.embedding), ("output", self.output)):
+                if parameter is not None:
+                    parameter.copy_(state[f"base_model.model.{self.names[part]}.{PEFT_SUFFIX}"])
