@@ -6,6 +6,10 @@ Prints each answer, whether it is the trained one word for word, and what ended 
 import argparse
 import json
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import tuning  # quietens what optional libraries say at import  # noqa: F401, I001
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -10,7 +10,8 @@ import torch
 # Optional libraries announce at import what this machine lacks (kernels for other GPUs); nobody can act on it.
 for _name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # peft's own use
+# transformers renamed gradient_checkpointing; both names work here, and peft still asks for the old one.
+warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed looks for GPUs at import, and says so
 if not sys.stderr.isatty():

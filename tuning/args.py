@@ -74,10 +74,11 @@ class LoraArguments:
 
 @dataclass
 class RunArguments(TrainingArguments):
-    """transformers' settings (see FIELDS for what each means here) and two of ours."""
+    """transformers' settings (see FIELDS for what each means here), some with another default."""
 
     output_dir: str = field(metadata={"help": "directory for the result"})
     logging_steps: float = field(default=1, metadata={"help": "steps between log lines"})
+    logging_first_step: bool = field(default=True, metadata={"help": "log the first step whatever logging_steps is"})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "delete the earlier run in output_dir first"})
 
 
