@@ -19,7 +19,7 @@ from data_utils.tokenizer import load_tokenizer
 from tuning import checkpoint, record
 from tuning.adapters import build_training_model
 from tuning.args import Arguments, SettingsError, describe_settings, parse_arguments
-from tuning.model import choose_dtypes, count_parameters, fingerprint_checkpoint, load_model, local_directory
+from tuning.model import check_loss_path, choose_dtypes, count_parameters, identify_checkpoint, load_model
 from tuning.trainer import StepTrainer
 
 
@@ -52,8 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         use_lora=lora_args.use_lora, pure_bf16=model_args.pure_bf16, bf16=run_args.bf16, fp16=run_args.fp16
     )
     model = load_model(model_args.model_name_or_path, dtype=load_dtype, allow_pickle=model_args.allow_pickle, **source)
-    base_path = str(local_directory(model_args.model_name_or_path, model_args.cache_dir))
-    base_fingerprint = fingerprint_checkpoint(base_path)
+    base = identify_checkpoint(model_args.model_name_or_path, model_args.cache_dir)
     training_model, evidence = build_training_model(
         model,
         lora_args,
@@ -61,23 +60,25 @@ def main(argv: list[str] | None = None) -> None:
         stop=template.stop,
         token_ids=template.encoder.template_ids,
         vocabulary_size=len(tokenizer),
-        base_fingerprint=base_fingerprint,
+        largest_token_id=max(r.largest_token_id for r in (rows, eval_rows) if r is not None),
+        base_fingerprint=base["fingerprint"],
         gradient_checkpointing=bool(run_args.gradient_checkpointing),
     )
+    check_loss_path(training_model.to(run_args.device))
     trainable, total = count_parameters(training_model)
     say(f"model: {evidence.describe()}")
     say(f"       {trainable:,} of {total:,} parameters train; computing in {str(compute_dtype).removeprefix('torch.')}")
     generation = checkpoint.align_stop_token(model, tokenizer, stop_id=template.stop_id, is_base=evidence.is_base)
-    writer = checkpoint.ResultWriter(training_model, tokenizer, generation, base_path=base_path, dtype=compute_dtype)
+    writer = checkpoint.ResultWriter(training_model, tokenizer, generation, base=base, dtype=compute_dtype)
 
     # ---- training ----
-    train_steps = build_steps(arguments, rows, tokenizer.pad_token_id, training=True)
-    eval_steps = build_steps(arguments, eval_rows, tokenizer.pad_token_id, training=False) if eval_rows else None
+    train_steps = build_steps(arguments, rows, training=True)
+    eval_steps = build_steps(arguments, eval_rows, training=False) if eval_rows else None
     run: dict[str, Any] = {
         "status": "running",
         **environment,
         "settings": settings,
-        "base_model": {"path": base_path, "fingerprint": base_fingerprint, "evidence": evidence.describe()},
+        "base_model": {**base, "evidence": evidence.describe()},
         "stop_token": {"text": template.stop, "id": template.stop_id},
         "data": vars(account),
         "eval_data": vars(eval_account) if eval_account else None,
@@ -102,15 +103,16 @@ def main(argv: list[str] | None = None) -> None:
     # ---- result ----
     if is_first_process():
         run |= {"status": "finished", **trainer.summarize(), "wall_s": round(time.perf_counter() - started, 1)}
+        writer.write(output_dir)
         record.write_json(output_dir / record.RUN_FILE, run)
-        writer.save(output_dir, step=run["steps"])
+        writer.seal(output_dir, step=run["steps"])
         say(f"loss: first {run['loss']['first']:.4f}, last {run['loss']['last']:.4f}")
         say(f"result: {output_dir}")
         if lora_args.use_lora:
             say(f"merge it with: python merge_lora.py {output_dir} {output_dir}-merged")
 
 
-def build_steps(arguments: Arguments, rows: TokenizedRows, pad_id: int, *, training: bool) -> StepDataset:
+def build_steps(arguments: Arguments, rows: TokenizedRows, *, training: bool) -> StepDataset:
     """This rank's share of every step. A step's size is batch x accumulation x processes, as in every HF script."""
     run = arguments.run
     batch = run.per_device_train_batch_size if training else run.per_device_eval_batch_size
@@ -119,7 +121,6 @@ def build_steps(arguments: Arguments, rows: TokenizedRows, pad_id: int, *, train
         rows,
         rows_per_step=batch * accumulation * run.world_size,
         max_tokens=batch * arguments.data.model_max_length,
-        pad_id=pad_id,
         seed=(run.seed if run.data_seed is None else run.data_seed) if training else None,
         rank=run.process_index,
         num_ranks=run.world_size,

@@ -34,13 +34,15 @@ class Step(TypedDict):
     num_tokens: int
 
 
-def collate_rows(rows: Sequence[tuple[list[int], list[int]]], pad_id: int) -> MicroBatch:
+def collate_rows(rows: Sequence[tuple[list[int], list[int]]]) -> MicroBatch:
     """Pad rows of (input_ids, labels) to the longest one; no rows give one padding token without a target.
 
-    Example: [([1, 2], [-100, 2]), ([3], [-100])] -> input_ids [[1, 2], [3, pad]], target_index [0], targets [2]
+    Padding is token 0, which every model has: no token sees it and nothing of it is trained.
+
+    Example: [([1, 2], [-100, 2]), ([3], [-100])] -> input_ids [[1, 2], [3, 0]], target_index [0], targets [2]
     """
     width = max((len(ids) for ids, _ in rows), default=1)
-    input_ids = torch.full((max(len(rows), 1), width), pad_id, dtype=torch.long)
+    input_ids = torch.zeros((max(len(rows), 1), width), dtype=torch.long)
     labels = torch.full((max(len(rows), 1), width + 1), IGNORE_INDEX, dtype=torch.long)
     for index, (ids, row_labels) in enumerate(rows):
         input_ids[index, : len(ids)] = torch.tensor(ids)
@@ -63,7 +65,6 @@ class StepDataset(Dataset[Step]):
         *,
         rows_per_step: int,
         max_tokens: int,
-        pad_id: int,
         seed: int | None,
         rank: int = 0,
         num_ranks: int = 1,
@@ -71,7 +72,6 @@ class StepDataset(Dataset[Step]):
         self.rows = rows
         self.rows_per_step = rows_per_step
         self.max_tokens = max_tokens
-        self.pad_id = pad_id
         self.seed = seed
         self.rank = rank
         self.num_ranks = num_ranks
@@ -86,7 +86,7 @@ class StepDataset(Dataset[Step]):
         plan = plan_step(lengths, num_ranks=self.num_ranks, max_tokens=self.max_tokens)
         mine = [[indices[position] for position in micro_batch] for micro_batch in plan[self.rank]]
         return {
-            "micro_batches": [collate_rows([self.rows[i] for i in micro_batch], self.pad_id) for micro_batch in mine],
+            "micro_batches": [collate_rows([self.rows[i] for i in micro_batch]) for micro_batch in mine],
             "row_ids": [[self.rows.ids[i] for i in micro_batch] for micro_batch in mine],
             "num_targets": sum(self.rows.num_targets(index) for index in indices),
             "num_tokens": sum(lengths),

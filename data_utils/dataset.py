@@ -60,6 +60,7 @@ class TokenizedRows:
         self._num_targets = array("i")
         self.lengths = array("i")
         self.ids: list[str] = []
+        self.largest_token_id = -1
 
     def append(self, row: Row, row_id: str) -> None:
         """Add one row."""
@@ -69,6 +70,7 @@ class TokenizedRows:
         self.lengths.append(len(row.input_ids))
         self._num_targets.append(row.num_supervised)
         self.ids.append(row_id)
+        self.largest_token_id = max(self.largest_token_id, *row.input_ids)
 
     def num_targets(self, index: int) -> int:
         """Supervised tokens of a row."""
@@ -99,11 +101,12 @@ def load_rows(
             account.conversations += 1
             row_id = conversation.id if conversation.id is not None else f"{Path(path).stem}-{record.index}"
             kept = 0
-            for row in template.encode_conversation(conversation):
+            for number, row in enumerate(template.encode_conversation(conversation)):
                 cut = row if max_length is None else cut_to_length(row, max_length)
                 if lost := len(row.ends) - (len(cut.ends) if cut else 0):
-                    reason = "first turn does not fit" if cut is None else "later turn does not fit"
-                    for _ in range(lost):
+                    first = cut is None and number == 0
+                    reason = "first turn does not fit" if first else "later turn does not fit"
+                    for _ in range(lost):  # one entry a turn
                         account.drop(f"{reason} in {max_length} tokens (--model_max_length)", conversation.where)
                 if cut is not None:
                     kept += 1

@@ -48,8 +48,8 @@ def parse_record(record: Record) -> Conversation:
     if not present:
         keys = ", ".join(map(repr, row)) or "none"
         raise DataError(f"{where}: no 'conversations' or 'messages' in the row (its keys: {keys})")
-    for key in ("tools", "functions", "system", "history", "chat_template_kwargs"):
-        if row.get(key):
+    for key in ("tools", "functions", "system", "history", "chat_template_kwargs", "weight", "loss", "loss_weight"):
+        if row.get(key) not in (None, "", []):
             raise DataError(f"{where}: {key}: not supported in a row; remove it, or write it as turns")
     if len(present) == 2:
         raise DataError(f"{where}: both 'conversations' and 'messages' in one row; keep one of them")

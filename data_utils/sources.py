@@ -96,6 +96,8 @@ def _read_jsonl(path: Path, text: str) -> Iterator[Record]:
             value = json.loads(row)
         except json.JSONDecodeError as error:
             raise DataError(f"{path}:{line}:{error.colno}: invalid JSON: {error.msg}") from None
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+            raise DataError(f"{path}:{line}: invalid JSON: {error}") from None
         yield Record(value, f"{path}:{line}", index)
         index += 1
 
@@ -105,6 +107,8 @@ def _parse_at(decoder: json.JSONDecoder, path: Path, text: str, position: int) -
         return decoder.raw_decode(text, position)
     except json.JSONDecodeError as error:
         raise _syntax_error(path, text, error.pos, error.msg) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise _syntax_error(path, text, position, str(error)) from None
 
 
 def _syntax_error(path: Path, text: str, position: int, message: str) -> DataError:

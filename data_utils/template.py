@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from data_utils.schema import Conversation
 from data_utils.sources import DataError
-from data_utils.tokenizer import SafeEncoder
+from data_utils.tokenizer import PROBE, SafeEncoder
 
 IGNORE_INDEX = -100
 LABEL_MASKS = ("assistant", "qwen")
@@ -149,10 +149,12 @@ class ChatTemplate:
     def _find_stop(self) -> tuple[str, bool]:
         """The control token after an answer, and whether it has to be appended since the template writes none."""
         question = {"role": "user", "content": "Q"}
-        answered = [question, {"role": "assistant", "content": "PROBE"}]
+        answered = [question, {"role": "assistant", "content": PROBE}]
         try:
             for messages, appends in ((answered, False), ([*answered, question], True)):
-                tail = self.render(messages).rpartition("PROBE")[2]
+                _, written, tail = self.render(messages).rpartition(PROBE)
+                if not written:
+                    raise DataError("the chat template does not write the text of an answer; use one for text chats")
                 found = [(tail.find(text), text) for text in self.encoder.control_ids if text in tail]
                 if found:
                     return min(found)[1], appends
@@ -165,6 +167,8 @@ class ChatTemplate:
 
 def cut_to_length(row: Row, max_length: int) -> Row | None:
     """The row without the last turns that do not fit in max_length tokens; None where the first does not fit."""
+    if len(row.input_ids) <= max_length:
+        return row
     ends = [end for end in row.ends if end <= max_length]
     if not ends:
         return None

@@ -13,6 +13,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -20,6 +21,8 @@ from data_utils.sources import DataError
 
 DEFAULT_SYSTEM_MESSAGE = "You are a helpful assistant."
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+PROBE = "PROBE"  # an answer that stands in no template
+_LOOKS_LIKE_CONTROL = re.compile(r"<\|[^|<>\s'\"]+\|>|<｜[^｜<>\s]+｜>|<(?:start|end)_of_turn>")
 _PRIVATE_USE = 0x100000  # plane 16; 65,534 characters that mean nothing in any text
 
 PLAIN_CHATML = """\
@@ -89,15 +92,20 @@ class SafeEncoder:
             for token_id, token in added.items()
             if token.content.strip() and (token.special or token.content in template)
         }
-        missing = [text for text in re.findall(r"<\|[a-z0-9_]+\|>", template) if text not in tokenizer.get_vocab()]
+        missing = [text for text in _LOOKS_LIKE_CONTROL.findall(template) if text not in tokenizer.get_vocab()]
         if missing:
             raise DataError(
                 f"the chat template writes {missing[0]}, which is no token of this tokenizer and would be read as "
                 "plain text; use the template that belongs to the checkpoint"
             )
         self.template_ids = sorted(token_id for text, token_id in self.control_ids.items() if text in template)
-        # In an assistant's turn only special tokens are escaped: markup such as <think> is what generation produces.
-        self.markup = {t.content for t in added.values() if t.content in self.control_ids and not t.special}
+        # In an assistant's turn markup such as <think> is what generation produces; what delimits turns is not.
+        delimiters = _render_delimiters(tokenizer)
+        self.markup = {
+            token.content
+            for token in added.values()
+            if token.content in self.control_ids and not token.special and token.content not in delimiters
+        }
 
         nonce = "".join(chr(_PRIVATE_USE + secrets.randbelow(0xFFF0)) for _ in range(8))
         ordered = sorted(self.control_ids, key=len, reverse=True)
@@ -109,7 +117,14 @@ class SafeEncoder:
         self._swap_pattern = _any_of(sorted(self._swap, key=len, reverse=True))
         self._twin, self._original_ids = _build_twin(tokenizer, renamed)
         # A metaspace tokenizer marks the start of a piece: there, pieces must not be encoded apart.
+        unsafe = self._find_unsafe(tokenizer)
+        if unsafe is not None:
+            raise DataError(f"this tokenizer reads {unsafe} as a control token wherever it stands; it is not supported")
         self.pieces_equal_whole = self.encode("a\nHello") == self.encode("a\n") + self.encode("Hello")
+
+    def _find_unsafe(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
+        control = set(self.control_ids.values()) - {tokenizer.unk_token_id}
+        return next((text for text in self.control_ids if control & set(self.encode(self.escape(text)))), None)
 
     def escape(self, text: str, role: str = "user") -> str:
         """Replace control-token texts by private-use characters; an assistant's markup stays."""
@@ -142,6 +157,8 @@ def _build_twin(tokenizer: PreTrainedTokenizerBase, renamed: dict[str, str]) -> 
     state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     for token in state["added_tokens"]:
         token["content"] = renamed.get(token["content"], token["content"])
+    if state["model"].get("type") == "Unigram":  # it takes any piece of its vocabulary from plain text
+        state["model"]["vocab"] = [[renamed.get(piece, piece), score] for piece, score in state["model"]["vocab"]]
     twin = Tokenizer.from_str(json.dumps(state))
     twin.no_truncation()
     twin.no_padding()
@@ -149,6 +166,17 @@ def _build_twin(tokenizer: PreTrainedTokenizerBase, renamed: dict[str, str]) -> 
     names = {token_id: renamed.get(token.content, token.content) for token_id, token in added}
     twin_ids = {token_id: twin.token_to_id(name) for token_id, name in names.items()}
     return twin, {twin_id: token_id for token_id, twin_id in twin_ids.items() if twin_id is not None}
+
+
+def _render_delimiters(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the template writes around a user's turn and after an answer."""
+    question = {"role": "user", "content": "Q"}
+    try:
+        asked = tokenizer.apply_chat_template([question], tokenize=False)
+        answered = [question, {"role": "assistant", "content": PROBE}]
+        return asked + tokenizer.apply_chat_template(answered, tokenize=False).rpartition(PROBE)[2]
+    except jinja2.TemplateError as error:
+        raise DataError(f"the chat template cannot render a question and its answer: {error}") from None
 
 
 def _any_of(texts: list[str]) -> re.Pattern[str]:

@@ -66,13 +66,17 @@ def train(
         rows,
         rows_per_step=batch * accumulation * args.world_size,
         max_tokens=batch * MAX_LENGTH,
-        pad_id=0,
         seed=args.seed,
         rank=args.process_index,
         num_ranks=args.world_size,
     )
     trainer = StepTrainer(
-        training_model, args, train_dataset=steps_dataset, save_result=lambda *_: None, log_line=lambda _: None
+        training_model,
+        args,
+        train_dataset=steps_dataset,
+        eval_dataset=steps_dataset,
+        save_result=lambda *_: None,
+        log_line=lambda _: None,
     )
     trainer.train()
     return trainer
@@ -96,7 +100,7 @@ def reference(
         assert isinstance(model, PeftModel)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATES[kind], weight_decay=0.0)
-    everything = StepDataset(rows, rows_per_step=8, max_tokens=8 * MAX_LENGTH, pad_id=0, seed=42)
+    everything = StepDataset(rows, rows_per_step=8, max_tokens=8 * MAX_LENGTH, seed=42)
     by_id = {row_id: rows[index] for index, row_id in enumerate(rows.ids)}
     results = []
     for step in range(steps):

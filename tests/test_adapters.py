@@ -10,11 +10,13 @@ from tuning.adapters import (
     adapter_state,
     add_lora,
     build_training_model,
+    check_language_model_only,
     check_lora_targets,
     find_lora_targets,
 )
 from tuning.args import LoraArguments, SettingsError
 from tuning.base_model import judge_base_model
+from tuning.model import TrainingModel, check_loss_path
 from tuning.token_rows import TokenRows
 
 LAYERS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
@@ -95,10 +97,10 @@ def test_untrained_rows_are_a_base_model_whatever_the_configuration_says(model, 
 
 
 def test_control_tokens_without_a_row_are_refused(model):
-    with pytest.raises(SettingsError, match="control token 9999 has no row"):
+    with pytest.raises(SettingsError, match="token 9999 has no row"):
         build_training_model(
             model, LoraArguments(use_lora=True), stop_id=9999, stop="x", token_ids=[], vocabulary_size=10,
-            base_fingerprint="", gradient_checkpointing=False,
+            largest_token_id=0, base_fingerprint="", gradient_checkpointing=False,
         )  # fmt: skip
 
 
@@ -107,7 +109,8 @@ def test_auto_trains_rows_on_a_base_model_only(model, choice, eos, rows):
     model.generation_config.eos_token_id = eos
     training_model, _ = build_training_model(
         model, LoraArguments(use_lora=True, train_embeddings=choice), stop_id=7, stop="x", token_ids=[5, 7],
-        vocabulary_size=len(model.get_input_embeddings().weight), base_fingerprint="", gradient_checkpointing=False,
+        vocabulary_size=len(model.get_input_embeddings().weight), largest_token_id=0, base_fingerprint="",
+        gradient_checkpointing=False,
     )  # fmt: skip
     assert (training_model.token_rows is not None) == rows
     if rows:
@@ -155,7 +158,7 @@ def test_rows_are_megabytes_and_everything_else_is_frozen(tokenizer):
     assert all(p.dtype == torch.float32 for p in rows.parameters())
 
 
-def test_scaled_embeddings_and_biased_outputs_keep_their_scale_and_bias():
+def test_scaled_embeddings_keep_their_scale():
     class Scaled(nn.Embedding):
         embed_scale = torch.tensor(3.0)
 
@@ -165,7 +168,7 @@ def test_scaled_embeddings_and_biased_outputs_keep_their_scale_and_bias():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.embed, self.head = Scaled(10, 4), nn.Linear(4, 10)
+            self.embed, self.head = Scaled(10, 4), nn.Linear(4, 10, bias=False)
 
         def get_input_embeddings(self):
             return self.embed
@@ -191,7 +194,7 @@ def test_scaled_embeddings_and_biased_outputs_keep_their_scale_and_bias():
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"use_rslora": True}, {"bias": "all"}])
 def test_variants_of_lora_train(tokenizer, options):
-    model, _ = add_lora(build_model(tokenizer, tied=False), r=2, alpha=4, dropout=0, **options)
+    model, _ = add_lora(build_model(tokenizer, tied=False, attention_bias=True), r=2, alpha=4, dropout=0, **options)
     training_model = runs.TrainingModel(model)
     ids = torch.tensor([[1, 2, 3, 4]])
     training_model(ids, torch.tensor([0, 1]), torch.tensor([2, 3])).backward()
@@ -229,3 +232,38 @@ def test_other_architectures_are_found(tokenizer):
     assert find_lora_targets(gpt2) == ["c_attn", "c_fc", "c_proj"]
     model, _ = add_lora(gpt2, r=2, alpha=4, dropout=0)
     assert AutoModelForCausalLM is not None and model.peft_config["default"].r == 2
+
+
+# ---- refused by name ----
+
+
+def test_what_peft_would_load_otherwise_is_refused(tokenizer):
+    from transformers import GPT2Config, GPT2LMHeadModel, PhiConfig, PhiForCausalLM
+
+    small = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.raises(SettingsError, match="peft drops the output layer's bias"):
+        add_lora(PhiForCausalLM(PhiConfig(**small)), r=2, alpha=4, dropout=0, embeddings="tokens", token_ids=[1])
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=32))
+    with pytest.raises(SettingsError, match="cannot keep this model's tied matrices tied"):
+        add_lora(gpt2, r=2, alpha=4, dropout=0, embeddings="full")
+    with pytest.raises(SettingsError, match="--lora_bias all: the model has no biases"):
+        add_lora(build_model(tokenizer, tied=False), r=2, alpha=4, dropout=0, bias="all")
+
+
+def test_parts_beside_the_language_model_are_refused(model):
+    check_language_model_only(model)
+    model.vision_tower = nn.Linear(2, 2)
+    with pytest.raises(SettingsError, match=r"parts beside the language model \(vision_tower"):
+        check_language_model_only(model)
+
+
+def test_logits_that_are_not_the_output_layers_are_refused(model):
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    check_loss_path(TrainingModel(model))
+    small = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    granite = GraniteForCausalLM(
+        GraniteConfig(**small, num_key_value_heads=2, logits_scaling=8.0, initializer_range=1.0)
+    )
+    with pytest.raises(SettingsError, match="GraniteForCausalLM: its logits are not its output layer's"):
+        check_loss_path(TrainingModel(granite))

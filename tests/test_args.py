@@ -67,6 +67,17 @@ def test_the_originals_defaults():
         (["--num_train_epochs", "0"], "--num_train_epochs 0.0: must be above 0"),
         (["--model_max_length", "1"], "--model_max_length 1: must be"),
         (["--lr_scheduler_type", "cosin"], "cosin"),
+        (["--lora-r", "8"], "--lora_r: has no effect without --use_lora"),
+        (["--warmup-ratio", "1.0"], "--warmup_ratio 1.0: a share of the steps"),
+        (["--lora_weight_path", "a", "--use_lora", "--lora_r", "8"], "--lora_r: has no effect with --lora_weight_path"),
+        (["--use_lora", "--lora_alpha", "0"], "--lora_alpha 0: must be above 0"),
+        (["--use_lora", "--loraplus_lr_ratio", "-1"], "--loraplus_lr_ratio -1.0: must be above 0"),
+        (["--learning_rate", "nan"], "--learning_rate nan: must be a number above 0"),
+        (["--fp16"], "--fp16: needs a GPU"),
+        (["--do_train", "False"], "--do_train False: training is what"),
+        (["--save_only_model", "True"], "--save_only_model: not available yet"),
+        (["--save_total_limit", "0"], "--save_total_limit 0: must be at least 1"),
+        (["--eval_steps", "5"], "--eval_steps: has no effect without"),
     ],
 )
 def test_mistakes_are_one_line(words, message):

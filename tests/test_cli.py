@@ -71,8 +71,8 @@ def test_a_run_leaves_a_whole_result(run_script, checkpoints, tmp_path):
     # The trained data evaluated on is the training loss by another road: plain transformers on the merged model.
     code, stdout, stderr = run_script("merge_lora.py", out, tmp_path / "merged")
     assert code == 0 and "merge verified: max |dlogits|" in stdout and "top-1 100 %" in stdout
-    assert _plain_loss(tmp_path / "merged") == pytest.approx(metrics[-2]["eval_loss"], abs=1e-4)
-    assert metrics[-2]["eval_perplexity"] == pytest.approx(2.718281828 ** metrics[-2]["eval_loss"], rel=1e-4)
+    assert _plain_loss(tmp_path / "merged") == pytest.approx(metrics[-1]["eval_loss"], abs=1e-4)
+    assert metrics[-1]["eval_perplexity"] == pytest.approx(2.718281828 ** metrics[-1]["eval_loss"], rel=1e-4)
 
     # Another run into the same directory is refused, then replaces it on request; nothing of the old one stays.
     code, _, stderr = run_script("finetune.py", *flags(checkpoints["untied"], CONVERSATIONS, out))

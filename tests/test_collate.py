@@ -15,25 +15,25 @@ def make_rows(lengths):
 
 
 def test_padding_and_the_shift_to_the_next_token():
-    batch = collate_rows([([1, 2, 3], [-100, 2, 3]), ([4, 5], [4, -100])], pad_id=9)
-    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 5, 9]]
+    batch = collate_rows([([1, 2, 3], [-100, 2, 3]), ([4, 5], [4, -100])])
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 5, 0]]
     # The first token of a row is predicted by nothing, so its label 4 is no target.
     assert batch["target_index"].tolist() == [0, 1] and batch["targets"].tolist() == [2, 3]
 
 
 def test_a_rank_without_rows_runs_a_token_without_target():
-    batch = collate_rows([], pad_id=9)
-    assert batch["input_ids"].tolist() == [[9]] and len(batch["targets"]) == len(batch["target_index"]) == 0
+    batch = collate_rows([])
+    assert batch["input_ids"].tolist() == [[0]] and len(batch["targets"]) == len(batch["target_index"]) == 0
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 def test_ranks_together_hold_the_step_and_count_it_alike(num_ranks):
     rows = make_rows([5, 9, 4, 8, 7])
     datasets = [
-        StepDataset(rows, rows_per_step=4, max_tokens=20, pad_id=0, seed=1, rank=rank, num_ranks=num_ranks)
+        StepDataset(rows, rows_per_step=4, max_tokens=20, seed=1, rank=rank, num_ranks=num_ranks)
         for rank in range(num_ranks)
     ]
-    whole = StepDataset(rows, rows_per_step=4, max_tokens=20, pad_id=0, seed=1)
+    whole = StepDataset(rows, rows_per_step=4, max_tokens=20, seed=1)
     for step in range(6):
         items = [dataset[step] for dataset in datasets]
         assert {item["num_targets"] for item in items} == {whole[step]["num_targets"]}
@@ -46,11 +46,11 @@ def test_ranks_together_hold_the_step_and_count_it_alike(num_ranks):
 
 def test_an_epoch_holds_every_row_once_and_evaluation_keeps_their_order():
     rows = make_rows([5, 9, 4, 8, 7])
-    dataset = StepDataset(rows, rows_per_step=2, max_tokens=20, pad_id=0, seed=3)
+    dataset = StepDataset(rows, rows_per_step=2, max_tokens=20, seed=3)
     epochs = [[i for step in range(e * 3, e * 3 + 3) for m in dataset[step]["row_ids"] for i in m] for e in range(3)]
     assert all(sorted(epoch) == rows.ids for epoch in epochs) and len(dataset) == 3
     assert epochs[0] != epochs[1]
-    evaluation = StepDataset(rows, rows_per_step=2, max_tokens=99, pad_id=0, seed=None)
+    evaluation = StepDataset(rows, rows_per_step=2, max_tokens=99, seed=None)
     assert [sorted(i for m in evaluation[s]["row_ids"] for i in m) for s in range(3)] == [
         ["row-0", "row-1"],
         ["row-2", "row-3"],

@@ -59,7 +59,11 @@ def test_gradient_checkpointing_and_workers_change_nothing(checkpoints, referenc
     enable_gradient_checkpointing(model.causal_lm)
     options = {"gradient_checkpointing": True, "dataloader_num_workers": 1}
     trainer = runs.train(model, rows, tmp_path, kind="tokens", batch=4, accumulation=2, **options)
-    assert model.causal_lm.model.layers[0].gradient_checkpointing
+    assert model.causal_lm.training, "a model in eval mode ignores checkpointing"
+    forwards = []
+    model.causal_lm.model.layers[0].mlp.register_forward_pre_hook(lambda *_: forwards.append(torch.is_grad_enabled()))
+    trainer.training_step(model, trainer.train_dataset[0], trainer.train_dataset[0]["num_targets"])
+    assert len(forwards) == 2 * len(trainer.train_dataset[0]["micro_batches"]), "once forward, once again in backward"
     assert_same(runs.measured(trainer), references("untied", "tokens"))
 
 
@@ -73,6 +77,23 @@ def test_dropout_follows_seed_and_step_not_the_past(checkpoints, tmp_path):
         )
 
     assert losses(1) == losses(2)
+
+
+def test_evaluating_changes_nothing_even_with_dropout_in_the_model(tokenizer, checkpoints, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    def losses(name, **options):
+        rows, _ = runs.example_rows(checkpoints["untied"])
+        torch.manual_seed(0)
+        config = GPT2Config(
+            vocab_size=len(tokenizer) + 8, n_embd=16, n_layer=1, n_head=2, n_positions=256, attn_pdrop=0.3
+        )
+        model = runs.TrainingModel(GPT2LMHeadModel(config).eval())
+        return runs.measured(
+            runs.train(model, rows, tmp_path / name, kind="full", batch=4, accumulation=2, steps=3, **options)
+        )
+
+    assert losses("plain") == losses("evaluated", eval_on_start=True, eval_strategy="steps", eval_steps=1)
 
 
 @pytest.mark.dist

@@ -11,10 +11,10 @@ from transformers import AutoTokenizer
 
 import merge_lora
 from tests import runs
-from tests.conftest import run_python
+from tests.conftest import CONVERSATIONS, run_python
 from tuning.adapters import load_lora
 from tuning.checkpoint import MANIFEST_FILE, ResultWriter, align_stop_token
-from tuning.model import TrainingModel, load_model
+from tuning.model import TrainingModel, identify_checkpoint, load_model
 
 CASES = [(kind, tied) for kind in ("lora", "tokens", "matrices", "full") for tied in ("untied", "tied")]
 PROBE = torch.tensor([[1022, 40, 41, 1023, 5, 1022, 7, 8, 1023, 1021]])
@@ -31,7 +31,9 @@ def write_result(checkpoint: Path, kind: str, out: Path, **lora) -> torch.Tensor
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
     causal_lm = training_model.causal_lm
     config = align_stop_token(causal_lm, template.tokenizer, stop_id=template.stop_id, is_base=True)
-    writer = ResultWriter(training_model, template.tokenizer, config, base_path=str(checkpoint), dtype=torch.float32)
+    writer = ResultWriter(
+        training_model, template.tokenizer, config, base=identify_checkpoint(str(checkpoint)), dtype=torch.float32
+    )
     writer.save(out, step=1)
     with torch.no_grad():
         return training_model.eval().causal_lm(input_ids=PROBE).logits
@@ -140,9 +142,12 @@ def test_a_wrong_merge_is_noticed_and_removed(results, tmp_path, monkeypatch):
     ("make", "message"),
     [
         (lambda out, tmp: [str(tmp / "absent"), str(tmp / "m")], "no adapter_config.json"),
-        (lambda out, tmp: [str(out), str(out.parent)], "exists and is not empty"),
+        (lambda out, tmp: [str(out), str(out.parent)], "is an input of this merge"),
         (lambda out, tmp: [str(out), str(out), "--overwrite"], "is an input of this merge"),
-        (lambda out, tmp: [str(out), str(tmp / "m"), "--base", str(tmp)], "cannot load a model"),
+        (lambda out, tmp: [str(out), str(out.parent), "--overwrite"], "is an input of this merge"),
+        (lambda out, tmp: [str(out), str(CONVERSATIONS.parent)], "exists and is not empty"),
+        (lambda out, tmp: [str(out), str(CONVERSATIONS.parent), "--overwrite"], "is no merged model, so --overwrite"),
+        (lambda out, tmp: [str(out), str(tmp / "m"), "--base", str(tmp)], "no config.json, so no model"),
     ],
 )
 def test_mistakes_in_a_merge_are_named_and_write_nothing(results, tmp_path, make, message):

@@ -41,6 +41,9 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
         ('[{"a": 1} {"a": 2}]', "d.json", "d.json:1:11: invalid JSON: expected ',' or ']'"),
         ('[{"a": 1}]\n[', "d.json", "d.json:2:1: invalid JSON: text after the end"),
         ('{"a": 1}\n{"a": 1', "d.jsonl", "d.jsonl:2:8: invalid JSON: Expecting"),
+        ("[" + "1" * 5000 + "]", "d.json", "d.json:1:2: invalid JSON: Exceeds the limit"),
+        ("[" * 100_000, "d.json", "d.json:1:2: invalid JSON: maximum recursion depth"),
+        ("[" * 100_000, "d.jsonl", "d.jsonl:1: invalid JSON: maximum recursion depth"),
         ("a,b", "d.csv", "d.csv: unknown format '.csv'"),
     ],
 )

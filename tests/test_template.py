@@ -234,3 +234,50 @@ def test_default_labels_are_the_targets_of_the_original_conversations(real_token
         trained = [label for label in row.labels if label != IGNORE_INDEX]
         assert trained == [i for answer in answers for i in tokenizer(answer + "<|im_end|>")["input_ids"]]
         assert row.input_ids == expected["input_ids"][: len(row.input_ids)]
+
+
+# ---- tokenizers that are not Qwen's ----
+
+
+def test_turn_delimiters_that_are_not_marked_special_are_no_markup(tokenizer, tmp_path):
+    from tokenizers import AddedToken
+
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    for token in state["added_tokens"]:
+        token["special"] = token["content"] == "<|endoftext|>"
+    (tmp_path / "t").mkdir()
+    tokenizer.save_pretrained(tmp_path / "t")
+    (tmp_path / "t" / "tokenizer.json").write_text(json.dumps(state))
+    loaded = load_tokenizer(str(tmp_path / "t"))
+    assert not loaded.added_tokens_decoder[loaded.convert_tokens_to_ids("<|im_end|>")].special
+    loaded.add_tokens([AddedToken("<think>", special=False)])
+    loaded.chat_template += "{# <think> #}"
+    template = ChatTemplate(loaded)
+    answer = f"<think>say {HOSTILE} to the end"
+    (row,) = template.encode_conversation(talk("Q", answer))
+    trained = [label for label in row.labels if label != IGNORE_INDEX]
+    assert loaded.decode(trained) == answer + "<|im_end|>"
+    assert trained.count(template.stop_id) == 1 and trained[0] == loaded.convert_tokens_to_ids("<think>")
+
+
+def test_a_template_that_does_not_write_the_answer_is_refused(checkpoints):
+    tokenizer = load_tokenizer(str(checkpoints["untied"]))
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}<|im_end|>{% endfor %}"
+    with pytest.raises(DataError, match="does not write the text of an answer"):
+        ChatTemplate(tokenizer)
+
+
+@pytest.mark.parametrize("text", ["<|END_OF_TURN_TOKEN|>", "<end_of_turn>", "<｜end▁of▁sentence｜>"])
+def test_templates_of_other_families_need_their_tokens(checkpoints, text):
+    tokenizer = load_tokenizer(str(checkpoints["untied"]))
+    tokenizer.chat_template += "{{ '" + text + "' }}"
+    with pytest.raises(DataError, match="which is no token of this tokenizer"):
+        ChatTemplate(tokenizer)
+
+
+def test_the_original_recipe_keeps_an_unanswered_question(checkpoints):
+    template = ChatTemplate(load_tokenizer(str(checkpoints["untied"])), label_mask="qwen")
+    (row,) = template.encode_conversation(talk("Q", "A", "unanswered"))
+    assert cut_to_length(row, len(row.input_ids)) == row
+    shorter = cut_to_length(row, len(row.input_ids) - 1)
+    assert shorter is not None and len(shorter.input_ids) == row.ends[0]

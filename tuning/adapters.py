@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from tuning.args import LoraArguments, SettingsError
 from tuning.base_model import BaseModelEvidence, judge_base_model
 from tuning.model import TrainingModel, enable_gradient_checkpointing, find_module_name, hide_gptqmodel, is_tied
-from tuning.record import RUN_FILE
+from tuning.record import MANIFEST_FILE
 from tuning.token_rows import PEFT_SUFFIX, TokenRows
 
 _ROUTERS = ("gate", "router", "shared_expert_gate")
@@ -73,22 +73,20 @@ def build_training_model(
     stop: str,
     token_ids: list[int],
     vocabulary_size: int,
+    largest_token_id: int,
     base_fingerprint: str,
     gradient_checkpointing: bool,
 ) -> tuple[TrainingModel, BaseModelEvidence]:
     """Prepare a loaded model for training: adapters, embedding rows, what is frozen and what is not.
 
     token_ids: the chat template's control tokens, whose rows train on a base model.
+    largest_token_id: in the data. vocabulary_size: tokens of the tokenizer.
     base_fingerprint: model.fingerprint_checkpoint of the model, held against that of --lora_weight_path.
 
     Raises: SettingsError: control tokens outside the embedding, or adapters that do not fit.
     """
-    num_rows = len(model.get_input_embeddings().weight)
-    if beyond := [token_id for token_id in {*token_ids, stop_id} if token_id >= num_rows]:
-        raise SettingsError(
-            f"control token {beyond[0]} has no row in the model's embedding ({num_rows} rows); "
-            "resize the checkpoint's embedding first (model.resize_token_embeddings)"
-        )
+    check_vocabulary(model, max(*token_ids, stop_id, largest_token_id))
+    check_language_model_only(model)
     evidence = judge_base_model(model, stop_id, stop, vocabulary_size)
     if gradient_checkpointing:
         enable_gradient_checkpointing(model)
@@ -116,12 +114,32 @@ def build_training_model(
     return TrainingModel(peft_model, rows), evidence
 
 
+def check_vocabulary(model: PreTrainedModel, largest_token_id: int) -> None:
+    """Raises: SettingsError: a token of the data or the template has no row in the model's embedding."""
+    num_rows = len(model.get_input_embeddings().weight)
+    if largest_token_id >= num_rows:
+        raise SettingsError(
+            f"token {largest_token_id} has no row in the model's embedding ({num_rows} rows); the tokenizer belongs to "
+            "another checkpoint, or the embedding must be resized first (model.resize_token_embeddings)"
+        )
+
+
+def check_language_model_only(model: PreTrainedModel) -> None:
+    """Raises: SettingsError: the checkpoint has parts beside the language model, such as a vision tower."""
+    inside = {id(p) for part in (model.get_decoder(), model.get_output_embeddings()) for p in part.parameters()}
+    outside = [name for name, p in model.named_parameters() if id(p) not in inside]
+    if outside:
+        raise SettingsError(
+            f"{type(model).__name__} has parts beside the language model ({outside[0]}); only text models are supported"
+        )
+
+
 def check_adapter_base(directory: Path, base_fingerprint: str) -> None:
-    """Raises: SettingsError: the adapter was trained on another base model (by its run.json, where it has one)."""
+    """Raises: SettingsError: the adapter was trained on another base model (by its manifest, where it has one)."""
     config, _ = read_adapter(directory)
-    run_file = directory / RUN_FILE
-    if run_file.is_file():
-        trained_on = json.loads(run_file.read_text(encoding="utf-8"))["base_model"]["fingerprint"]
+    manifest = directory / MANIFEST_FILE
+    if manifest.is_file():
+        trained_on = json.loads(manifest.read_text(encoding="utf-8"))["base_model"]["fingerprint"]
         if trained_on != base_fingerprint:
             raise SettingsError(
                 f"--lora_weight_path {directory}: was trained on another base model "
@@ -169,11 +187,31 @@ def add_lora(
         task_type="CAUSAL_LM",
         **whole,
     )
+    if embeddings == "tokens" and getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise SettingsError(
+            "--train_embeddings tokens: peft drops the output layer's bias beside rows; use full or off"
+        )
     rows = TokenRows(model, token_ids or []) if embeddings == "tokens" else None
+    tied = is_tied(model)
     hide_gptqmodel()
     peft_model = get_peft_model(model, config)
     assert isinstance(peft_model, PeftModel)
+    if embeddings == "full" and tied and not _trains_one_matrix(peft_model):
+        raise SettingsError(
+            "--train_embeddings full: peft cannot keep this model's tied matrices tied; use tokens or off"
+        )
+    if bias != "none" and not any("bias" in name for name, p in peft_model.named_parameters() if p.requires_grad):
+        raise SettingsError(f"--lora_bias {bias}: the model has no biases")
     return peft_model, rows
+
+
+def _trains_one_matrix(peft_model: PeftModel) -> bool:
+    model = peft_model.get_base_model()
+    weights = [
+        (module.modules_to_save["default"] if hasattr(module, "modules_to_save") else module).weight
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())
+    ]
+    return weights[0] is weights[1]
 
 
 def load_lora(model: PreTrainedModel, directory: Path) -> tuple[PeftModel, TokenRows | None]:
@@ -186,8 +224,10 @@ def load_lora(model: PreTrainedModel, directory: Path) -> tuple[PeftModel, Token
     rows = None
     if config.trainable_token_indices is not None:
         indices = config.trainable_token_indices
-        ids = indices if isinstance(indices, list) else next(iter(indices.values()))
-        rows = TokenRows(model, ids)
+        by_matrix = [indices] if isinstance(indices, list) else list(indices.values())
+        if any(ids != by_matrix[0] for ids in by_matrix) or len(by_matrix) > 2 - is_tied(model):
+            raise SettingsError(f"{directory}: trains other token rows in each matrix, which is not supported")
+        rows = TokenRows(model, by_matrix[0])
         config.trainable_token_indices = None
     config.inference_mode = False
     hide_gptqmodel()

@@ -95,6 +95,9 @@ class Arguments:
 # Names that older scripts use, and what they are called now.
 ALIASES = {"evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps"}
 
+_LORA_FIELDS = {declared.name for declared in fields(LoraArguments)}
+_RATES = {"loraplus_lr_ratio"}  # of the optimizer, not of the adapter
+
 HONOURED = "honoured"
 _STEP = "the step here is laid out by tokens and summed over all ranks, which leaves nothing for it to do"
 _OWN_LOOP = "the training step and the evaluation here do not use it"
@@ -111,7 +114,7 @@ FIELDS: dict[str, str] = {
             "tf32", "gradient_checkpointing", "activation_checkpointing", "logging_strategy", "logging_steps",
             "logging_first_step", "log_level", "log_level_replica", "report_to", "run_name", "eval_strategy",
             "eval_steps", "eval_delay", "per_device_eval_batch_size", "eval_on_start", "save_strategy", "save_steps",
-            "save_total_limit", "save_only_model", "full_determinism", "seed", "data_seed", "use_cpu",
+            "save_total_limit", "full_determinism", "seed", "data_seed", "use_cpu",
             "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
             "dataloader_prefetch_factor", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers",
             "ddp_static_graph", "ddp_backend", "ddp_timeout", "do_train", "do_eval", "local_rank",
@@ -151,7 +154,7 @@ FIELDS: dict[str, str] = {
     **dict.fromkeys(
         [
             "deepspeed", "fsdp", "fsdp_config", "resume_from_checkpoint", "load_best_model_at_end",
-            "metric_for_best_model", "greater_is_better",
+            "metric_for_best_model", "greater_is_better", "save_only_model",
         ],
         _LATER,
     ),
@@ -170,7 +173,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
 
     Raises: SettingsError: unknown, abbreviated, contradicting or void settings.
     """
-    words = [_expand_alias(word) for word in (sys.argv[1:] if argv is None else argv)]
+    original = list(sys.argv[1:] if argv is None else argv)
+    words = [_expand_alias(word) for word in original]
     classes = (ModelArguments, DataArguments, LoraArguments, RunArguments)
     parser = _Parser(classes, allow_abbrev=False, prog="finetune.py")
     _check_flags(words, {flag for action in parser._actions for flag in action.option_strings})
@@ -185,8 +189,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
         raise SettingsError(f"{stray[0]}: belongs to no setting; see --help")
     arguments = Arguments(*parsed)
     given = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
-    _check_transformers_settings(arguments.run)
+    if any("warmup_ratio" in word.replace("-", "_") for word in original) and arguments.run.warmup_steps >= 1:
+        raise SettingsError(
+            f"--warmup_ratio {arguments.run.warmup_steps}: a share of the steps, at least 0 and below 1"
+        )
     _check_settings(arguments, given)
+    _check_transformers_settings(arguments.run)
     return arguments
 
 
@@ -197,8 +205,11 @@ def describe_settings(arguments: Arguments) -> dict[str, dict[str, Any]]:
 
 
 def _expand_alias(word: str) -> str:
+    if not word.startswith("--"):
+        return word
     name, equals, value = word[2:].partition("=")
-    return f"--{ALIASES[name]}{equals}{value}" if word.startswith("--") and name in ALIASES else word
+    name = name.replace("-", "_")
+    return f"--{ALIASES.get(name, name)}{equals}{value}"
 
 
 def _check_flags(words: list[str], known: set[str]) -> None:
@@ -230,13 +241,21 @@ def _check_settings(arguments: Arguments, given: set[str]) -> None:
     if lora.q_lora:
         raise SettingsError("--q_lora: not available yet; use --use_lora")
     if not lora.use_lora:
-        void = sorted(given & {f.name for f in fields(LoraArguments)} - {"use_lora", "q_lora"})
+        void = sorted(given & (_LORA_FIELDS - {"use_lora", "q_lora"}))
         if void:
             raise SettingsError(f"--{void[0]}: has no effect without --use_lora")
+    elif lora.lora_weight_path and (
+        taken := sorted(given & (_LORA_FIELDS - {"use_lora", "lora_weight_path"} - _RATES))
+    ):
+        raise SettingsError(f"--{taken[0]}: has no effect with --lora_weight_path, whose adapter says it")
     elif model.pure_bf16:
         raise SettingsError("--pure_bf16: has no effect with --use_lora, which keeps adapters in fp32")
     if lora.lora_r < 1:
         raise SettingsError(f"--lora_r {lora.lora_r}: must be at least 1")
+    if lora.lora_alpha <= 0:
+        raise SettingsError(f"--lora_alpha {lora.lora_alpha}: must be above 0")
+    if lora.loraplus_lr_ratio is not None and not lora.loraplus_lr_ratio > 0:
+        raise SettingsError(f"--loraplus_lr_ratio {lora.loraplus_lr_ratio}: must be above 0")
     if not 0 <= lora.lora_dropout < 1:
         raise SettingsError(f"--lora_dropout {lora.lora_dropout}: must be at least 0 and below 1")
     if model.pure_bf16 and run.fp16:
@@ -244,6 +263,16 @@ def _check_settings(arguments: Arguments, given: set[str]) -> None:
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if getattr(run, name) < 1:
             raise SettingsError(f"--{name} {getattr(run, name)}: must be at least 1")
+    if not 0 < run.learning_rate < float("inf"):
+        raise SettingsError(f"--learning_rate {run.learning_rate}: must be a number above 0")
+    if run.fp16 and run.use_cpu:
+        raise SettingsError("--fp16: needs a GPU; use fp32 (no flag) or --bf16 on a CPU")
+    if "do_train" in given and not run.do_train:
+        raise SettingsError("--do_train False: training is what this program does")
+    if run.save_total_limit is not None and run.save_total_limit < 1:
+        raise SettingsError(f"--save_total_limit {run.save_total_limit}: must be at least 1")
+    if str(run.lr_scheduler_type.value) in ("reduce_lr_on_plateau", "greedy"):
+        raise SettingsError(f"--lr_scheduler_type {run.lr_scheduler_type.value}: {_LATER}")
     if data.model_max_length < 2:
         raise SettingsError(f"--model_max_length {data.model_max_length}: must be at least 2")
     if run.num_train_epochs <= 0 and run.max_steps <= 0:
@@ -251,6 +280,8 @@ def _check_settings(arguments: Arguments, given: set[str]) -> None:
     evaluates = str(run.eval_strategy.value) != "no" or run.eval_on_start
     if evaluates and not data.eval_data_path:
         raise SettingsError("--eval_strategy: needs --eval_data_path")
+    if "eval_steps" in given and str(run.eval_strategy.value) != "steps":
+        raise SettingsError("--eval_steps: has no effect without --eval_strategy steps")
     if data.eval_data_path and not evaluates:
         raise SettingsError("--eval_data_path: has no effect without --eval_strategy steps or epoch")
     if str(run.save_strategy.value) == "best":

@@ -1,6 +1,8 @@
 """Results on disk: a directory with a valid manifest is complete, one without is not."""
 
+import copy
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -13,17 +15,17 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from tuning.adapters import adapter_state
 from tuning.args import SettingsError
 from tuning.model import TrainingModel
-from tuning.record import METRICS_FILE, RUN_FILE, write_json
+from tuning.record import MANIFEST_FILE, METRICS_FILE, RUN_FILE, write_json
 from tuning.token_rows import TokenRows
 
-MANIFEST_FILE = "manifest.json"
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _RUN_FILES = (RUN_FILE, METRICS_FILE, MANIFEST_FILE, "adapter_config.json", "config.json")
 
 
 class ResultWriter:
     """Writes what was trained so that it stops, serves and loads everywhere.
 
-    base_path: absolute path (or hub name) of the base model, recorded in adapters.
+    base: path and fingerprint of the base model (model.identify_checkpoint), recorded with the result.
     dtype: of a full model's weights on disk; adapters are float32.
     """
 
@@ -33,17 +35,26 @@ class ResultWriter:
         tokenizer: PreTrainedTokenizerBase,
         generation_config: GenerationConfig,
         *,
-        base_path: str,
+        base: dict[str, str],
         dtype: torch.dtype,
     ):
         self._model = training_model
         self._tokenizer = tokenizer
         self._generation_config = generation_config
-        self._base_path = base_path
+        self._base = base
         self._dtype = dtype
 
     def save(self, directory: Path, *, step: int) -> None:
-        """Write adapter or model, tokenizer with chat template and generation config; the manifest last."""
+        """Write a checkpoint: the result and its manifest."""
+        self.write(directory)
+        self.seal(directory, step=step)
+
+    def seal(self, directory: Path, *, step: int) -> None:
+        """Write the manifest, with which a directory is complete."""
+        write_manifest(directory, step=step, base_model=self._base)
+
+    def write(self, directory: Path) -> None:
+        """Write adapter or model, tokenizer with chat template and generation config."""
         directory.mkdir(parents=True, exist_ok=True)
         (directory / MANIFEST_FILE).unlink(missing_ok=True)
         self._tokenizer.save_pretrained(directory)
@@ -51,14 +62,13 @@ class ResultWriter:
             rows = self._model.token_rows
             assert rows is None or isinstance(rows, TokenRows)
             config, state = adapter_state(self._model.model, rows)
-            config.base_model_name_or_path = self._base_path
+            config.base_model_name_or_path = self._base["path"]
             save_file(state, directory / "adapter_model.safetensors", metadata={"format": "pt"})
             # Loaders look for the configuration first: with it last, a torn save is no adapter to anyone.
             config.save_pretrained(str(directory))
         else:
             save_full_model(self._model.causal_lm, directory, dtype=self._dtype)
         self._generation_config.save_pretrained(directory)
-        write_manifest(directory, step=step)
 
 
 def save_full_model(
@@ -71,12 +81,10 @@ def save_full_model(
         if id(value) not in cast:
             cast[id(value)] = value.detach().to(dtype) if value.is_floating_point() else value.detach()
         state[name] = cast[id(value)]
-    before = model.config.dtype
-    model.config.dtype = dtype
-    try:
-        model.save_pretrained(directory, state_dict=state, max_shard_size=max_shard_size)
-    finally:
-        model.config.dtype = before
+    model.save_pretrained(directory, state_dict=state, max_shard_size=max_shard_size)
+    # save_pretrained writes the dtype of the model in memory; loaders take the file's word for it.
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    write_json(directory / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
 
 
 def align_stop_token(
@@ -87,27 +95,41 @@ def align_stop_token(
     The stop token comes first in eos_token_id; what the checkpoint had stays. A base model's tokenizer and config
     take it as their eos token too: converters and servers read it from there.
     """
-    config = (
-        GenerationConfig(**model.generation_config.to_diff_dict()) if model.generation_config else GenerationConfig()
-    )
+    config = copy.deepcopy(model.generation_config) or GenerationConfig()
     eos = config.eos_token_id
     others = [] if eos is None else eos if isinstance(eos, list) else [eos]
     ids = [stop_id, *(token_id for token_id in others if token_id != stop_id)]
     config.eos_token_id = ids if len(ids) > 1 else stop_id
     if tokenizer.pad_token_id is None or (is_base and tokenizer.pad_token_id == stop_id):
         tokenizer.pad_token_id = others[0] if others else stop_id
-    if is_base:
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(stop_id)
-        model.config.get_text_config().eos_token_id = stop_id
     config.pad_token_id = tokenizer.pad_token_id
-    # A base checkpoint may carry sampling values that are void without do_sample; transformers refuses to save them.
+    if is_base:
+        eos_token, rendered = tokenizer.eos_token, _render_probe(tokenizer)
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(stop_id)
+        if _render_probe(tokenizer) != rendered:  # a template that writes {{ eos_token }} would say something else
+            tokenizer.eos_token = eos_token
+        model.config.get_text_config().eos_token_id = stop_id
     if not config.do_sample:
-        config.temperature = config.top_p = config.top_k = None
+        for name in _SAMPLING:  # void without sampling, and transformers refuses to save them
+            setattr(config, name, None)
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        raise SettingsError(f"the checkpoint's generation_config.json cannot be saved again: {error}") from None
     model.generation_config = config
     return config
 
 
-def write_manifest(directory: Path, *, step: int | None = None) -> None:
+def _render_probe(tokenizer: PreTrainedTokenizerBase) -> str:
+    messages = [
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "content": "A"},
+        {"role": "user", "content": "Q"},
+    ]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def write_manifest(directory: Path, *, step: int | None = None, base_model: dict[str, str] | None = None) -> None:
     """Write the list of a directory's files with sizes and hashes, after they are on disk."""
     files = {}
     umask = os.umask(0)
@@ -118,7 +140,7 @@ def write_manifest(directory: Path, *, step: int | None = None) -> None:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
         files[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
-    write_json(directory / MANIFEST_FILE, {"step": step, "files": files})
+    write_json(directory / MANIFEST_FILE, {"step": step, "base_model": base_model, "files": files})
 
 
 def check_output_directory(directory: Path, *, overwrite: bool, inputs: list[str]) -> None:
@@ -126,9 +148,8 @@ def check_output_directory(directory: Path, *, overwrite: bool, inputs: list[str
 
     Raises: SettingsError.
     """
-    for path in inputs:
-        if Path(path).resolve() == directory.resolve():
-            raise SettingsError(f"--output_dir {directory}: is an input of this run; choose another directory")
+    if holder := next((path for path in inputs if lies_in(Path(path), directory)), None):
+        raise SettingsError(f"--output_dir {directory}: {holder} is an input of this run; choose another directory")
     if directory.exists() and not directory.is_dir():
         raise SettingsError(f"--output_dir {directory}: is a file")
     if not overwrite and _run_files(directory):
@@ -136,6 +157,11 @@ def check_output_directory(directory: Path, *, overwrite: bool, inputs: list[str
             f"--output_dir {directory}: holds another run ({_run_files(directory)[0].name}); "
             "choose another directory, or --overwrite_output_dir deletes that run"
         )
+
+
+def lies_in(path: Path, directory: Path) -> bool:
+    """Whether path is the directory or something inside it."""
+    return directory.resolve() in (path.resolve(), *path.resolve().parents)
 
 
 def prepare_output_directory(directory: Path, *, overwrite: bool) -> None:

@@ -7,26 +7,33 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tuning.adapters import load_lora, read_adapter
 from tuning.args import SettingsError
-from tuning.checkpoint import save_full_model, write_manifest
-from tuning.model import TrainingModel, load_model, local_directory
+from tuning.checkpoint import lies_in, save_full_model
+from tuning.model import TrainingModel, hide_gptqmodel, load_model, local_directory
+from tuning.record import MANIFEST_FILE
 from tuning.token_rows import TokenRows
 
-# Largest difference of logits that rounding explains, relative to the largest logit, by the merged weights' dtype.
-TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# Largest difference of float32 logits that rounding explains, relative to the largest logit.
+TOLERANCE = 1e-4
+_QUESTIONS = ["Who are you?", "请用一句话介绍你自己。", "def fibonacci(n):", "1 + 1 = ?", "Write a short poem 🙂"]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Adapter against merged model on probe texts: logits of every position."""
+    """Two models' logits on probe texts, at every position."""
 
     max_difference: float
     max_logit: float
     top1_agreement: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether rounding in float32 explains the difference; a NaN does not."""
+        return self.max_difference <= TOLERANCE * max(1.0, self.max_logit)
 
     def describe(self) -> str:
         """One line for the log."""
@@ -36,71 +43,125 @@ class Comparison:
         )
 
 
-def load_adapter_model(
-    adapter: Path, base: str | None, *, dtype: torch.dtype | str, cache_dir: str | None, trust_remote_code: bool
-) -> tuple[TrainingModel, str]:
-    """The base model with an adapter on it, in eval mode, and the base's directory.
+def find_base(adapter: Path, base: str | None, cache_dir: str | None) -> Path:
+    """Directory of the base model: the one named, or the one the adapter names.
 
-    Raises: SettingsError: no adapter, no base, or they do not fit.
+    Raises: SettingsError: no adapter there, or no base.
     """
     config, _ = read_adapter(adapter)
-    base = base or config.base_model_name_or_path
-    if not base:
+    named = base or config.base_model_name_or_path
+    if not named:
         raise SettingsError(f"{adapter}: does not say which base model it belongs to; name it with --base")
     try:
-        model = load_model(base, dtype=dtype, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
-    except SettingsError as error:
-        raise SettingsError(f"{error} (the adapter's base model; if it has moved, name it with --base)") from None
-    peft_model, rows = load_lora(model, adapter)
-    training_model = TrainingModel(peft_model, rows)
-    return training_model.eval(), str(local_directory(base, cache_dir))
+        directory = local_directory(named, cache_dir)
+    except (OSError, ValueError):
+        raise SettingsError(f"{named}: no such model (the adapter's base model); name it with --base") from None
+    if not (directory / "config.json").is_file():
+        raise SettingsError(f"{directory}: no config.json, so no model; name the adapter's base model with --base")
+    return directory
+
+
+def check_out(out: Path, inputs: list[Path], *, overwrite: bool) -> None:
+    """Raises: SettingsError: OUT holds something that must not be deleted."""
+    if holder := next((path for path in inputs if lies_in(path, out)), None):
+        raise SettingsError(f"{out}: {holder} is an input of this merge; choose another directory")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not overwrite:
+            raise SettingsError(f"{out}: exists and is not empty; choose another directory, or use --overwrite")
+        if not (out / MANIFEST_FILE).is_file() or not (out / "config.json").is_file():
+            raise SettingsError(
+                f"{out}: is no merged model, so --overwrite does not delete it; choose another directory"
+            )
+
+
+def read_dtype(base: Path, *, trust_remote_code: bool) -> torch.dtype:
+    """The dtype a checkpoint says its weights have; float32 where it says none."""
+    dtype = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code).dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def compute_expected_logits(
+    adapter: Path, base: Path, probes: list[list[int]], *, trust_remote_code: bool
+) -> list[Tensor]:
+    """Logits of base and adapter as peft itself loads them: a road of its own, so that our mistakes show."""
+    model = load_model(str(base), dtype=torch.float32, trust_remote_code=trust_remote_code)
+    hide_gptqmodel()
+    return compute_logits(PeftModel.from_pretrained(model, str(adapter)).eval(), probes)
+
+
+def merge_adapter(adapter: Path, base: Path, *, trust_remote_code: bool) -> PreTrainedModel:
+    """The base model in float32 with adapters and trained rows or matrices folded in. Tied weights stay tied."""
+    model = load_model(str(base), dtype=torch.float32, trust_remote_code=trust_remote_code)
+    return merge_weights(TrainingModel(*load_lora(model, adapter)))
 
 
 def merge_weights(training_model: TrainingModel) -> PreTrainedModel:
-    """Fold adapters and trained rows or matrices into the base weights. Tied weights stay tied.
-
-    Each matrix is merged in float32 and rounded once to its own dtype.
-    """
+    """Fold adapters and trained rows or matrices into the base weights, which must be float32."""
     peft_model, rows = training_model.model, training_model.token_rows
-    assert isinstance(peft_model, PeftModel)
     for module in peft_model.modules():
         if isinstance(module, LoraLayer):
-            weight = module.get_base_layer().weight
-            dtype = weight.dtype
-            weight.data = weight.data.float()
             module.merge(safe_merge=True)
-            weight.data = weight.data.to(dtype)
     model = peft_model.unload()
-    assert isinstance(model, PreTrainedModel)
     if rows is not None:
         assert isinstance(rows, TokenRows)
         rows.write_into(model)
-    return model
+    return model.eval()
 
 
 def save_merged(
-    model: PreTrainedModel, adapter: Path, base: str, out: Path, *, dtype: torch.dtype, max_shard_size: str
+    model: PreTrainedModel, adapter: Path, base: Path, out: Path, *, dtype: torch.dtype, max_shard_size: str
 ) -> None:
-    """Write the merged model with the adapter's tokenizer, chat template and generation config; manifest last."""
+    """Write the merged model with the adapter's tokenizer, chat template and generation config."""
     out.mkdir(parents=True, exist_ok=True)
-    generation_config = GenerationConfig.from_pretrained(str(adapter))
-    eos = generation_config.eos_token_id
-    stop_id = eos[0] if isinstance(eos, list) else eos
-    model.config.get_text_config().eos_token_id = stop_id
-    model.generation_config = generation_config
+    # A plain peft adapter brings none of these along; then they are the base's.
+    source = adapter if (adapter / "generation_config.json").is_file() else base
+    if (source / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(source))
+        eos = model.generation_config.eos_token_id
+        model.config.get_text_config().eos_token_id = eos[0] if isinstance(eos, list) else eos
     save_full_model(model, out, dtype=dtype, max_shard_size=max_shard_size)
     own = {"adapter_config.json", "generation_config.json", "run.json", "manifest.json", "config.json"}
-    for file in adapter.iterdir():
-        if file.suffix in (".json", ".jinja", ".txt", ".model") and file.name not in own:
+    for file in tokenizer_source(adapter, base).iterdir():
+        weights_index = file.name.endswith(".index.json")
+        if file.suffix in (".json", ".jinja", ".txt", ".model") and file.name not in own and not weights_index:
             shutil.copy2(file, out / file.name)
     if getattr(model.config, "auto_map", None):
-        for file in Path(base).glob("*.py"):
+        for file in base.glob("*.py"):
             shutil.copy2(file, out / file.name)
-    write_manifest(out)
+
+
+def tokenizer_source(adapter: Path, base: Path) -> Path:
+    """Where the tokenizer comes from: the adapter's directory, or the base's for a plain peft adapter."""
+    return adapter if (adapter / "tokenizer_config.json").is_file() else base
+
+
+def verify_saved(
+    model: PreTrainedModel,
+    out: Path,
+    expected: list[Tensor],
+    probes: list[list[int]],
+    *,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+) -> Comparison:
+    """Hold what OUT loads as against the merged model, and that against the adapter's logits.
+
+    The file's tensors must be the merged ones, rounded to dtype; the logits are those of a freshly loaded model with
+    the float32 tensors put in, so that nothing left over in the merged object can hide a mistake.
+
+    Raises: SettingsError: a tensor loads as something else.
+    """
+    saved = load_model(str(out), dtype=dtype, trust_remote_code=trust_remote_code).eval()
+    merged, rounded = model.state_dict(), saved.state_dict()
+    for name, value in merged.items():
+        if name not in rounded or not torch.equal(rounded[name], value.to(rounded[name].dtype)):
+            raise SettingsError(f"{out}: {name} does not load as it was saved")
+    saved.load_state_dict(merged, assign=True)
+    return compare_logits(expected, compute_logits(saved, probes))
 
 
 @torch.no_grad()
-def compute_probe_logits(model: torch.nn.Module, probes: list[list[int]]) -> list[Tensor]:
+def compute_logits(model: nn.Module, probes: list[list[int]]) -> list[Tensor]:
     """Logits of every position of each probe: float32, [T, V], on the CPU."""
     device = next(model.parameters()).device
     return [model(input_ids=torch.tensor([ids], device=device)).logits[0].float().cpu() for ids in probes]
@@ -111,7 +172,7 @@ def compare_logits(expected: list[Tensor], actual: list[Tensor]) -> Comparison:
     positions = sum(len(logits) for logits in expected)
     agreeing = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(expected, actual, strict=True))
     return Comparison(
-        max_difference=max((a - b).abs().max().item() for a, b in zip(expected, actual, strict=True)),
+        max_difference=float(torch.stack([(a - b).abs().max() for a, b in zip(expected, actual, strict=True)]).max()),
         max_logit=max(logits.abs().max().item() for logits in expected),
         top1_agreement=agreeing / positions,
     )
@@ -119,10 +180,9 @@ def compare_logits(expected: list[Tensor], actual: list[Tensor]) -> Comparison:
 
 def build_probes(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids of prompts in several languages, rendered with the chat template."""
-    questions = ["Who are you?", "请用一句话介绍你自己。", "def fibonacci(n):", "1 + 1 = ?", "Write a short poem 🙂"]
     return [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
         )
-        for question in questions
+        for question in _QUESTIONS
     ]

@@ -1,19 +1,18 @@
 """Loading models, choosing their precision, and the module that training engines wrap."""
 
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import cached_file
 
 from tuning.args import SettingsError
 from tuning.loss import sum_cross_entropy
-
-# Settings by which an architecture changes its logits after the output layer; the loss here would miss them.
-_LOGIT_TRANSFORMS = {"final_logit_softcapping": None, "logits_scaling": 1, "logit_scale": 1}
 
 
 def load_model(
@@ -44,10 +43,8 @@ def load_model(
     if info["missing_keys"] or info["mismatched_keys"]:
         lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
         raise SettingsError(f"{path}: {len(lacking)} weights are missing or of another shape, the first: {lacking[0]}")
-    text_config = config.get_text_config()
-    for name, neutral in _LOGIT_TRANSFORMS.items():
-        if getattr(text_config, name, neutral) not in (neutral, None):
-            raise SettingsError(f"{path}: {name} = {getattr(text_config, name)} changes logits; not supported yet")
+    if getattr(config.get_text_config(), "output_router_logits", False):
+        raise SettingsError(f"{path}: output_router_logits asks for a loss on the router, which is not supported yet")
     if getattr(config, "quantization_config", None) is not None:
         raise SettingsError(f"{path}: a quantised checkpoint; training on it is not available yet")
     return model
@@ -73,10 +70,10 @@ def choose_dtypes(*, use_lora: bool, pure_bf16: bool, bf16: bool, fp16: bool) ->
     return (compute if use_lora or pure_bf16 else torch.float32), compute
 
 
-def fingerprint_checkpoint(path: str, cache_dir: str | None = None) -> str:
-    """A hash that tells one base model from another: config, tensor names and shapes, and samples of the values.
+def identify_checkpoint(path: str, cache_dir: str | None = None) -> dict[str, str]:
+    """{"path": absolute directory, "fingerprint": hash that tells one base model from another}.
 
-    Reads a few hundred KiB of each weights file, so that a 100 GB checkpoint takes no time.
+    The hash covers names, sizes and samples of the weights files: a 100 GB checkpoint takes no time.
     """
     digest = hashlib.sha256()
     directory = local_directory(path, cache_dir)
@@ -87,7 +84,7 @@ def fingerprint_checkpoint(path: str, cache_dir: str | None = None) -> str:
             for position in range(0, size, max(1, size // 16)):
                 stream.seek(position)
                 digest.update(stream.read(4096))
-    return digest.hexdigest()
+    return {"path": str(directory), "fingerprint": digest.hexdigest()}
 
 
 def local_directory(path: str, cache_dir: str | None = None) -> Path:
@@ -130,6 +127,30 @@ class TrainingModel(nn.Module):
         hidden = causal_lm.get_decoder()(input_ids=input_ids, use_cache=False)[0]
         supervised = hidden.flatten(0, 1).index_select(0, target_index)
         return sum_cross_entropy(causal_lm.get_output_embeddings(), supervised, targets)
+
+
+@torch.no_grad()
+def check_loss_path(training_model: TrainingModel) -> None:
+    """Hold the loss of TrainingModel against the model's own logits on a few tokens.
+
+    Some architectures scale or cap their logits after the output layer, or are built in another way than decoder and
+    output layer. The loss here would be wrong in silence.
+
+    Raises: SettingsError: they differ.
+    """
+    causal_lm = training_model.eval().causal_lm
+    ids = torch.arange(1, 9, device=next(causal_lm.parameters()).device).unsqueeze(0)
+    expected = F.cross_entropy(causal_lm(input_ids=ids).logits[0, :-1].float(), ids[0, 1:], reduction="sum").item()
+    name = type(causal_lm).__name__
+    try:
+        actual = training_model(ids, torch.arange(7, device=ids.device), ids[0, 1:]).item()
+    except (TypeError, AttributeError, IndexError) as error:
+        raise SettingsError(f"{name}: not built as decoder and output layer ({error}); not supported yet") from None
+    if not math.isclose(actual, expected, rel_tol=1e-2 if causal_lm.dtype != torch.float32 else 1e-4):
+        raise SettingsError(
+            f"{name}: its logits are not its output layer's (loss {expected:.4f}, by the layer alone {actual:.4f}); "
+            "an architecture that scales or caps logits is not supported yet"
+        )
 
 
 def enable_gradient_checkpointing(model: PreTrainedModel) -> None:

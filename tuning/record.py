@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-RUN_FILE, METRICS_FILE = "run.json", "metrics.jsonl"
+RUN_FILE, METRICS_FILE, MANIFEST_FILE = "run.json", "metrics.jsonl", "manifest.json"
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
 
 

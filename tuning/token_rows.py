@@ -37,7 +37,6 @@ class TokenRows(nn.Module):
         self.output = None if self.tied else nn.Parameter(output.weight.detach()[ids].float().clone())
         # Gemma scales in the embedding's forward; rows replace its result and must be scaled alike.
         self._scale = getattr(embedding, "embed_scale", None)
-        self._bias = getattr(output, "bias", None)
         # Called as a module, so that ZeRO-3 gathers the rows.
         self._hooks = [
             embedding.register_forward_hook(lambda _, inputs, result: self("embedding", inputs[0], result)),
@@ -57,8 +56,6 @@ class TokenRows(nn.Module):
             return torch.where((row >= 0).unsqueeze(-1), rows, result)
         weight = self.embedding if self.output is None else self.output
         columns = F.linear(inputs, weight.to(inputs.dtype))
-        if self._bias is not None:
-            columns = columns + self._bias[self.token_ids]
         return result.index_copy_(-1, self.token_ids, columns.to(result.dtype))
 
     def state_in_peft_format(self) -> dict[str, Tensor]:

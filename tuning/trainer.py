@@ -190,7 +190,8 @@ class StepTrainer(Trainer):
             logs.update(self._window.close())
             self._window = None
         super().log(logs, start_time)
-        if self.is_world_process_zero():
+        # The Trainer's summary counts steps as samples; run.json has the right one.
+        if self.is_world_process_zero() and "train_runtime" not in logs:
             append_metrics(self._metrics_path, {"step": self.state.global_step, **logs})
             if "loss" in logs or "eval_loss" in logs:
                 self._log_line(_describe_logs(self.state.global_step, self.state.max_steps, logs))
@@ -198,6 +199,9 @@ class StepTrainer(Trainer):
     def train(self, *args: Any, **options: Any) -> Any:
         """Train, and take the time."""
         started = time.perf_counter()
+        # from_pretrained leaves the model in eval mode inside a wrapper that says it trains: no dropout of its own,
+        # no gradient checkpointing.
+        self.model.train()
         result = super().train(*args, **options)
         self._train_s = time.perf_counter() - started
         return result
