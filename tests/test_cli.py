@@ -102,7 +102,7 @@ def _plain_loss(directory) -> float:
 
 def test_training_goes_on_from_an_adapter_of_the_same_base_only(run_script, checkpoints, tmp_path):
     first = tmp_path / "first"
-    words = flags(checkpoints["untied"], CONVERSATIONS, first, "--use_lora", "--lora_r", 4)
+    words = flags(checkpoints["untied"], CONVERSATIONS, first, "--use_lora", "--lora_r", 4, "--save_steps", 2)
     assert run_script("finetune.py", *words)[0] == 0
     more = ["--use_lora", "--lora_weight_path", first]
     assert run_script("finetune.py", *flags(checkpoints["untied"], CONVERSATIONS, tmp_path / "second", *more))[0] == 0
@@ -115,8 +115,11 @@ def test_training_goes_on_from_an_adapter_of_the_same_base_only(run_script, chec
         for name in ("first", "second")
     ]
     assert losses[1][0] < losses[0][0] and (tmp_path / "second" / "adapter_config.json").exists()
-    code, _, stderr = run_script("finetune.py", *flags(checkpoints["other"], CONVERSATIONS, tmp_path / "third", *more))
-    assert code == 2 and "was trained on another base model" in stderr and not (tmp_path / "third").exists()
+    for adapter in (first, first / "checkpoint-2"):
+        more = ["--use_lora", "--lora_weight_path", adapter]
+        words = flags(checkpoints["other"], CONVERSATIONS, tmp_path / "third", *more)
+        code, _, stderr = run_script("finetune.py", *words)
+        assert code == 2 and "was trained on another base model" in stderr and not (tmp_path / "third").exists()
 
 
 USER, ANSWER = {"from": "user", "value": "Q"}, {"from": "assistant", "value": "A"}

@@ -156,5 +156,51 @@ def test_mistakes_in_a_merge_are_named_and_write_nothing(results, tmp_path, make
     assert not (tmp_path / "m").exists()
 
 
+def test_a_plain_peft_adapter_merges_with_its_bases_tokenizer(checkpoints, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(
+        load_model(str(checkpoints["tied"]), dtype=torch.float32), LoraConfig(target_modules=["q_proj"])
+    )
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "lora_B" in n).normal_()
+    model.save_pretrained(tmp_path / "adapter")
+    merge_lora.main([str(tmp_path / "adapter"), str(tmp_path / "merged")])
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").eos_token == "<|endoftext|>"
+
+
+def test_adapters_with_other_rows_in_each_matrix_are_refused(checkpoints, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    base = load_model(str(checkpoints["untied"]), dtype=torch.float32)
+    rows = {"embed_tokens": [1, 2], "lm_head": [3, 4]}
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], trainable_token_indices=rows))
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="trains other token rows in each matrix"):
+        load_lora(load_model(str(checkpoints["untied"]), dtype=torch.float32), tmp_path / "adapter")
+
+
+def test_a_template_that_writes_eos_keeps_its_eos(checkpoints):
+    _, template = runs.example_rows(checkpoints["untied"])
+    tokenizer, model = template.tokenizer, load_model(str(checkpoints["untied"]), dtype=torch.float32)
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "message['content'] +", "message['content'] + eos_token +"
+    )
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": "Q"}], tokenize=False)
+    assert "Q<|endoftext|><|im_end|>" in rendered
+    config = align_stop_token(model, tokenizer, stop_id=template.stop_id, is_base=True)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "Q"}], tokenize=False) == rendered
+    assert config.eos_token_id == [template.stop_id, tokenizer.convert_tokens_to_ids("<|endoftext|>")]
+
+
+def test_sampling_values_without_sampling_do_not_stop_the_save(checkpoints, tmp_path):
+    _, template = runs.example_rows(checkpoints["untied"])
+    model = load_model(str(checkpoints["untied"]), dtype=torch.float32)
+    model.generation_config.update(do_sample=False, temperature=0.5, top_p=0.8, min_p=0.1, typical_p=0.9)
+    config = align_stop_token(model, template.tokenizer, stop_id=template.stop_id, is_base=True)
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"][0] == template.stop_id
+
+
 if __name__ == "__main__":
     _worker(*map(Path, sys.argv[1:]))
