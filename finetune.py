@@ -10,17 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from rich.console import Console
 
 from data_utils.collate import StepDataset
 from data_utils.dataset import TokenizedRows, load_rows
-from data_utils.sources import DataError
+from data_utils.sources import DataError, read_lines
 from data_utils.template import ChatTemplate
 from data_utils.tokenizer import load_tokenizer
 from tuning import checkpoint, record
 from tuning.adapters import build_training_model
-from tuning.args import Arguments, SettingsError, describe_settings, parse_arguments
+from tuning.args import Arguments, describe_settings, parse_arguments
+from tuning.errors import MachineError, SettingsError
+from tuning.machine import check_device, check_reporters, describe_device
 from tuning.model import check_loss_path, choose_dtypes, count_parameters, identify_checkpoint, load_model
+from tuning.progress import LOSS_PLOT_FILE, ProgressCallback, SampleCallback
 from tuning.trainer import StepTrainer
+
+CONSOLE = Console()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -32,12 +38,21 @@ def main(argv: list[str] | None = None) -> None:
     output_dir = Path(run_args.output_dir)
     inputs = [path for path in (model_args.model_name_or_path, lora_args.lora_weight_path) if path]
     checkpoint.check_output_directory(output_dir, overwrite=run_args.overwrite_output_dir, inputs=inputs)
+    check_reporters(run_args.report_to)
+    check_device(run_args.device)
+    say(f"device: {describe_device(run_args.device)}")
     if data_args.lazy_preprocess:
         say("--lazy_preprocess: rows are always tokenised first here; it has no effect")
 
     # ---- data ----
     source: dict[str, Any] = {"cache_dir": model_args.cache_dir, "trust_remote_code": model_args.trust_remote_code}
-    tokenizer = load_tokenizer(model_args.model_name_or_path, system_message=data_args.system_message, **source)
+    tokenizer = load_tokenizer(
+        model_args.model_name_or_path,
+        system_message=data_args.system_message,
+        chat_template=data_args.chat_template,
+        chat_template_kwargs=data_args.chat_template_kwargs,
+        **source,
+    )
     template = ChatTemplate(tokenizer, system_message=data_args.system_message, label_mask=data_args.label_mask)
     rows, account = load_rows(data_args.data_path, template, max_length=data_args.model_max_length)
     say("data: " + "\n      ".join(account.describe()))
@@ -45,6 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     if data_args.eval_data_path:
         eval_rows, eval_account = load_rows(data_args.eval_data_path, template, max_length=data_args.model_max_length)
         say("evaluation data: " + "\n      ".join(eval_account.describe()))
+    samples = load_prompts(run_args.sample_prompts, template) if run_args.sample_prompts else []
 
     # ---- model ----
     transformers.set_seed(run_args.seed)  # fresh adapters are random
@@ -95,10 +111,26 @@ def main(argv: list[str] | None = None) -> None:
         train_dataset=train_steps,
         eval_dataset=eval_steps,
         save_result=writer.save,
-        log_line=say,
         loraplus_lr_ratio=lora_args.loraplus_lr_ratio,
     )
-    trainer.train()
+    if is_first_process():
+        if samples:
+            trainer.add_callback(
+                SampleCallback(
+                    training_model,
+                    tokenizer,
+                    samples,
+                    output_dir=output_dir,
+                    log_line=say,
+                    max_new_tokens=run_args.sample_max_new_tokens,
+                )
+            )
+        trainer.add_callback(progress := ProgressCallback(CONSOLE, output_dir))
+    try:
+        trainer.train()
+    finally:
+        if is_first_process():
+            progress.close()
 
     # ---- result ----
     if is_first_process():
@@ -106,10 +138,7 @@ def main(argv: list[str] | None = None) -> None:
         writer.write(output_dir)
         record.write_json(output_dir / record.RUN_FILE, run)
         writer.seal(output_dir, step=run["steps"])
-        say(f"loss: first {run['loss']['first']:.4f}, last {run['loss']['last']:.4f}")
-        say(f"result: {output_dir}")
-        if lora_args.use_lora:
-            say(f"merge it with: python merge_lora.py {output_dir} {output_dir}-merged")
+        say_summary(run, output_dir, use_lora=lora_args.use_lora)
 
 
 def build_steps(arguments: Arguments, rows: TokenizedRows, *, training: bool) -> StepDataset:
@@ -127,6 +156,22 @@ def build_steps(arguments: Arguments, rows: TokenizedRows, *, training: bool) ->
     )
 
 
+def load_prompts(path: str, template: ChatTemplate) -> list[tuple[str, list[int]]]:
+    """(text, token ids) of each line of a file of prompts."""
+    return [(line, template.encode_prompt([{"role": "user", "content": line}])) for line in read_lines(path)]
+
+
+def say_summary(run: dict[str, Any], output_dir: Path, *, use_lora: bool) -> None:
+    """Where everything is, and what to do next."""
+    merged = f"{output_dir}-merged"
+    say(f"loss: first {run['loss']['first']:.4f}, last {run['loss']['last']:.4f}")
+    say(f"trained {run['steps']:,} steps in {run['train_s']:,} s, {run['tokens_per_s']:,} tokens/s")
+    say(f"result: {output_dir} (run.json, metrics.jsonl, {LOSS_PLOT_FILE})")
+    say(f"talk to it: python chat.py {output_dir}")
+    if use_lora:
+        say(f"merge it:   python merge_lora.py {output_dir} {merged}")
+
+
 def is_first_process() -> bool:
     """Whether this process writes files and talks to the user."""
     return int(os.environ.get("RANK", "0")) == 0
@@ -135,7 +180,7 @@ def is_first_process() -> bool:
 def say(line: str) -> None:
     """Print a line on the first process."""
     if is_first_process():
-        print(line, flush=True)
+        CONSOLE.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
@@ -145,3 +190,6 @@ if __name__ == "__main__":
         if is_first_process():
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except MachineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -13,8 +13,8 @@ import torch
 from data_utils.sources import DataError
 from data_utils.tokenizer import load_tokenizer
 from tuning import merge
-from tuning.args import SettingsError
 from tuning.checkpoint import write_manifest
+from tuning.errors import SettingsError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

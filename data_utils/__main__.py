@@ -21,6 +21,8 @@ def main() -> int:
     show.add_argument("--json", action="store_true", help="one JSON object a row: id, input_ids, labels")
     show.add_argument("--model_max_length", type=int, help="tokens a row may have (default: no limit)")
     show.add_argument("--system_message", help="system turn for conversations without one")
+    show.add_argument("--chat_template", help="file with a chat template to use")
+    show.add_argument("--chat_template_kwargs", help="defaults for the template, as JSON")
     show.add_argument("--label_mask", choices=LABEL_MASKS, default="assistant", help="which tokens are trained")
     show.add_argument("--cache_dir", help="where hub downloads are kept")
     show.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the checkpoint")
@@ -29,6 +31,8 @@ def main() -> int:
         tokenizer = load_tokenizer(
             args.model,
             system_message=args.system_message,
+            chat_template=args.chat_template,
+            chat_template_kwargs=args.chat_template_kwargs,
             cache_dir=args.cache_dir,
             trust_remote_code=args.trust_remote_code,
         )

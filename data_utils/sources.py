@@ -48,6 +48,22 @@ def read_records(path: str | Path) -> Iterator[Record]:
         raise DataError(f"{path}: no rows in it; expected at least one conversation")
 
 
+def read_lines(path: str | Path) -> list[str]:
+    """Lines of a text file that are not blank.
+
+    Raises: DataError: no such file, not UTF-8, nothing in it.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 ({error.reason})") from None
+    if not (lines := [line.strip("\r") for line in lines if line.strip()]):
+        raise DataError(f"{path}: no lines in it; expected a prompt a line")
+    return lines
+
+
 def hash_file(path: str | Path) -> str:
     """SHA-256 of a file's bytes, as hex."""
     digest = hashlib.sha256()

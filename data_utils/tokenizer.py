@@ -39,11 +39,20 @@ PLAIN_CHATML = """\
 
 
 def load_tokenizer(
-    path: str, *, system_message: str | None = None, cache_dir: str | None = None, trust_remote_code: bool = False
+    path: str,
+    *,
+    system_message: str | None = None,
+    chat_template: str | None = None,
+    chat_template_kwargs: str | None = None,
+    cache_dir: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedTokenizerBase:
     """Load a tokenizer; one without a chat template gets plain ChatML, which is saved with the result.
 
     system_message: default system turn of that plain ChatML template ("You are a helpful assistant." if None).
+    chat_template: file with a template to use instead of the tokenizer's own.
+    chat_template_kwargs: JSON object of defaults for the template's variables. They become part of the template, so
+        that every server that loads the result has them.
 
     Raises: DataError: no tokenizer there, no fast tokenizer, or no ChatML tokens for the default template.
     """
@@ -58,6 +67,8 @@ def load_tokenizer(
         raise DataError(f"{path}: cannot load a tokenizer: {str(error).strip().splitlines()[0]}") from None
     if not tokenizer.is_fast:
         raise DataError(f"{path}: only fast tokenizers are supported; convert it to a tokenizer.json first")
+    if chat_template is not None:
+        tokenizer.chat_template = _read_template(chat_template)
     if not tokenizer.chat_template:
         missing = [text for text in ("<|im_start|>", "<|im_end|>") if text not in tokenizer.get_vocab()]
         if missing:
@@ -71,7 +82,39 @@ def load_tokenizer(
         if written:
             raise DataError(f"--system_message: holds the control token {written[0]}, which it must not")
         tokenizer.chat_template = PLAIN_CHATML.replace("SYSTEM_MESSAGE", json.dumps(default, ensure_ascii=False))
+    if chat_template_kwargs is not None:
+        tokenizer.chat_template = _with_defaults(tokenizer.get_chat_template(), chat_template_kwargs)
     return tokenizer
+
+
+def _read_template(path: str) -> str:
+    try:
+        template = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--chat_template {path}: cannot be read: {error}") from None
+    try:
+        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+    except jinja2.TemplateSyntaxError as error:
+        raise DataError(f"--chat_template {path}:{error.lineno}: {error.message}") from None
+    return template
+
+
+def _with_defaults(template: str, kwargs: str) -> str:
+    """The template with defaults for its variables; a server that passes a value still wins."""
+    try:
+        defaults = json.loads(kwargs)
+    except json.JSONDecodeError as error:
+        raise DataError(f"--chat_template_kwargs {kwargs}: invalid JSON: {error.msg}") from None
+    if not isinstance(defaults, dict):
+        raise DataError(f'--chat_template_kwargs {kwargs}: expected a JSON object such as {{"enable_thinking": false}}')
+    head = ""
+    for name, value in defaults.items():
+        if name not in template:
+            raise DataError(f"--chat_template_kwargs: the chat template has no variable {name}")
+        if not name.isidentifier() or not isinstance(value, bool | int | float | str):
+            raise DataError(f"--chat_template_kwargs: {name}: expected a name with true, false, a number or text")
+        head += f"{{%- if {name} is not defined %}}{{%- set {name} = {json.dumps(value)} %}}{{%- endif %}}"
+    return head + template
 
 
 class SafeEncoder:

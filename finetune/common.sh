@@ -15,7 +15,10 @@ usage: $1 [-m MODEL] [-d DATA] [-o OUTPUT] [-h] [any flag of finetune.py ...]
   -o OUTPUT  directory for the result (default: output/NAME-of-this-script)
   -h         this text
 
-All other flags go to finetune.py; the last one given wins. DRY_RUN=1 prints the command and runs nothing.
+All other flags go to finetune.py (python finetune.py --help); the last one given wins.
+
+CUDA_VISIBLE_DEVICES=1 $1 ...   runs on the second GPU (default: the first one that is visible)
+DRY_RUN=1 $1 ...                prints the command and runs nothing
 EOF
 }
 

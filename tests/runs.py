@@ -76,7 +76,6 @@ def train(
         train_dataset=steps_dataset,
         eval_dataset=steps_dataset,
         save_result=lambda *_: None,
-        log_line=lambda _: None,
     )
     trainer.train()
     return trainer

@@ -14,8 +14,9 @@ from tuning.adapters import (
     check_lora_targets,
     find_lora_targets,
 )
-from tuning.args import LoraArguments, SettingsError
+from tuning.args import LoraArguments
 from tuning.base_model import judge_base_model
+from tuning.errors import SettingsError
 from tuning.model import TrainingModel, check_loss_path
 from tuning.token_rows import TokenRows
 
@@ -215,7 +216,6 @@ def test_lora_plus_raises_the_learning_rate_of_b(checkpoints, tmp_path):
         ),
         train_dataset=[],
         save_result=lambda *_: None,
-        log_line=lambda _: None,
         loraplus_lr_ratio=16.0,
     )
     groups = trainer.create_optimizer().param_groups

@@ -3,7 +3,8 @@ from dataclasses import fields
 import pytest
 from transformers import TrainingArguments
 
-from tuning.args import FIELDS, HONOURED, SettingsError, describe_settings, parse_arguments
+from tuning.args import FIELDS, HONOURED, describe_settings, parse_arguments
+from tuning.errors import SettingsError
 
 BASE = ["--model_name_or_path", "m", "--data_path", "d.json", "--output_dir", "/tmp/never-made", "--use_cpu", "True"]
 

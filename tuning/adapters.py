@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from tuning.args import LoraArguments, SettingsError
+from tuning.args import LoraArguments
 from tuning.base_model import BaseModelEvidence, judge_base_model
+from tuning.errors import SettingsError
 from tuning.model import TrainingModel, enable_gradient_checkpointing, find_module_name, hide_gptqmodel, is_tied
 from tuning.record import MANIFEST_FILE
 from tuning.token_rows import PEFT_SUFFIX, TokenRows

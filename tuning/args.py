@@ -5,14 +5,14 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-
-class SettingsError(ValueError):
-    """A setting that cannot work or would be ignored. The message names it and the way out."""
+from tuning.errors import SettingsError
+from tuning.settings_file import read_settings_file
 
 
 @dataclass
@@ -40,6 +40,12 @@ class DataArguments:
     system_message: str | None = field(default=None, metadata={"help": "system turn for conversations without one"})
     label_mask: Literal["assistant", "qwen"] = field(
         default="assistant", metadata={"help": "trained tokens: the answers, or those of the original Qwen recipe"}
+    )
+    chat_template: str | None = field(
+        default=None, metadata={"help": "file with a chat template (jinja) to train with and to save with the result"}
+    )
+    chat_template_kwargs: str | None = field(
+        default=None, metadata={"help": "defaults for the template, as JSON: '{\"enable_thinking\": false}'"}
     )
     lazy_preprocess: bool = field(default=False, metadata={"help": "accepted for older scripts; has no effect"})
 
@@ -79,6 +85,10 @@ class RunArguments(TrainingArguments):
     output_dir: str = field(metadata={"help": "directory for the result"})
     logging_steps: float = field(default=1, metadata={"help": "steps between log lines"})
     logging_first_step: bool = field(default=True, metadata={"help": "log the first step whatever logging_steps is"})
+    sample_prompts: str | None = field(
+        default=None, metadata={"help": "file with a prompt a line, answered at each evaluation"}
+    )
+    sample_max_new_tokens: int = field(default=128, metadata={"help": "longest sample answer in tokens"})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "delete the earlier run in output_dir first"})
 
 
@@ -174,6 +184,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     Raises: SettingsError: unknown, abbreviated, contradicting or void settings.
     """
     original = list(sys.argv[1:] if argv is None else argv)
+    if original and original[0].endswith((".yaml", ".yml")):
+        original[:1] = read_settings_file(Path(original[0]))
     words = [_expand_alias(word) for word in original]
     classes = (ModelArguments, DataArguments, LoraArguments, RunArguments)
     parser = _Parser(classes, allow_abbrev=False, prog="finetune.py")
@@ -282,6 +294,10 @@ def _check_settings(arguments: Arguments, given: set[str]) -> None:
         raise SettingsError("--eval_strategy: needs --eval_data_path")
     if "eval_steps" in given and str(run.eval_strategy.value) != "steps":
         raise SettingsError("--eval_steps: has no effect without --eval_strategy steps")
+    if run.sample_prompts and not evaluates:
+        raise SettingsError("--sample_prompts: has no effect without --eval_strategy steps or epoch")
+    if "sample_max_new_tokens" in given and not run.sample_prompts:
+        raise SettingsError("--sample_max_new_tokens: has no effect without --sample_prompts")
     if data.eval_data_path and not evaluates:
         raise SettingsError("--eval_data_path: has no effect without --eval_strategy steps or epoch")
     if str(run.save_strategy.value) == "best":

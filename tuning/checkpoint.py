@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tuning.adapters import adapter_state
-from tuning.args import SettingsError
+from tuning.errors import SettingsError
 from tuning.model import TrainingModel
 from tuning.record import MANIFEST_FILE, METRICS_FILE, RUN_FILE, write_json
 from tuning.token_rows import TokenRows

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tuning.adapters import load_lora, read_adapter
-from tuning.args import SettingsError
 from tuning.checkpoint import lies_in, save_full_model
+from tuning.errors import SettingsError
 from tuning.model import TrainingModel, hide_gptqmodel, load_model, local_directory
 from tuning.record import MANIFEST_FILE
 from tuning.token_rows import TokenRows

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import cached_file
 
-from tuning.args import SettingsError
+from tuning.errors import SettingsError
 from tuning.loss import sum_cross_entropy
 
 

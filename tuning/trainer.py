@@ -1,5 +1,6 @@
 """The training loop: transformers' Trainer, where one dataloader item is one rank's whole optimizer step."""
 
+import contextlib
 import math
 import time
 import zlib
@@ -16,6 +17,8 @@ from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArgum
 from transformers.trainer_callback import ProgressCallback
 
 from tuning.checkpoint import rotate_checkpoints
+from tuning.errors import MachineError
+from tuning.machine import describe_out_of_memory, is_out_of_memory
 from tuning.model import TrainingModel
 from tuning.record import METRICS_FILE, append_metrics
 
@@ -28,7 +31,6 @@ class StepTrainer(Trainer):
         tokens of the step on all ranks, "num_tokens": likewise without padding}; len() is the steps of one epoch.
         Every rank has the same number of micro-batches.
     save_result: writes what was trained into a directory, given the step (called on rank 0).
-    log_line: prints a line for the user (on rank 0).
     """
 
     def __init__(
@@ -39,7 +41,6 @@ class StepTrainer(Trainer):
         train_dataset: Dataset[Any],
         eval_dataset: Dataset[Any] | None = None,
         save_result: Callable[..., None],
-        log_line: Callable[[str], None],
         loraplus_lr_ratio: float | None = None,
     ):
         # Accumulation is the layout's business; one item is a whole step to the Trainer.
@@ -57,7 +58,6 @@ class StepTrainer(Trainer):
         self.optimizer: torch.optim.Optimizer | None
         self.control: TrainerControl
         self._save_result = save_result
-        self._log_line = log_line
         self._loraplus_lr_ratio = loraplus_lr_ratio
         self._metrics_path = Path(args.output_dir) / METRICS_FILE
         self._window: _Window | None = None  # opened by the first step
@@ -124,12 +124,12 @@ class StepTrainer(Trainer):
         for index, micro_batch in enumerate(inputs["micro_batches"]):
             self._seed_micro_batch(index)
             self.accelerator.gradient_state._set_sync_gradients(index == last)
-            if index == last or options:
-                loss = self._run_micro_batch(model, micro_batch, scale, options)
-            else:
-                with self.accelerator.no_sync(model):
-                    loss = self._run_micro_batch(model, micro_batch, scale, options)
-            total += loss
+            synchronises = index == last or options
+            try:
+                with contextlib.nullcontext() if synchronises else self.accelerator.no_sync(model):
+                    total += self._run_micro_batch(model, micro_batch, scale, options)
+            except Exception as error:
+                raise self._explain(error, micro_batch, inputs["row_ids"][index]) from error
         self._window.add(inputs)
         self._num_tokens_seen += inputs["num_tokens"]
         self._num_targets_seen += inputs["num_targets"]
@@ -139,6 +139,13 @@ class StepTrainer(Trainer):
         loss = model(**self._prepare_input(micro_batch)) * scale
         self.accelerator.backward(loss, **options)
         return loss.detach()
+
+    def _explain(self, error: Exception, micro_batch: Any, row_ids: list[str]) -> Exception:
+        """An error of a micro-batch, with the micro-batch in it where memory ran out."""
+        if not is_out_of_memory(error):
+            return error
+        checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
+        return MachineError(describe_out_of_memory(micro_batch, row_ids, checkpointing=checkpointing))
 
     def _seed_micro_batch(self, index: int) -> None:
         # Dropout's random numbers follow from (seed, step, rank, micro-batch), so a resumed run repeats them.
@@ -175,10 +182,10 @@ class StepTrainer(Trainer):
             f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700.0)),
             f"{metric_key_prefix}_runtime": round(time.perf_counter() - started, 3),
         }
-        if self._window is not None:
-            self._window.exclude(time.perf_counter() - started)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self._window is not None:
+            self._window.exclude(time.perf_counter() - started)
         return metrics
 
     # ---- log and save ----
@@ -189,12 +196,10 @@ class StepTrainer(Trainer):
             assert self._window is not None
             logs.update(self._window.close())
             self._window = None
-        super().log(logs, start_time)
         # The Trainer's summary counts steps as samples; run.json has the right one.
         if self.is_world_process_zero() and "train_runtime" not in logs:
-            append_metrics(self._metrics_path, {"step": self.state.global_step, **logs})
-            if "loss" in logs or "eval_loss" in logs:
-                self._log_line(_describe_logs(self.state.global_step, self.state.max_steps, logs))
+            append_metrics(self._metrics_path, {"step": self.state.global_step, "epoch": self.state.epoch, **logs})
+        super().log(logs, start_time)
 
     def train(self, *args: Any, **options: Any) -> Any:
         """Train, and take the time."""
@@ -275,14 +280,3 @@ class _Window:
 
 def _only_item(items: list[Any]) -> Any:
     return items[0]
-
-
-def _describe_logs(step: int, max_steps: int, logs: dict[str, float]) -> str:
-    if "eval_loss" in logs:
-        return f"step {step}/{max_steps}  eval loss {logs['eval_loss']:.4f}  perplexity {logs['eval_perplexity']:.3f}"
-    line = f"step {step}/{max_steps}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}"
-    if "grad_norm" in logs:
-        line += f"  grad norm {logs['grad_norm']:.3f}"
-    if "tokens_per_s" in logs:
-        line += f"  {logs['tokens_per_s']:,.0f} tokens/s"
-    return line

@@ -1,0 +1,228 @@
+"""Talk to a model: python chat.py MODEL, where MODEL is a merged model or an adapter directory.
+
+One answer with --prompt, many with --prompts FILE (a prompt a line; JSON lines come out).
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import GenerationConfig
+
+from data_utils.sources import DataError, read_lines
+from data_utils.template import ChatTemplate
+from data_utils.tokenizer import load_tokenizer
+from tuning.adapters import load_lora
+from tuning.errors import SettingsError
+from tuning.generate import generate_answers, stream_answer
+from tuning.merge import find_base, tokenizer_source
+from tuning.model import TrainingModel, load_model
+
+HELP = """\
+:help                    this text
+:clear                   forget the conversation
+:history                 show the conversation
+:system TEXT             set the system turn and forget the conversation; without TEXT, none
+:conf NAME=VALUE ...     set temperature, top_p, top_k, repetition_penalty, max_new_tokens; without any, show them
+:seed N                  random seed of the next answers
+:exit                    leave (Ctrl-D too)
+Ctrl-C stops an answer. Pasted text may have several lines; or begin and end with a line of \"\"\"."""
+
+SETTINGS: dict[str, type] = {
+    "temperature": float,
+    "top_p": float,
+    "top_k": int,
+    "repetition_penalty": float,
+    "max_new_tokens": int,
+}
+
+
+class Chat:
+    """One conversation with a model.
+
+    Raises: SettingsError: no model, no adapter, or they do not fit. DataError: no tokenizer.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        path = Path(args.model)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        options: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
+        dtype: Any = "auto" if device.type == "cuda" else torch.float32
+        if (path / "adapter_config.json").is_file():
+            base = find_base(path, args.base, None)
+            self.tokenizer = load_tokenizer(str(tokenizer_source(path, base)), **options)
+            model = load_model(str(base), dtype=dtype, **options)
+            training_model = TrainingModel(*load_lora(model, path))
+            if (path / "generation_config.json").is_file():  # where the adapter was trained to stop
+                model.generation_config = GenerationConfig.from_pretrained(path)
+        else:
+            self.tokenizer = load_tokenizer(args.model, **options)
+            training_model = TrainingModel(load_model(args.model, dtype=dtype, **options))
+        self.training_model = training_model.to(device).eval()
+        self.model = training_model.causal_lm
+        self.template = ChatTemplate(self.tokenizer)
+        self.system = _trained_system_message(path) if args.system is None else args.system
+        self.history: list[dict[str, str]] = []
+        self.settings: dict[str, Any] = {"max_new_tokens": args.max_new_tokens}
+
+    def encode(self, question: str) -> list[int]:
+        """Token ids of the conversation with one more question."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return self.template.encode_prompt([*system, *self.history, {"role": "user", "content": question}])
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What generate is given: the model's own settings, changed by :conf."""
+        options = dict(self.settings)
+        if "temperature" in options:
+            options["do_sample"] = options["temperature"] > 0
+            if not options["do_sample"]:
+                options["temperature"] = None
+        return options
+
+    def ask(self, question: str) -> None:
+        """Print an answer as it comes, and remember both."""
+        prompt = self.encode(question)
+        answer = stream_answer(self.model, self.tokenizer, prompt, _write, **self.options)
+        notes = {
+            "stop": "",
+            "length": f"  [cut after {self.settings['max_new_tokens']} tokens]",
+            "interrupt": "  [stopped]",
+        }
+        _write(notes[answer.ended_by] + "\n")
+        self.history += [{"role": "user", "content": question}, {"role": "assistant", "content": answer.text}]
+
+    def command(self, line: str) -> str:
+        """Run a :command. Returns: what to print."""
+        name, _, rest = line.partition(" ")
+        rest = rest.strip()
+        if name == ":help":
+            return HELP
+        if name == ":clear":
+            self.history = []
+            return "conversation forgotten"
+        if name == ":history":
+            return "\n".join(f"{m['role']}: {m['content']}" for m in self.history) or "nothing said yet"
+        if name == ":system":
+            self.system, self.history = rest or None, []
+            return f"system: {rest}" if rest else "no system turn"
+        if name == ":seed" and rest.lstrip("-").isdigit():
+            transformers.set_seed(int(rest) % 2**32)
+            return f"seed {rest}"
+        if name == ":conf":
+            return self._configure(rest)
+        return f"{line}: not a command; :help lists them"
+
+    def _configure(self, words: str) -> str:
+        for word in words.split():
+            name, _, text = word.partition("=")
+            if name not in SETTINGS:
+                return f"{name}: not a setting ({', '.join(SETTINGS)})"
+            try:
+                value = SETTINGS[name](text)
+            except ValueError:
+                return f"{word}: expected {name}=NUMBER"
+            if value < 0 or (value == 0 and name in ("max_new_tokens", "repetition_penalty")):
+                return f"{word}: too small"
+            self.settings[name] = value
+        return "  ".join(f"{name}={value}" for name, value in self.settings.items())
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Answer once, many times, or in a conversation."""
+    args = build_parser().parse_args(argv)
+    prompts = read_lines(args.prompts) if args.prompts else []
+    if args.batch_size < 1 or args.max_new_tokens < 1:
+        raise SettingsError("--batch_size and --max_new_tokens: must be at least 1")
+    chat = Chat(args)
+    if args.prompts:
+        ids = [chat.encode(prompt) for prompt in prompts]
+        answers = generate_answers(chat.model, chat.tokenizer, ids, batch_size=args.batch_size, **chat.options)
+        for prompt, answer in zip(prompts, answers, strict=True):
+            print(
+                json.dumps({"prompt": prompt, "answer": answer.text, "ended_by": answer.ended_by}, ensure_ascii=False)
+            )
+            sys.stdout.flush()
+    elif args.prompt is not None:
+        chat.ask(args.prompt)
+    else:
+        converse(chat, args.model)
+
+
+def converse(chat: Chat, name: str) -> None:
+    """Read questions and commands from the terminal until :exit or Ctrl-D."""
+    import readline  # noqa: F401  line editing, history, and pasted text in one piece
+
+    print(f"{name}: :help lists the commands, :exit leaves")
+    while True:
+        try:
+            line = _read_question()
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:  # forgets the line, not the conversation
+            print()
+            continue
+        if not line.strip():
+            continue
+        if line.strip() == ":exit":
+            return
+        if line.startswith(":"):
+            print(chat.command(line.strip()))
+        else:
+            chat.ask(line)
+
+
+def _read_question() -> str:
+    line = input("> ")
+    if line.strip() != '"""':
+        return line
+    lines = []
+    while (line := input("... ")).strip() != '"""':
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _trained_system_message(path: Path) -> str | None:
+    """The --system_message of the run, where the template does not carry it itself."""
+    run = path / "run.json"
+    if not run.is_file():
+        return None
+    message = json.loads(run.read_text(encoding="utf-8"))["settings"]["data"]["system_message"]
+    return None if message is None else str(message)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="merged model, full model, or adapter directory")
+    ask = parser.add_mutually_exclusive_group()
+    ask.add_argument("--prompt", help="one question; the answer goes to standard output")
+    ask.add_argument("--prompts", metavar="FILE", help="a question a line; JSON lines go to standard output")
+    parser.add_argument("--batch_size", type=int, default=8, help="questions at a time with --prompts (default 8)")
+    parser.add_argument("--system", help="system turn")
+    parser.add_argument("--max_new_tokens", type=int, default=512, help="longest answer in tokens (default 512)")
+    parser.add_argument("--base", help="base model of an adapter (default: the one it names)")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the checkpoint")
+    return parser
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (DataError, SettingsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

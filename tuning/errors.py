@@ -1,0 +1,9 @@
+"""Errors that users see as one line."""
+
+
+class SettingsError(ValueError):
+    """A setting that cannot work or would be ignored. The message names it and the way out."""
+
+
+class MachineError(RuntimeError):
+    """The machine could not do it (memory, say). The message says what was running and what to change first."""

@@ -1,0 +1,74 @@
+"""What the machine is and what it lacks, said at the start and in one line."""
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tuning.errors import SettingsError
+
+
+def describe_device(device: torch.device) -> str:
+    """One line for the log: the device, its memory, and why it is not a GPU if it is not."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        capability = f"{properties.major}.{properties.minor}"
+        bf16 = "" if torch.cuda.is_bf16_supported(including_emulation=False) else ", no bf16: computing in fp16"
+        return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, compute capability {capability}{bf16}"
+    line = f"{device.type.upper()}, {torch.get_num_threads()} threads"
+    if device.type != "cpu":
+        return line
+    if torch.version.cuda is None and Path("/proc/driver/nvidia").exists():
+        return f"{line}; there is an NVIDIA GPU, but torch {torch.__version__} is a CPU build: install the CUDA build"
+    if torch.version.cuda is not None and Path("/proc/driver/nvidia").exists() and not torch.cuda.is_available():
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        why = (
+            f"CUDA_VISIBLE_DEVICES={hidden} hides it" if hidden is not None else "its driver is too old for this torch"
+        )
+        return f"{line}; there is an NVIDIA GPU, but {why}"
+    return f"{line} (no GPU found)"
+
+
+def check_device(device: torch.device) -> None:
+    """Raises: SettingsError: a GPU that this build of torch has no kernels for."""
+    if device.type != "cuda":
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    built = [
+        int(name.removeprefix("sm_").rstrip("af")) for name in torch.cuda.get_arch_list() if name.startswith("sm_")
+    ]
+    if built and major * 10 + minor < min(built):
+        raise SettingsError(
+            f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor}) is too old for torch "
+            f"{torch.__version__}, which starts at {min(built) / 10}; install an older torch, or pass --use_cpu"
+        )
+
+
+def check_reporters(names: list[str]) -> None:
+    """Raises: SettingsError: --report_to names something that is not installed."""
+    packages = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
+    for name in names:
+        choices = packages.get(name, ())
+        if choices and not any(importlib.util.find_spec(package) for package in choices):
+            raise SettingsError(f"--report_to {name}: {name} is not installed; pip install {name}")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is the device or the machine running out of memory."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def describe_out_of_memory(micro_batch: Any, row_ids: list[str], *, checkpointing: bool) -> str:
+    """Which micro-batch did not fit, and what to change first."""
+    rows, width = micro_batch["input_ids"].shape
+    first = "lower --per_device_train_batch_size (and raise --gradient_accumulation_steps to keep the step)"
+    if rows == 1:
+        first = "lower --model_max_length" if checkpointing else "pass --gradient_checkpointing True"
+    elif not checkpointing:
+        first += ", or pass --gradient_checkpointing True"
+    shown = ", ".join(row_ids[:8]) + (f" and {len(row_ids) - 8} more" if len(row_ids) > 8 else "")
+    return f"out of memory in a micro-batch of {rows} rows x {width} tokens (rows {shown}); {first}"

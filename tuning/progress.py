@@ -1,0 +1,130 @@
+"""While it trains: one live line (or log lines where there is no terminal), loss.png, and sample answers."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from tuning.generate import generate_answers
+from tuning.model import TrainingModel
+from tuning.record import METRICS_FILE, append_metrics
+
+LOSS_PLOT_FILE = "loss.png"
+
+
+class ProgressCallback(TrainerCallback):
+    """Shows loss, learning rate, tokens/s and time left; draws loss.png. For rank 0."""
+
+    def __init__(self, console: Console, output_dir: Path):
+        self._console = console
+        self._output_dir = output_dir
+        self._live: Progress | None = None
+        self._task = TaskID(0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Open the live line, on a terminal."""
+        if self._console.is_terminal:
+            columns = (BarColumn(24), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+            self._live = Progress(*columns, console=self._console)
+            self._task = self._live.add_task("", total=state.max_steps, completed=state.global_step)
+            self._live.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Move the live line."""
+        if self._live:
+            self._live.update(self._task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        """Show what was logged."""
+        if "eval_loss" in logs:
+            line = f"eval loss {logs['eval_loss']:.4f}  perplexity {logs['eval_perplexity']:.3f}"
+            self._console.print(f"step {state.global_step}/{state.max_steps}  {line}", highlight=False)
+        elif "loss" in logs:
+            line = describe_logs(logs)
+            if self._live:
+                self._live.update(self._task, description=line)
+            else:
+                self._console.print(f"step {state.global_step}/{state.max_steps}  {line}", highlight=False)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Draw the losses so far."""
+        draw_losses(self._output_dir)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Close the live line and draw the losses."""
+        self.close()
+        draw_losses(self._output_dir)
+
+    def close(self) -> None:
+        """Leave the terminal as it was, also after an error."""
+        if self._live:
+            self._live.stop()
+            self._live = None
+
+
+class SampleCallback(TrainerCallback):
+    """Answers fixed prompts at each evaluation: into metrics.jsonl and the log. Greedy, so it takes no random numbers.
+
+    prompts: (text, token ids) of each.
+    """
+
+    def __init__(
+        self,
+        training_model: TrainingModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[tuple[str, list[int]]],
+        *,
+        output_dir: Path,
+        log_line: Callable[[str], None],
+        max_new_tokens: int,
+    ):
+        self._training_model = training_model
+        self._tokenizer = tokenizer
+        self._prompts = prompts
+        self._metrics_path = output_dir / METRICS_FILE
+        self._log_line = log_line
+        self._max_new_tokens = max_new_tokens
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Generate, log and record."""
+        model = self._training_model.causal_lm
+        prompts = [ids for _, ids in self._prompts]
+        options: dict[str, Any] = {"max_new_tokens": self._max_new_tokens, "do_sample": False}
+        answers = list(generate_answers(model, self._tokenizer, prompts, batch_size=8, **options))
+        samples = []
+        for (prompt, _), answer in zip(self._prompts, answers, strict=True):
+            samples.append({"prompt": prompt, "answer": answer.text, "ended_by": answer.ended_by})
+            cut = "" if answer.ended_by == "stop" else "  [cut at the length limit]"
+            self._log_line(f"  > {prompt}\n    {answer.text}{cut}")
+        append_metrics(self._metrics_path, {"step": state.global_step, "samples": samples})
+
+
+def describe_logs(logs: dict[str, float]) -> str:
+    """Loss, learning rate, gradient norm and speed in one line."""
+    line = f"loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}"
+    if "grad_norm" in logs:
+        line += f"  grad norm {logs['grad_norm']:.3f}"
+    return f"{line}  {logs['tokens_per_s']:,.0f} tokens/s"
+
+
+def draw_losses(output_dir: Path) -> None:
+    """Draw training and evaluation loss over steps from metrics.jsonl into loss.png."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = (output_dir / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+    entries = [json.loads(line) for line in lines]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel="step", ylabel="loss per supervised token")
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "evaluation", "o-")):
+        points = [(entry["step"], entry[key]) for entry in entries if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(output_dir / LOSS_PLOT_FILE, dpi=120)
