@@ -25,9 +25,8 @@ def dry_run(shell, launcher, *words, cwd=ROOT):
 @pytest.mark.parametrize("launcher", LAUNCHERS, ids=lambda p: p.stem)
 def test_flags_parse_and_pass_through(shell, launcher, tmp_path):
     (tmp_path / "my data.json").write_text("[]")
-    done = dry_run(
-        shell, launcher, "-m", "org/model", "--lora_r", "8", "-d", "my data.json", "-o", "out dir", cwd=tmp_path
-    )
+    words = ["-m", "org/model", "--max_steps", "8", "-d", "my data.json", "-o", "out dir"]
+    done = dry_run(shell, launcher, *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     _, script, *words = shlex.split(done.stdout)
     assert script == str(ROOT / "finetune.py")
@@ -35,7 +34,9 @@ def test_flags_parse_and_pass_through(shell, launcher, tmp_path):
     assert arguments.model.model_name_or_path == "org/model"
     assert arguments.data.data_path == [str(tmp_path / "my data.json")]
     assert arguments.run.output_dir == str(tmp_path / "out dir")
-    assert arguments.lora.lora_r == 8 and arguments.run.learning_rate == 3e-4
+    assert arguments.run.max_steps == 8
+    assert arguments.lora.use_lora == ("lora" in launcher.stem)
+    assert arguments.run.learning_rate == (3e-4 if arguments.lora.use_lora else 1e-5)
     assert arguments.run.per_device_train_batch_size * arguments.run.gradient_accumulation_steps == 16
 
 

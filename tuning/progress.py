@@ -1,7 +1,9 @@
 """While it trains: one live line (or log lines where there is no terminal), loss.png, and sample answers."""
 
 import json
+import time
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,12 @@ class ProgressCallback(TrainerCallback):
         self._console = console
         self._output_dir = output_dir
         self._live: Progress | None = None
+        self._began = (0.0, 0)  # time (s) and step
         self._task = TaskID(0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Open the live line, on a terminal."""
+        """Start the clock; open the live line, on a terminal."""
+        self._began = (time.monotonic(), state.global_step)
         if self._console.is_terminal:
             columns = (BarColumn(24), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
             self._live = Progress(*columns, console=self._console)
@@ -42,13 +46,21 @@ class ProgressCallback(TrainerCallback):
         """Show what was logged."""
         if "eval_loss" in logs:
             line = f"eval loss {logs['eval_loss']:.4f}  perplexity {logs['eval_perplexity']:.3f}"
-            self._console.print(f"step {state.global_step}/{state.max_steps}  {line}", highlight=False)
+            self._console.print(f"step {state.global_step}/{state.max_steps}  {line}", highlight=False, soft_wrap=True)
         elif "loss" in logs:
             line = describe_logs(logs)
             if self._live:
                 self._live.update(self._task, description=line)
             else:
-                self._console.print(f"step {state.global_step}/{state.max_steps}  {line}", highlight=False)
+                left = f"  {self._time_left(state)} left"
+                self._console.print(
+                    f"step {state.global_step}/{state.max_steps}  {line}{left}", highlight=False, soft_wrap=True
+                )
+
+    def _time_left(self, state: Any) -> timedelta:
+        began, first = self._began
+        per_step_s = (time.monotonic() - began) / max(1, state.global_step - first)
+        return timedelta(seconds=round(per_step_s * (state.max_steps - state.global_step)))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Draw the losses so far."""
@@ -92,11 +104,11 @@ class SampleCallback(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Generate, log and record."""
         model = self._training_model.causal_lm
-        prompts = [ids for _, ids in self._prompts]
+        prompts = [ids for _text, ids in self._prompts]
         options: dict[str, Any] = {"max_new_tokens": self._max_new_tokens, "do_sample": False}
         answers = list(generate_answers(model, self._tokenizer, prompts, batch_size=8, **options))
         samples = []
-        for (prompt, _), answer in zip(self._prompts, answers, strict=True):
+        for (prompt, _ids), answer in zip(self._prompts, answers, strict=True):
             samples.append({"prompt": prompt, "answer": answer.text, "ended_by": answer.ended_by})
             cut = "" if answer.ended_by == "stop" else "  [cut at the length limit]"
             self._log_line(f"  > {prompt}\n    {answer.text}{cut}")

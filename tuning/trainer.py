@@ -13,7 +13,7 @@ import torch.distributed as dist
 from accelerate.utils import DistributedType
 from peft.optimizers import create_loraplus_optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
 from tuning.checkpoint import rotate_checkpoints
@@ -52,9 +52,13 @@ class StepTrainer(Trainer):
             args.activation_checkpointing = False
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # every trained parameter takes part in every forward
+        # On a machine with several GPUs one process uses one: transformers would wrap the model in DataParallel, which
+        # is slow and knows nothing of steps. torchrun uses them all.
+        args._n_gpu = min(args.n_gpu, 1)
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
+        self.add_callback(_LogLastStep)
         self.optimizer: torch.optim.Optimizer | None
         self.control: TrainerControl
         self._save_result = save_result
@@ -250,6 +254,14 @@ class _StepSampler(Sampler[int]):
 
     def __len__(self) -> int:
         return self._steps_per_epoch
+
+
+class _LogLastStep(TrainerCallback):
+    """Logs the last step whatever logging_steps is, so that the last loss is the last loss."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= state.max_steps and args.logging_strategy != "no":
+            control.should_log = True
 
 
 class _Window:

@@ -1,0 +1,86 @@
+import io
+import json
+import runpy
+import sys
+import time
+
+import pytest
+from rich.console import Console
+
+from tests.conftest import CONVERSATIONS, ROOT
+from tests.test_cli import flags
+from tuning.progress import ProgressCallback, draw_losses
+
+
+class State:
+    global_step, max_steps = 3, 10
+
+
+LOGS = {"loss": 1.5, "learning_rate": 3e-4, "grad_norm": 0.25, "tokens_per_s": 1234.5}
+
+
+def test_lines_where_there_is_no_terminal(tmp_path, monkeypatch):
+    out = io.StringIO()
+    callback = ProgressCallback(Console(file=out), tmp_path)
+    monkeypatch.setattr(time, "monotonic", lambda: 100.0)
+    callback.on_train_begin(None, type("Begin", (), {"global_step": 1, "max_steps": 10}), None)
+    monkeypatch.setattr(time, "monotonic", lambda: 120.0)
+    callback.on_log(None, State, None, logs=LOGS)
+    callback.on_log(None, State, None, logs={"eval_loss": 0.5, "eval_perplexity": 1.65})
+    assert out.getvalue().splitlines() == [
+        "step 3/10  loss 1.5000  lr 3.00e-04  grad norm 0.250  1,234 tokens/s  0:01:10 left",
+        "step 3/10  eval loss 0.5000  perplexity 1.650",
+    ]
+
+
+def test_one_live_line_on_a_terminal(tmp_path):
+    out = io.StringIO()
+    callback = ProgressCallback(Console(file=out, force_terminal=True, width=140), tmp_path)
+    callback.on_train_begin(None, State, None)
+    callback.on_log(None, State, None, logs=LOGS)
+    callback.on_step_end(None, State, None)
+    callback.close()
+    callback.close()
+    shown = out.getvalue()
+    assert "loss 1.5000" in shown and "3/10" in shown and "step 3/10" not in shown
+
+
+def test_the_plot_is_a_picture(tmp_path):
+    entries = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "x": 1}, {"step": 2, "eval_loss": 1.5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    draw_losses(tmp_path)
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_prompts_are_answered_at_each_evaluation(checkpoints, tmp_path, capfd, monkeypatch):
+    out, prompts = tmp_path / "out", tmp_path / "prompts.txt"
+    prompts.write_text("Who are you?\n\n你是谁？ <|im_end|>\n", encoding="utf-8")
+    words = flags(checkpoints["untied"], CONVERSATIONS, out, "--use_lora", "--eval_data_path", CONVERSATIONS)
+    words += ["--eval_strategy", "steps", "--eval_steps", 2, "--sample_prompts", prompts]
+    words += ["--sample_max_new_tokens", 4, "--logging_steps", 3]
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, words)])
+    runpy.run_path(str(ROOT / "finetune.py"), run_name="__main__")
+    entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    sampled = [entry for entry in entries if "samples" in entry]
+    assert [entry["step"] for entry in sampled] == [2, 4]
+    assert [sample["prompt"] for sample in sampled[0]["samples"]] == ["Who are you?", "你是谁？ <|im_end|>"]
+    assert all(sample["ended_by"] in ("stop", "length") for sample in sampled[0]["samples"])
+    # The first and the last step are logged, whatever --logging_steps says.
+    assert [entry["step"] for entry in entries if "loss" in entry] == [1, 3, 4]
+    shown = capfd.readouterr().out
+    assert shown.count("> Who are you?") == 2 and (out / "loss.png").is_file()
+    assert f"talk to it: python chat.py {out}" in shown and f"python merge_lora.py {out} {out}-merged" in shown
+
+
+@pytest.mark.parametrize("content", [None, "\n \n"])
+def test_prompt_files_that_are_none(checkpoints, tmp_path, capfd, monkeypatch, content):
+    prompts = tmp_path / "prompts.txt"
+    if content is not None:
+        prompts.write_text(content)
+    words = flags(checkpoints["untied"], CONVERSATIONS, tmp_path / "out", "--eval_data_path", CONVERSATIONS)
+    words += ["--eval_strategy", "epoch", "--sample_prompts", prompts]
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, words)])
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_path(str(ROOT / "finetune.py"), run_name="__main__")
+    assert exit_.value.code == 2 and "prompts.txt" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
