@@ -17,6 +17,7 @@ from data_utils.sources import DataError, read_lines
 from data_utils.template import ChatTemplate
 from data_utils.tokenizer import load_tokenizer
 from tuning.adapters import load_lora
+from tuning.args import OneLineParser
 from tuning.errors import SettingsError
 from tuning.generate import generate_answers, stream_answer
 from tuning.merge import find_base, tokenizer_source
@@ -203,7 +204,7 @@ def _write(text: str) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """Command line."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", help="merged model, full model, or adapter directory")

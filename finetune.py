@@ -4,6 +4,7 @@ Reads top to bottom: settings -> data -> model -> training -> result. `--help` l
 """
 
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     model_args, data_args, lora_args, run_args = arguments.model, arguments.data, arguments.lora, arguments.run
     settings, environment, started = describe_settings(arguments), record.describe_environment(), time.perf_counter()
-    output_dir = Path(run_args.output_dir)
+    output_dir = Path(os.path.normpath(run_args.output_dir))
     inputs = [path for path in (model_args.model_name_or_path, lora_args.lora_weight_path) if path]
     checkpoint.check_output_directory(output_dir, overwrite=run_args.overwrite_output_dir, inputs=inputs)
     check_reporters(run_args.report_to)
@@ -102,9 +103,6 @@ def main(argv: list[str] | None = None) -> None:
         "rows_per_step": train_steps.rows_per_step,
         "processes": run_args.world_size,
     }
-    if is_first_process():
-        checkpoint.prepare_output_directory(output_dir, overwrite=run_args.overwrite_output_dir)
-        record.write_json(output_dir / record.RUN_FILE, run)
     trainer = StepTrainer(
         training_model,
         run_args,
@@ -114,6 +112,8 @@ def main(argv: list[str] | None = None) -> None:
         loraplus_lr_ratio=lora_args.loraplus_lr_ratio,
     )
     if is_first_process():
+        checkpoint.prepare_output_directory(output_dir, overwrite=run_args.overwrite_output_dir)
+        record.write_json(output_dir / record.RUN_FILE, run)
         if samples:
             trainer.add_callback(
                 SampleCallback(
@@ -128,9 +128,12 @@ def main(argv: list[str] | None = None) -> None:
         trainer.add_callback(progress := ProgressCallback(CONSOLE, output_dir))
     try:
         trainer.train()
-    finally:
+    except BaseException as error:
         if is_first_process():
             progress.close()
+            run["status"] = "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {error}"
+            record.write_json(output_dir / record.RUN_FILE, run)
+        raise
 
     # ---- result ----
     if is_first_process():
@@ -163,13 +166,15 @@ def load_prompts(path: str, template: ChatTemplate) -> list[tuple[str, list[int]
 
 def say_summary(run: dict[str, Any], output_dir: Path, *, use_lora: bool) -> None:
     """Where everything is, and what to do next."""
-    merged = f"{output_dir}-merged"
+    scripts = Path(__file__).parent
+    python = f"python {'' if Path.cwd() == scripts else shlex.quote(f'{scripts}/')}"
+    out, merged = shlex.quote(str(output_dir)), shlex.quote(f"{output_dir}-merged")
     say(f"loss: first {run['loss']['first']:.4f}, last {run['loss']['last']:.4f}")
     say(f"trained {run['steps']:,} steps in {run['train_s']:,} s, {run['tokens_per_s']:,} tokens/s")
     say(f"result: {output_dir} (run.json, metrics.jsonl, {LOSS_PLOT_FILE})")
-    say(f"talk to it: python chat.py {output_dir}")
+    say(f"talk to it: {python}chat.py {out}")
     if use_lora:
-        say(f"merge it:   python merge_lora.py {output_dir} {merged}")
+        say(f"merge it:   {python}merge_lora.py {out} {merged}")
 
 
 def is_first_process() -> bool:
@@ -193,3 +198,7 @@ if __name__ == "__main__":
     except MachineError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        if is_first_process():
+            print("interrupted: the run is not finished; checkpoints that were saved are complete", file=sys.stderr)
+        sys.exit(130)

@@ -4,6 +4,7 @@ Writes a standalone checkpoint and checks that it gives the adapter's logits.
 """
 
 import argparse
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -13,8 +14,9 @@ import torch
 from data_utils.sources import DataError
 from data_utils.tokenizer import load_tokenizer
 from tuning import merge
-from tuning.checkpoint import write_manifest
+from tuning.args import OneLineParser
 from tuning.errors import SettingsError
+from tuning.record import write_manifest
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -23,6 +25,8 @@ def main(argv: list[str] | None = None) -> None:
     """Merge, save, verify. Raises: DataError, SettingsError: the user's mistakes, or a merge that does not verify."""
     args = build_parser().parse_args(argv)
     adapter, out, trust = Path(args.adapter), Path(args.out), args.trust_remote_code
+    if not re.fullmatch(r"\d+(\.\d+)?[KMGT]i?B", args.max_shard_size):
+        raise SettingsError(f"--max_shard_size {args.max_shard_size}: expected a size such as 5GB or 500MB")
     base = merge.find_base(adapter, args.base, args.cache_dir)
     merge.check_out(out, [adapter, base], overwrite=args.overwrite)
     tokenizer = load_tokenizer(str(merge.tokenizer_source(adapter, base)), trust_remote_code=trust)
@@ -54,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = OneLineParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("adapter", help="output directory of a LoRA run, or one of its checkpoints")
     parser.add_argument("out", help="directory for the merged model; absent or empty")
     parser.add_argument("--base", help="base model (default: the one the adapter names)")
@@ -73,3 +77,6 @@ if __name__ == "__main__":
     except (DataError, SettingsError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: nothing was merged", file=sys.stderr)
+        sys.exit(130)

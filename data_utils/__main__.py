@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from typing import NoReturn
 
 from data_utils.dataset import TokenizedRows, load_rows
 from data_utils.sources import DataError
@@ -10,9 +11,14 @@ from data_utils.template import IGNORE_INDEX, LABEL_MASKS, ChatTemplate
 from data_utils.tokenizer import load_tokenizer
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise DataError(f"{message}; see --help")
+
+
 def main() -> int:
     """Entry point. Returns: exit code, 2 for the user's mistakes."""
-    parser = argparse.ArgumentParser(prog="python -m data_utils", description=__doc__, allow_abbrev=False)
+    parser = _Parser(prog="python -m data_utils", description=__doc__, allow_abbrev=False)
     show = parser.add_subparsers(required=True).add_parser("show", help="print rows as they would be trained")
     show.add_argument("data", nargs="+", help=".json or .jsonl files")
     show.add_argument("--model", required=True, help="model or tokenizer directory, or hub name")
@@ -26,8 +32,8 @@ def main() -> int:
     show.add_argument("--label_mask", choices=LABEL_MASKS, default="assistant", help="which tokens are trained")
     show.add_argument("--cache_dir", help="where hub downloads are kept")
     show.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the checkpoint")
-    args = parser.parse_args()
     try:
+        args = parser.parse_args()
         tokenizer = load_tokenizer(
             args.model,
             system_message=args.system_message,

@@ -32,7 +32,7 @@ def read_records(path: str | Path) -> Iterator[Record]:
     path = Path(path)
     if not path.is_file():
         kind = "is a directory, not a data file" if path.is_dir() else "no such file"
-        raise DataError(f"{path}: {kind}; --data_path takes .json or .jsonl files")
+        raise DataError(f"{path}: {kind}; expected a .json or .jsonl file")
     if path.suffix not in (".json", ".jsonl"):
         raise DataError(f"{path}: unknown format '{path.suffix}'; name it .json (a list) or .jsonl (one row a line)")
     try:

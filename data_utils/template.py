@@ -70,18 +70,17 @@ class ChatTemplate:
 
     def encode_prompt(self, messages: list[dict[str, str]]) -> list[int]:
         """Ids that inference feeds to have these messages answered; control-token texts in them stay plain text."""
-        return self.encoder.encode(self.render(self._escape(messages), add_generation_prompt=True))
+        messages = self._escape(self._with_system_message(messages))
+        return self.encoder.encode(self.render(messages, add_generation_prompt=True))
 
     def encode_conversation(self, conversation: Conversation) -> list[Row]:
         """Rows of a conversation, whole turns, of any length; none where no turn is supervised.
 
         Raises: DataError: the template refuses the conversation, or a turn cannot be placed after its prompt.
         """
-        messages = list(conversation.messages)
-        turns = conversation.supervised_turns
-        if self.system_message is not None and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": self.system_message})
-            turns = [turn + 1 for turn in turns]
+        messages = self._with_system_message(list(conversation.messages))
+        added = len(messages) - len(conversation.messages)
+        turns = [turn + added for turn in conversation.supervised_turns]
         messages = self._escape(messages)
         try:
             if self.label_mask == "qwen":
@@ -142,6 +141,11 @@ class ChatTemplate:
             if role == "assistant":
                 row.ends.append(len(row.input_ids))
         return [row]
+
+    def _with_system_message(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+        if self.system_message is None or messages[0]["role"] == "system":
+            return messages
+        return [{"role": "system", "content": self.system_message}, *messages]
 
     def _escape(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
         return [{**m, "content": self.encoder.escape(m["content"], m["role"])} for m in messages]

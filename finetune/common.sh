@@ -3,7 +3,7 @@
 # launch NAME DEFAULTS... -- ARGUMENTS...: reads -m -d -o -h from the arguments and runs finetune.py with the
 # defaults first, so that flags given on the command line win. DRY_RUN=1 prints the command instead.
 
-ROOT=$(cd "$(dirname "$0")/.." && pwd)
+ROOT=$(cd "$(dirname "$(readlink -f "$0")")/.." && pwd)
 PYTHON=${PYTHON:-$([ -x "$ROOT/.venv/bin/python" ] && echo "$ROOT/.venv/bin/python" || echo python3)}
 
 usage() {
@@ -11,7 +11,8 @@ usage() {
 usage: $1 [-m MODEL] [-d DATA] [-o OUTPUT] [-h] [any flag of finetune.py ...]
 
   -m MODEL   checkpoint directory or hub name (default: the tiny example model, built when missing)
-  -d DATA    conversations, .json or .jsonl (default: examples/conversations.json)
+  -d DATA    conversations, .json or .jsonl (default: examples/conversations.json);
+             several files: --data_path A B in place of -d
   -o OUTPUT  directory for the result (default: output/NAME-of-this-script)
   -h         this text
 
@@ -50,7 +51,13 @@ launch() {
             -h | --help) usage "$0"; exit 0 ;;
             -m | -d | -o)
                 [ "$count" -gt 0 ] || fail "$word needs a value; see $0 -h"
-                case $word in -m) model=$1 ;; -d) data=$1 ;; -o) output=$1 ;; esac
+                case $1 in '' | -*) fail "$word needs a value, found '$1'; see $0 -h" ;; esac
+                case $word in
+                    -m) taken=$model model=$1 ;;
+                    -d) taken=$data data=$1 ;;
+                    -o) taken=$output output=$1 ;;
+                esac
+                [ -z "$taken" ] || fail "$word is given twice; several data files: --data_path A B"
                 shift
                 count=$((count - 1))
                 ;;

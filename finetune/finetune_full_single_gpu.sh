@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All weights, on one GPU, or on the CPU where there is none. See -h.
-. "$(dirname "$0")/common.sh"
+. "$(dirname "$(readlink -f "$0")")/common.sh"
 
 #   learning rate 1e-5   every weight moves, so each may move little
 #   fp32 master weights  small updates would vanish in bf16; --pure_bf16 halves the memory at that price

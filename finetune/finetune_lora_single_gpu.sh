@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # LoRA on one GPU, or on the CPU where there is none. See -h.
-. "$(dirname "$0")/common.sh"
+. "$(dirname "$(readlink -f "$0")")/common.sh"
 
 # The original recipe's settings:
 #   learning rate 3e-4   adapters start at zero and bear ten times what full training does

@@ -50,6 +50,7 @@ def test_a_run_leaves_a_whole_result(run_script, checkpoints, tmp_path):
     assert {path.name for path in out.iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
         "chat_template.jinja", "generation_config.json", "run.json", "metrics.jsonl", "manifest.json",
+        "loss.png",
         "checkpoint-3", "checkpoint-4",
     }  # fmt: skip
 
@@ -175,6 +176,28 @@ def test_mistakes_on_the_command_line(run_script, checkpoints, tmp_path, change,
     _assert_one_line(code, stderr, message, out)
 
 
+def test_directories_that_are_no_run_and_places_that_cannot_be_written(run_script, checkpoints, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    for out, message in (
+        (tmp_path / "mine", "is not empty (notes.txt) and holds no run"),
+        (tmp_path / "mine" / "notes.txt" / "sub", "notes.txt a file"),
+    ):
+        for more in ([], ["--overwrite_output_dir"]):
+            code, _, stderr = run_script("finetune.py", *flags(checkpoints["untied"], CONVERSATIONS, out, *more))
+            assert code == 2 and message in stderr and len(stderr.splitlines()) == 1
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
+def test_a_loss_that_is_no_number_stops_the_run(run_script, checkpoints, tmp_path):
+    out = tmp_path / "out"
+    words = flags(checkpoints["untied"], CONVERSATIONS, out, "--use_lora", "--learning_rate", "1e30", "--optim", "sgd")
+    code, _, stderr = run_script("finetune.py", *words)
+    assert code == 1 and "error: the loss is nan at step" in stderr and len(stderr.splitlines()) == 1
+    assert json.loads((out / "run.json").read_text())["status"].startswith("failed: the loss is nan")
+    assert not (out / "manifest.json").exists() and not (out / "adapter_config.json").exists()
+
+
 def test_the_base_model_is_never_the_output(run_script, checkpoints):
     before = {path: path.stat().st_mtime_ns for path in checkpoints["untied"].iterdir()}
     words = flags(checkpoints["untied"], CONVERSATIONS, checkpoints["untied"], "--overwrite_output_dir")
@@ -193,8 +216,8 @@ def _assert_one_line(code: int, stderr: str, message: str, out: Path) -> None:
 def test_a_fresh_process_says_nothing_else(checkpoints, tmp_path):
     done = run_python("finetune.py", *flags(checkpoints["untied"], "absent.json", tmp_path / "out"), check=False)
     assert done.returncode == 2
-    assert done.stderr == "error: absent.json: no such file; --data_path takes .json or .jsonl files\n"
-    assert done.stdout == ""
+    assert done.stderr == "error: absent.json: no such file; expected a .json or .jsonl file\n"
+    assert done.stdout.startswith("device: ") and done.stdout.count("\n") == 1
     done = run_python("merge_lora.py", tmp_path, tmp_path / "out", check=False)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
 

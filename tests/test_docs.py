@@ -38,7 +38,8 @@ def test_links_and_files_exist(name):
     for link in re.findall(r"\]\(([^)h][^)]*)\)", text):
         assert (ROOT / link).exists(), link
     for script in re.findall(r"(?:python|bash|sh) ((?:examples|finetune)/\S+|\w+\.py)", text):
-        assert script.endswith("...") or (ROOT / script.strip("`")).exists(), script
+        script = script.strip("`")
+        assert script.endswith("...") or (ROOT / script).exists(), script
 
 
 def test_the_tree_names_every_module():

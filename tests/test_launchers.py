@@ -46,7 +46,7 @@ def test_defaults_help_and_mistakes(launcher):
     assert str(ROOT / "examples" / "conversations.json") in words
     assert str(ROOT / "examples" / "tiny-qwen3-base") in words
     assert dry_run("sh", launcher, "-h").stdout.startswith("usage:")
-    for wrong in (["-x"], ["-m"]):
+    for wrong in (["-x"], ["-m"], ["-d", ""], ["-m", "-d", "x"], ["-d", "a", "-d", "b"]):
         done = dry_run("sh", launcher, *wrong)
         assert done.returncode == 2 and done.stderr.startswith("error:") and done.stderr.count("\n") == 1
     quoted = shlex.split(dry_run("sh", launcher, "--system_message", 'it\'s $HOME "x"').stdout)

@@ -1,6 +1,7 @@
 """The saved result, in a fresh process: what was trained is what loads, by peft, by transformers, and merged."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -153,6 +154,35 @@ def test_a_wrong_merge_is_noticed_and_removed(results, tmp_path, monkeypatch):
 def test_mistakes_in_a_merge_are_named_and_write_nothing(results, tmp_path, make, message):
     with pytest.raises(ValueError, match=message):
         merge_lora.main(make(results["lora", "untied"][0], tmp_path))
+    assert not (tmp_path / "m").exists()
+
+
+def test_another_base_a_changed_file_and_a_run_are_refused(results, checkpoints, tmp_path):
+    out, _, _ = results["lora", "untied"]
+    with pytest.raises(ValueError, match="was trained on another base model"):
+        merge_lora.main([str(out), str(tmp_path / "m"), "--base", str(checkpoints["other"])])
+    changed = tmp_path / "changed"
+    shutil.copytree(out, changed)
+    (changed / "adapter_config.json").write_text((out / "adapter_config.json").read_text().replace('"r": 4', '"r": 8'))
+    with pytest.raises(ValueError, match=r"adapter_config.json: is not the file that was saved"):
+        merge_lora.main([str(changed), str(tmp_path / "m")])
+    (changed / MANIFEST_FILE).unlink()
+    (changed / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"has no manifest.json, so the run did not finish"):
+        merge_lora.main([str(changed), str(tmp_path / "m")])
+    full = tmp_path / "full"
+    shutil.copytree(results["full", "untied"][0], full)
+    (full / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match="is no merged model, so --overwrite does not delete it"):
+        merge_lora.main([str(out), str(full), "--overwrite"])
+    torn = tmp_path / "torn"
+    shutil.copytree(out, torn)
+    (torn / MANIFEST_FILE).unlink()
+    (torn / "adapter_model.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors: cannot be read"):
+        merge_lora.main([str(torn), str(tmp_path / "m")])
+    with pytest.raises(ValueError, match="--max_shard_size 1foo: expected a size"):
+        merge_lora.main([str(out), str(tmp_path / "m"), "--max_shard_size", "1foo"])
     assert not (tmp_path / "m").exists()
 
 

@@ -8,7 +8,7 @@ import warnings
 import torch
 
 # Optional libraries announce at import what this machine lacks (kernels for other GPUs); nobody can act on it.
-for _name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+for _name in ("torchao", "bitsandbytes", "torch.utils._pytree", "huggingface_hub"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 # transformers renamed gradient_checkpointing; both names work here, and peft still asks for the old one.
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)

@@ -7,6 +7,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -16,7 +17,7 @@ from tuning.args import LoraArguments
 from tuning.base_model import BaseModelEvidence, judge_base_model
 from tuning.errors import SettingsError
 from tuning.model import TrainingModel, enable_gradient_checkpointing, find_module_name, hide_gptqmodel, is_tied
-from tuning.record import MANIFEST_FILE
+from tuning.record import MANIFEST_FILE, check_manifest
 from tuning.token_rows import PEFT_SUFFIX, TokenRows
 
 _ROUTERS = ("gate", "router", "shared_expert_gate")
@@ -143,8 +144,8 @@ def check_adapter_base(directory: Path, base_fingerprint: str) -> None:
         trained_on = json.loads(manifest.read_text(encoding="utf-8"))["base_model"]["fingerprint"]
         if trained_on != base_fingerprint:
             raise SettingsError(
-                f"--lora_weight_path {directory}: was trained on another base model "
-                f"({config.base_model_name_or_path}); name that one with --model_name_or_path"
+                f"{directory}: this adapter was trained on another base model ({config.base_model_name_or_path} as it "
+                "was then); name that one"
             )
 
 
@@ -260,7 +261,11 @@ def read_adapter(directory: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     weights = directory / "adapter_model.safetensors"
     if not weights.is_file():
         raise SettingsError(f"{directory}: no adapter_model.safetensors in it; the save was not finished")
-    return config, load_file(weights)
+    check_manifest(directory, ["adapter_config.json", "adapter_model.safetensors"])
+    try:
+        return config, load_file(weights)
+    except SafetensorError as error:
+        raise SettingsError(f"{weights}: cannot be read ({error}); copy it again") from None
 
 
 def adapter_state(peft_model: PeftModel, rows: TokenRows | None) -> tuple[LoraConfig, dict[str, Tensor]]:

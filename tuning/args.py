@@ -1,5 +1,6 @@
 """Settings: one declaration each, what transformers' own settings mean here, and the checks across them."""
 
+import argparse
 import difflib
 import re
 import sys
@@ -171,6 +172,14 @@ FIELDS: dict[str, str] = {
 }  # fmt: skip
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """Says a mistake in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what the entry scripts print."""
+        raise SettingsError(f"{message}; see --help")
+
+
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         # HfArgumentParser gives every flag a second spelling with dashes; one name is enough in a message.
@@ -285,6 +294,10 @@ def _check_settings(arguments: Arguments, given: set[str]) -> None:
         raise SettingsError(f"--save_total_limit {run.save_total_limit}: must be at least 1")
     if str(run.lr_scheduler_type.value) in ("reduce_lr_on_plateau", "greedy"):
         raise SettingsError(f"--lr_scheduler_type {run.lr_scheduler_type.value}: {_LATER}")
+    if run.save_steps <= 0 or run.logging_steps <= 0:
+        raise SettingsError("--save_steps and --logging_steps: must be above 0")
+    if not run.output_dir:
+        raise SettingsError("--output_dir: must name a directory")
     if data.model_max_length < 2:
         raise SettingsError(f"--model_max_length {data.model_max_length}: must be at least 2")
     if run.num_train_epochs <= 0 and run.max_steps <= 0:

@@ -1,7 +1,6 @@
 """Results on disk: a directory with a valid manifest is complete, one without is not."""
 
 import copy
-import hashlib
 import json
 import os
 import re
@@ -15,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from tuning.adapters import adapter_state
 from tuning.errors import SettingsError
 from tuning.model import TrainingModel
-from tuning.record import MANIFEST_FILE, METRICS_FILE, RUN_FILE, write_json
+from tuning.record import MANIFEST_FILE, METRICS_FILE, RUN_FILE, write_json, write_manifest
 from tuning.token_rows import TokenRows
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
@@ -129,34 +128,35 @@ def _render_probe(tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
-def write_manifest(directory: Path, *, step: int | None = None, base_model: dict[str, str] | None = None) -> None:
-    """Write the list of a directory's files with sizes and hashes, after they are on disk."""
-    files = {}
-    umask = os.umask(0)
-    os.umask(umask)
-    for path in sorted(path for path in directory.iterdir() if path.is_file() and path.name != MANIFEST_FILE):
-        path.chmod(0o666 & ~umask)  # safetensors writes for the owner alone
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            os.fsync(file.fileno())
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
-    write_json(directory / MANIFEST_FILE, {"step": step, "base_model": base_model, "files": files})
-
-
 def check_output_directory(directory: Path, *, overwrite: bool, inputs: list[str]) -> None:
-    """Refuse a directory that holds another run, or the model that is about to be trained.
+    """Refuse a directory that holds anything but an earlier run that may be deleted.
 
     Raises: SettingsError.
     """
     if holder := next((path for path in inputs if lies_in(Path(path), directory)), None):
         raise SettingsError(f"--output_dir {directory}: {holder} is an input of this run; choose another directory")
-    if directory.exists() and not directory.is_dir():
-        raise SettingsError(f"--output_dir {directory}: is a file")
-    if not overwrite and _run_files(directory):
+    check_writable(directory, "--output_dir")
+    if not directory.exists() or not any(directory.iterdir()):
+        return
+    if not (directory / RUN_FILE).is_file():
+        found = next(directory.iterdir()).name
         raise SettingsError(
-            f"--output_dir {directory}: holds another run ({_run_files(directory)[0].name}); "
+            f"--output_dir {directory}: is not empty ({found}) and holds no run; choose another directory"
+        )
+    if not overwrite:
+        raise SettingsError(
+            f"--output_dir {directory}: holds another run ({RUN_FILE}); "
             "choose another directory, or --overwrite_output_dir deletes that run"
         )
+
+
+def check_writable(directory: Path, flag: str) -> None:
+    """Raises: SettingsError: no directory can be made or written to there."""
+    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise SettingsError(f"{flag} {directory}: {'is' if existing == directory.absolute() else existing} a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise SettingsError(f"{flag} {directory}: cannot be written to ({existing} is read-only)")
 
 
 def lies_in(path: Path, directory: Path) -> bool:
@@ -166,8 +166,11 @@ def lies_in(path: Path, directory: Path) -> bool:
 
 def prepare_output_directory(directory: Path, *, overwrite: bool) -> None:
     """Make the directory; on request delete the files of an earlier run. Anything else in it stays."""
-    directory.mkdir(parents=True, exist_ok=True)
-    if not overwrite or not _run_files(directory):
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"--output_dir {directory}: cannot be written to: {error.strerror}") from None
+    if not overwrite:
         return
     for path in [*_run_files(directory), *directory.glob("*.safetensors"), *directory.glob("*.safetensors.index.json")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

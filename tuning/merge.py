@@ -10,11 +10,11 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from tuning.adapters import load_lora, read_adapter
-from tuning.checkpoint import lies_in, save_full_model
+from tuning.adapters import check_adapter_base, load_lora, read_adapter
+from tuning.checkpoint import check_writable, lies_in, save_full_model
 from tuning.errors import SettingsError
-from tuning.model import TrainingModel, hide_gptqmodel, load_model, local_directory
-from tuning.record import MANIFEST_FILE
+from tuning.model import TrainingModel, hide_gptqmodel, identify_checkpoint, load_model, local_directory
+from tuning.record import MANIFEST_FILE, RUN_FILE
 from tuning.token_rows import TokenRows
 
 # Largest difference of float32 logits that rounding explains, relative to the largest logit.
@@ -32,8 +32,8 @@ class Comparison:
 
     @property
     def holds(self) -> bool:
-        """Whether rounding in float32 explains the difference; a NaN does not."""
-        return self.max_difference <= TOLERANCE * max(1.0, self.max_logit)
+        """Whether rounding in float32 explains the difference; a NaN does not, nor a dead model."""
+        return self.max_logit > 0 and self.max_difference <= TOLERANCE * max(1.0, self.max_logit)
 
     def describe(self) -> str:
         """One line for the log."""
@@ -58,6 +58,7 @@ def find_base(adapter: Path, base: str | None, cache_dir: str | None) -> Path:
         raise SettingsError(f"{named}: no such model (the adapter's base model); name it with --base") from None
     if not (directory / "config.json").is_file():
         raise SettingsError(f"{directory}: no config.json, so no model; name the adapter's base model with --base")
+    check_adapter_base(adapter, identify_checkpoint(str(directory))["fingerprint"])
     return directory
 
 
@@ -65,10 +66,12 @@ def check_out(out: Path, inputs: list[Path], *, overwrite: bool) -> None:
     """Raises: SettingsError: OUT holds something that must not be deleted."""
     if holder := next((path for path in inputs if lies_in(path, out)), None):
         raise SettingsError(f"{out}: {holder} is an input of this merge; choose another directory")
+    check_writable(out, "OUT")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not overwrite:
             raise SettingsError(f"{out}: exists and is not empty; choose another directory, or use --overwrite")
-        if not (out / MANIFEST_FILE).is_file() or not (out / "config.json").is_file():
+        merged = (out / MANIFEST_FILE).is_file() and (out / "config.json").is_file() and not (out / RUN_FILE).exists()
+        if not merged:
             raise SettingsError(
                 f"{out}: is no merged model, so --overwrite does not delete it; choose another directory"
             )
@@ -100,7 +103,10 @@ def merge_weights(training_model: TrainingModel) -> PreTrainedModel:
     peft_model, rows = training_model.model, training_model.token_rows
     for module in peft_model.modules():
         if isinstance(module, LoraLayer):
-            module.merge(safe_merge=True)
+            try:
+                module.merge(safe_merge=True)
+            except ValueError as error:  # not finite
+                raise SettingsError(f"the adapter cannot be merged: {error}") from None
     model = peft_model.unload()
     if rows is not None:
         assert isinstance(rows, TokenRows)
@@ -112,7 +118,10 @@ def save_merged(
     model: PreTrainedModel, adapter: Path, base: Path, out: Path, *, dtype: torch.dtype, max_shard_size: str
 ) -> None:
     """Write the merged model with the adapter's tokenizer, chat template and generation config."""
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"{out}: cannot be made: {error.strerror}") from None
     # A plain peft adapter brings none of these along; then they are the base's.
     source = adapter if (adapter / "generation_config.json").is_file() else base
     if (source / "generation_config.json").is_file():

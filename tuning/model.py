@@ -27,6 +27,10 @@ def load_model(
 
     Raises: SettingsError: nothing there, no causal language model, no safetensors, weights missing.
     """
+    if (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file():
+        raise SettingsError(
+            f"{path}: is an adapter, not a model; merge it first, or go on from it by --lora_weight_path"
+        )
     try:
         config = AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
         model, info = AutoModelForCausalLM.from_pretrained(

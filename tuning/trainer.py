@@ -197,6 +197,11 @@ class StepTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add throughput to the Trainer's logs and append them to metrics.jsonl."""
         if "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                raise MachineError(
+                    f"the loss is {logs['loss']} at step {self.state.global_step}; lower --learning_rate, or compute "
+                    "in bf16 instead of fp16. Nothing after the last checkpoint is saved"
+                )
             assert self._window is not None
             logs.update(self._window.close())
             self._window = None
