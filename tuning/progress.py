@@ -7,6 +7,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
@@ -125,9 +127,6 @@ def describe_logs(logs: dict[str, float]) -> str:
 
 def draw_losses(output_dir: Path) -> None:
     """Draw training and evaluation loss over steps from metrics.jsonl into loss.png."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     lines = (output_dir / METRICS_FILE).read_text(encoding="utf-8").splitlines()
     entries = [json.loads(line) for line in lines]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
