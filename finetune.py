@@ -142,6 +142,7 @@ def main(argv: list[str] | None = None) -> None:
         record.write_json(output_dir / record.RUN_FILE, run)
         writer.seal(output_dir, step=run["steps"])
         say_summary(run, output_dir, use_lora=lora_args.use_lora)
+    trainer.close()
 
 
 def build_steps(arguments: Arguments, rows: TokenizedRows, *, training: bool) -> StepDataset:

@@ -128,6 +128,7 @@ def _worker(checkpoint, output, *kinds):
             "rows": trainer.train_dataset[0]["row_ids"],
         }
         (output / f"{kind}-{trainer.args.process_index}.json").write_text(json.dumps(result))
+    trainer.close()
 
 
 if __name__ == "__main__":

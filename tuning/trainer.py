@@ -234,6 +234,12 @@ class StepTrainer(Trainer):
             "eval_loss": evaluations[-1] if evaluations else None,
         }
 
+    def close(self) -> None:
+        """Wait for all ranks and leave the process group: a process that exits with one alive may abort."""
+        self.accelerator.wait_for_everyone()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # Not the Trainer's: it rotates before a checkpoint is complete.
         started = time.perf_counter()
