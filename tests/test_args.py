@@ -3,15 +3,16 @@ from dataclasses import fields
 import pytest
 from transformers import TrainingArguments
 
-from tuning.args import FIELDS, HONOURED, describe_settings, parse_arguments
+from tuning.args import describe_settings, parse_arguments
 from tuning.errors import SettingsError
+from tuning.transformers_settings import FIELDS, HONOURED
 
 BASE = ["--model_name_or_path", "m", "--data_path", "d.json", "--output_dir", "/tmp/never-made", "--use_cpu", "True"]
 
 
 def test_every_setting_of_transformers_is_honoured_or_refused():
     missing = {field.name for field in fields(TrainingArguments)} - FIELDS.keys()
-    assert not missing, "decide in tuning/args.py FIELDS what these mean here"
+    assert not missing, "decide in tuning/transformers_settings.py what these mean here"
     assert all(reason == HONOURED or len(reason) > 10 for reason in FIELDS.values())
 
 

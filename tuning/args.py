@@ -14,6 +14,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from tuning.errors import SettingsError
 from tuning.settings_file import read_settings_file
+from tuning.transformers_settings import FIELDS, HONOURED, LATER, OWN_LOOP
 
 
 @dataclass
@@ -81,7 +82,7 @@ class LoraArguments:
 
 @dataclass
 class RunArguments(TrainingArguments):
-    """transformers' settings (see FIELDS for what each means here), some with another default."""
+    """transformers' settings (transformers_settings.py says what each means here), some with another default."""
 
     output_dir: str = field(metadata={"help": "directory for the result"})
     logging_steps: float = field(default=1, metadata={"help": "steps between log lines"})
@@ -108,68 +109,6 @@ ALIASES = {"evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps
 
 _LORA_FIELDS = {declared.name for declared in fields(LoraArguments)}
 _RATES = {"loraplus_lr_ratio"}  # of the optimizer, not of the adapter
-
-HONOURED = "honoured"
-_STEP = "the step here is laid out by tokens and summed over all ranks, which leaves nothing for it to do"
-_OWN_LOOP = "the training step and the evaluation here do not use it"
-_HUB = "upload the finished directory instead: hf upload NAME DIR"
-_LATER = "not available yet"
-
-# Every field of TrainingArguments: HONOURED, or why any value but the default is refused. A test holds it complete.
-FIELDS: dict[str, str] = {
-    **dict.fromkeys(
-        [
-            "output_dir", "per_device_train_batch_size", "num_train_epochs", "max_steps", "learning_rate",
-            "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "weight_decay",
-            "adam_beta1", "adam_beta2", "adam_epsilon", "gradient_accumulation_steps", "max_grad_norm", "bf16", "fp16",
-            "tf32", "gradient_checkpointing", "activation_checkpointing", "logging_strategy", "logging_steps",
-            "logging_first_step", "log_level", "log_level_replica", "report_to", "run_name", "eval_strategy",
-            "eval_steps", "eval_delay", "per_device_eval_batch_size", "eval_on_start", "save_strategy", "save_steps",
-            "save_total_limit", "full_determinism", "seed", "data_seed", "use_cpu",
-            "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
-            "dataloader_prefetch_factor", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers",
-            "ddp_static_graph", "ddp_backend", "ddp_timeout", "do_train", "do_eval", "local_rank",
-            "overwrite_output_dir",
-        ],
-        HONOURED,
-    ),
-    **dict.fromkeys(
-        [
-            "average_tokens_across_devices", "auto_find_batch_size", "dataloader_drop_last", "train_sampling_strategy",
-            "length_column_name", "label_names", "remove_unused_columns", "accelerator_config",
-            "dataloader_in_order", "dataloader_multiprocessing_context",
-        ],
-        _STEP,
-    ),
-    **dict.fromkeys(
-        [
-            "label_smoothing_factor", "neftune_noise_alpha", "torch_empty_cache_steps", "optim_target_modules",
-            "bf16_full_eval", "fp16_full_eval", "prediction_loss_only", "eval_do_concat_batches",
-            "eval_use_gather_object", "eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics",
-            "include_num_input_tokens_seen", "logging_nan_inf_filter", "log_on_each_node", "disable_tqdm", "debug",
-            "skip_memory_metrics", "use_cache", "use_liger_kernel", "liger_kernel_config", "torch_compile",
-            "torch_compile_backend", "torch_compile_mode", "parallelism_config", "activation_checkpointing_kwargs",
-            "gradient_checkpointing_kwargs", "do_predict", "project", "trackio_space_id",
-            "trackio_bucket_id", "trackio_static_space_id", "enable_jit_checkpoint", "save_on_each_node",
-            "ignore_data_skip", "restore_callback_states_from_checkpoint",
-        ],
-        _OWN_LOOP,
-    ),
-    **dict.fromkeys(
-        [
-            "push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push",
-            "hub_revision",
-        ],
-        _HUB,
-    ),
-    **dict.fromkeys(
-        [
-            "deepspeed", "fsdp", "fsdp_config", "resume_from_checkpoint", "load_best_model_at_end",
-            "metric_for_best_model", "greater_is_better", "save_only_model",
-        ],
-        _LATER,
-    ),
-}  # fmt: skip
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -236,8 +175,8 @@ def _expand_alias(word: str) -> str:
 def _check_flags(words: list[str], known: set[str]) -> None:
     for word in words:
         flag = word.partition("=")[0]
-        if FIELDS.get(flag[2:]) == _LATER:
-            raise SettingsError(f"{flag}: {_LATER}")
+        if FIELDS.get(flag[2:]) == LATER:
+            raise SettingsError(f"{flag}: {LATER}")
         if not word.startswith("--") or flag in known:
             continue
         if flag == "--group_by_length":
@@ -258,7 +197,12 @@ def _check_transformers_settings(run: RunArguments) -> None:
 
 
 def _check_settings(arguments: Arguments, given: set[str]) -> None:
-    model, data, lora, run = arguments.model, arguments.data, arguments.lora, arguments.run
+    _check_lora(arguments.lora, arguments.model, given)
+    _check_run(arguments.run, arguments.model, arguments.data, given)
+    _check_evaluation(arguments.run, arguments.data, given)
+
+
+def _check_lora(lora: LoraArguments, model: ModelArguments, given: set[str]) -> None:
     if lora.q_lora:
         raise SettingsError("--q_lora: not available yet; use --use_lora")
     if not lora.use_lora:
@@ -279,6 +223,9 @@ def _check_settings(arguments: Arguments, given: set[str]) -> None:
         raise SettingsError(f"--loraplus_lr_ratio {lora.loraplus_lr_ratio}: must be above 0")
     if not 0 <= lora.lora_dropout < 1:
         raise SettingsError(f"--lora_dropout {lora.lora_dropout}: must be at least 0 and below 1")
+
+
+def _check_run(run: RunArguments, model: ModelArguments, data: DataArguments, given: set[str]) -> None:
     if model.pure_bf16 and run.fp16:
         raise SettingsError("--pure_bf16 and --fp16: choose one")
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
@@ -293,7 +240,7 @@ def _check_settings(arguments: Arguments, given: set[str]) -> None:
     if run.save_total_limit is not None and run.save_total_limit < 1:
         raise SettingsError(f"--save_total_limit {run.save_total_limit}: must be at least 1")
     if str(run.lr_scheduler_type.value) in ("reduce_lr_on_plateau", "greedy"):
-        raise SettingsError(f"--lr_scheduler_type {run.lr_scheduler_type.value}: {_LATER}")
+        raise SettingsError(f"--lr_scheduler_type {run.lr_scheduler_type.value}: {LATER}")
     if run.save_steps <= 0 or run.logging_steps <= 0:
         raise SettingsError("--save_steps and --logging_steps: must be above 0")
     if not run.output_dir:
@@ -302,6 +249,13 @@ def _check_settings(arguments: Arguments, given: set[str]) -> None:
         raise SettingsError(f"--model_max_length {data.model_max_length}: must be at least 2")
     if run.num_train_epochs <= 0 and run.max_steps <= 0:
         raise SettingsError(f"--num_train_epochs {run.num_train_epochs}: must be above 0")
+    if str(run.save_strategy.value) == "best":
+        raise SettingsError("--save_strategy best: not available yet; use steps or epoch")
+    if any(word in str(run.optim) for word in ("layerwise", "lomo")):
+        raise SettingsError(f"--optim {run.optim}: steps inside the backward pass, which {OWN_LOOP}")
+
+
+def _check_evaluation(run: RunArguments, data: DataArguments, given: set[str]) -> None:
     evaluates = str(run.eval_strategy.value) != "no" or run.eval_on_start
     if evaluates and not data.eval_data_path:
         raise SettingsError("--eval_strategy: needs --eval_data_path")
@@ -313,10 +267,6 @@ def _check_settings(arguments: Arguments, given: set[str]) -> None:
         raise SettingsError("--sample_max_new_tokens: has no effect without --sample_prompts")
     if data.eval_data_path and not evaluates:
         raise SettingsError("--eval_data_path: has no effect without --eval_strategy steps or epoch")
-    if str(run.save_strategy.value) == "best":
-        raise SettingsError("--save_strategy best: not available yet; use steps or epoch")
-    if any(word in str(run.optim) for word in ("layerwise", "lomo")):
-        raise SettingsError(f"--optim {run.optim}: steps inside the backward pass, which {_OWN_LOOP}")
 
 
 def _device_defaults(words: list[str]) -> list[str]:
