@@ -59,7 +59,9 @@ def load_tokenizer(
     directory = Path(path)
     if directory.is_dir() and not any((directory / name).is_file() for name in _TOKENIZER_FILES):
         raise DataError(f"{path}: no tokenizer in this directory (tokenizer.json); is it a checkpoint?")
-    if not directory.is_dir() and (path.count("/") != 1 or path[:1] in "./~"):
+    # `output/run` beside a directory `output` is a path mistyped, not a hub name to look up on the network.
+    looks_local = path.count("/") != 1 or path[:1] in "./~" or directory.parent.is_dir()
+    if not directory.is_dir() and looks_local:
         raise DataError(f"{path}: no such checkpoint directory, and not a hub name (owner/name)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=trust_remote_code)

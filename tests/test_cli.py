@@ -157,6 +157,7 @@ def test_bad_data_is_one_line_and_leaves_nothing(run_script, checkpoints, write_
     [
         ({"--data_path": "absent.json"}, "absent.json: no such file"),
         ({"--model_name_or_path": "/nowhere/model"}, "/nowhere/model: no such checkpoint directory"),
+        ({"--model_name_or_path": "tests/model"}, "tests/model: no such checkpoint directory"),
         ({"--model_name_or_path": "tests"}, "tests: no tokenizer in this directory"),
         ({"--lora_weight_path": "tests"}, "tests: no adapter_config.json in it"),
         ({"--learning_rat": "1"}, "--learning_rat: unknown setting; did you mean --learning_rate?"),

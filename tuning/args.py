@@ -132,12 +132,19 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     Raises: SettingsError: unknown, abbreviated, contradicting or void settings.
     """
     original = list(sys.argv[1:] if argv is None else argv)
-    if original and original[0].endswith((".yaml", ".yml")):
-        original[:1] = read_settings_file(Path(original[0]))
+    file = original[0] if original and original[0].endswith((".yaml", ".yml")) else None
+    file_words = read_settings_file(Path(file)) if file else []
+    if file:
+        original[:1] = file_words
     words = [_expand_alias(word) for word in original]
     classes = (ModelArguments, DataArguments, LoraArguments, RunArguments)
     parser = _Parser(classes, allow_abbrev=False, prog="finetune.py")
-    _check_flags(words, {flag for action in parser._actions for flag in action.option_strings})
+    known = {flag for action in parser._actions for flag in action.option_strings}
+    try:
+        _check_flags([_expand_alias(word) for word in file_words], known)
+    except SettingsError as error:
+        raise SettingsError(f"{file}: {str(error).replace('--', '')}") from None
+    _check_flags(words, known)
     words += _device_defaults(words)
     try:
         *parsed, stray = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
