@@ -28,7 +28,7 @@ HELP = """\
 :clear                   forget the conversation
 :history                 show the conversation
 :system TEXT             set the system turn and forget the conversation; without TEXT, none
-:conf NAME=VALUE ...     set temperature, top_p, top_k, repetition_penalty, max_new_tokens; without any, show what was set
+:conf NAME=VALUE ...     set temperature, top_p, top_k, repetition_penalty, max_new_tokens; alone: show what was set
 :seed N                  random seed of the next answers
 :exit                    leave (Ctrl-D too)
 Ctrl-C stops an answer. Pasted text may have several lines; or begin and end with a line of \"\"\"."""
