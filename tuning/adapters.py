@@ -49,7 +49,7 @@ def find_expert_parameters(model: PreTrainedModel) -> list[str]:
 
 
 def check_lora_targets(model: PreTrainedModel, targets: list[str]) -> None:
-    """Raises: SettingsError: a name that matches no layer, a router, an expert, or the output layer if it is tied."""
+    """Raises: SettingsError: a name that matches no linear layer, a router, or the output layer."""
     layers = dict(model.named_modules())
     output = model.get_output_embeddings()
     for target in targets:
@@ -83,7 +83,7 @@ def build_training_model(
 
     token_ids: the chat template's control tokens, whose rows train on a base model.
     largest_token_id: in the data. vocabulary_size: tokens of the tokenizer.
-    base_fingerprint: model.fingerprint_checkpoint of the model, held against that of --lora_weight_path.
+    base_fingerprint: the fingerprint of model.identify_checkpoint, held against that of --lora_weight_path.
 
     Raises: SettingsError: control tokens outside the embedding, or adapters that do not fit.
     """
@@ -138,7 +138,7 @@ def check_language_model_only(model: PreTrainedModel) -> None:
 
 def check_adapter_base(directory: Path, base_fingerprint: str) -> None:
     """Raises: SettingsError: the adapter was trained on another base model (by its manifest, where it has one)."""
-    config, _ = read_adapter(directory)
+    config = read_adapter_config(directory)
     manifest = directory / MANIFEST_FILE
     if manifest.is_file():
         trained_on = json.loads(manifest.read_text(encoding="utf-8"))["base_model"]["fingerprint"]
@@ -248,20 +248,30 @@ def load_lora(model: PreTrainedModel, directory: Path) -> tuple[PeftModel, Token
     return peft_model, rows
 
 
-def read_adapter(directory: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """Configuration and weights of an adapter directory.
+def read_adapter_config(directory: Path) -> LoraConfig:
+    """Configuration of an adapter directory, without reading its weights.
 
-    Raises: SettingsError: no adapter there, not a LoRA adapter, or weights that are not safetensors.
+    Raises: SettingsError: no adapter there, not a LoRA adapter, or not as it was saved.
     """
     if not (directory / "adapter_config.json").is_file():
         raise SettingsError(f"{directory}: no adapter_config.json in it; name the output directory of a LoRA run")
+    check_manifest(directory, ["adapter_config.json"])
     config = LoraConfig.from_pretrained(str(directory))
     if not isinstance(config, LoraConfig):
         raise SettingsError(f"{directory}: a {config.peft_type} adapter; only LoRA adapters are supported")
+    return config
+
+
+def read_adapter(directory: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Configuration and weights of an adapter directory.
+
+    Raises: SettingsError: as read_adapter_config, or weights that are not safetensors or not as they were saved.
+    """
+    config = read_adapter_config(directory)
     weights = directory / "adapter_model.safetensors"
     if not weights.is_file():
         raise SettingsError(f"{directory}: no adapter_model.safetensors in it; the save was not finished")
-    check_manifest(directory, ["adapter_config.json", "adapter_model.safetensors"])
+    check_manifest(directory, [weights.name])
     try:
         return config, load_file(weights)
     except SafetensorError as error:

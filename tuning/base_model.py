@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tuning.model import is_tied
+from tuning.model import is_tied, list_eos_ids
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,7 @@ def judge_base_model(model: PreTrainedModel, stop_id: int, stop: str, vocabulary
     vocabulary_size: ids from here on belong to no token (padding of the matrix).
     """
     generation = model.generation_config
-    declared = {
-        token_id
-        for config in (generation, model.config)
-        for token_id in _as_list(getattr(config, "eos_token_id", None))
-    }
+    declared = {token_id for config in (generation, model.config) for token_id in list_eos_ids(config)}
     chatml = getattr(generation, "chat_format", None) == "chatml"
     ends = stop_id in declared or chatml
     if chatml:
@@ -62,7 +58,3 @@ def _judge_row(weight: Tensor, row: int, vocabulary_size: int) -> tuple[bool, st
     if len(unused) and (unused - weight[row].float()).norm(dim=1).min().item() < 0.01 * norm:
         return True, "is untrained: it equals a row no token uses"
     return False, f"has norm {norm:.3g} (median {median:.3g})"
-
-
-def _as_list(value: int | list[int] | None) -> list[int]:
-    return [] if value is None else value if isinstance(value, list) else [value]

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from tuning.adapters import adapter_state
 from tuning.errors import SettingsError
-from tuning.model import TrainingModel
+from tuning.model import TrainingModel, list_eos_ids
 from tuning.record import MANIFEST_FILE, METRICS_FILE, RUN_FILE, write_json, write_manifest
 from tuning.token_rows import TokenRows
 
@@ -95,8 +95,7 @@ def align_stop_token(
     take it as their eos token too: converters and servers read it from there.
     """
     config = copy.deepcopy(model.generation_config) or GenerationConfig()
-    eos = config.eos_token_id
-    others = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    others = list_eos_ids(config)
     ids = [stop_id, *(token_id for token_id in others if token_id != stop_id)]
     config.eos_token_id = ids if len(ids) > 1 else stop_id
     if tokenizer.pad_token_id is None or (is_base and tokenizer.pad_token_id == stop_id):

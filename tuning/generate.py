@@ -8,6 +8,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from tuning.model import list_eos_ids
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -49,12 +51,6 @@ class TextPieces(BaseStreamer):
         return str(self._tokenizer.decode(self.ids, skip_special_tokens=True))
 
 
-def stop_ids(model: PreTrainedModel) -> list[int]:
-    """Tokens that end generation."""
-    eos = model.generation_config.eos_token_id
-    return [] if eos is None else eos if isinstance(eos, list) else [eos]
-
-
 @torch.no_grad()
 def generate_answers(
     model: PreTrainedModel,
@@ -65,7 +61,7 @@ def generate_answers(
     **options: Any,
 ) -> Iterator[Answer]:
     """Answer prompts in batches, padded on the left. options: of transformers' generate (max_new_tokens, ...)."""
-    stops = set(stop_ids(model))
+    stops = set(list_eos_ids(model.generation_config))
     device = next(model.parameters()).device
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
@@ -97,5 +93,5 @@ def stream_answer(
         model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, streamer=streamer, **options)
     except KeyboardInterrupt:
         return Answer(streamer.text, "interrupt")
-    stopped = bool(streamer.ids) and streamer.ids[-1] in stop_ids(model)
+    stopped = bool(streamer.ids) and streamer.ids[-1] in list_eos_ids(model.generation_config)
     return Answer(streamer.text, "stop" if stopped else "length")

@@ -10,10 +10,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from tuning.adapters import check_adapter_base, load_lora, read_adapter
+from tuning.adapters import check_adapter_base, load_lora, read_adapter, read_adapter_config
 from tuning.checkpoint import check_writable, lies_in, save_full_model
 from tuning.errors import SettingsError
-from tuning.model import TrainingModel, hide_gptqmodel, identify_checkpoint, load_model, local_directory
+from tuning.model import TrainingModel, hide_gptqmodel, identify_checkpoint, list_eos_ids, load_model, local_directory
 from tuning.record import MANIFEST_FILE, RUN_FILE
 from tuning.token_rows import TokenRows
 
@@ -48,7 +48,7 @@ def find_base(adapter: Path, base: str | None, cache_dir: str | None) -> Path:
 
     Raises: SettingsError: no adapter there, or no base.
     """
-    config, _ = read_adapter(adapter)
+    config = read_adapter_config(adapter)
     named = base or config.base_model_name_or_path
     if not named:
         raise SettingsError(f"{adapter}: does not say which base model it belongs to; name it with --base")
@@ -87,6 +87,7 @@ def compute_expected_logits(
     adapter: Path, base: Path, probes: list[list[int]], *, trust_remote_code: bool
 ) -> list[Tensor]:
     """Logits of base and adapter as peft itself loads them: a road of its own, so that our mistakes show."""
+    read_adapter(adapter)  # a damaged file is one line here, and a traceback in peft
     model = load_model(str(base), dtype=torch.float32, trust_remote_code=trust_remote_code)
     hide_gptqmodel()
     return compute_logits(PeftModel.from_pretrained(model, str(adapter)).eval(), probes)
@@ -126,8 +127,7 @@ def save_merged(
     source = adapter if (adapter / "generation_config.json").is_file() else base
     if (source / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(source))
-        eos = model.generation_config.eos_token_id
-        model.config.get_text_config().eos_token_id = eos[0] if isinstance(eos, list) else eos
+        model.config.get_text_config().eos_token_id = next(iter(list_eos_ids(model.generation_config)), None)
     save_full_model(model, out, dtype=dtype, max_shard_size=max_shard_size)
     own = {"adapter_config.json", "generation_config.json", "run.json", "manifest.json", "config.json"}
     for file in tokenizer_source(adapter, base).iterdir():

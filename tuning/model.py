@@ -180,3 +180,9 @@ def is_tied(model: PreTrainedModel) -> bool:
 def find_module_name(model: nn.Module, module: nn.Module) -> str:
     """Dotted name of a module inside a model."""
     return next(name for name, candidate in model.named_modules() if candidate is module)
+
+
+def list_eos_ids(config: Any) -> list[int]:
+    """Tokens that end generation, by a model's or a generation config: an id, several, or none."""
+    eos = getattr(config, "eos_token_id", None)
+    return [] if eos is None else eos if isinstance(eos, list) else [eos]
