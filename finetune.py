@@ -3,8 +3,10 @@
 Reads top to bottom: settings -> data -> model -> training -> result. `--help` lists every setting.
 """
 
+import contextlib
 import os
 import shlex
+import signal
 import sys
 import time
 from pathlib import Path
@@ -24,21 +26,27 @@ from tuning.args import Arguments, describe_settings, parse_arguments
 from tuning.errors import MachineError, SettingsError
 from tuning.machine import check_device, check_reporters, describe_device
 from tuning.model import check_loss_path, choose_dtypes, count_parameters, identify_checkpoint, load_model
+from tuning.processes import on_first
 from tuning.progress import LOSS_PLOT_FILE, ProgressCallback, SampleCallback
-from tuning.trainer import StepTrainer
+from tuning.resume import describe_trajectory, find_starting_point
+from tuning.trainer import GO_ON, StepTrainer
 
 CONSOLE = Console()
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run one fine-tuning. Raises: DataError, SettingsError: the user's mistakes."""
+def main(argv: list[str] | None = None) -> int:
+    """Run one fine-tuning. Returns: exit code. Raises: DataError, SettingsError: the user's mistakes."""
     # ---- settings ----
     arguments = parse_arguments(argv)
     model_args, data_args, lora_args, run_args = arguments.model, arguments.data, arguments.lora, arguments.run
     settings, environment, started = describe_settings(arguments), record.describe_environment(), time.perf_counter()
     output_dir = Path(os.path.normpath(run_args.output_dir))
     inputs = [path for path in (model_args.model_name_or_path, lora_args.lora_weight_path) if path]
-    checkpoint.check_output_directory(output_dir, overwrite=run_args.overwrite_output_dir, inputs=inputs)
+    wanted = run_args.resume_from_checkpoint
+    resumes = wanted is not None and (wanted == "auto" or checkpoint.lies_in(Path(wanted), output_dir))
+    checkpoint.check_output_directory(
+        output_dir, overwrite=run_args.overwrite_output_dir, resume=resumes, inputs=inputs
+    )
     check_reporters(run_args.report_to)
     check_device(run_args.device)
     say(f"device: {describe_device(run_args.device)}")
@@ -70,6 +78,18 @@ def main(argv: list[str] | None = None) -> None:
     )
     model = load_model(model_args.model_name_or_path, dtype=load_dtype, allow_pickle=model_args.allow_pickle, **source)
     base = identify_checkpoint(model_args.model_name_or_path, model_args.cache_dir)
+    facts = {
+        "trajectory": describe_trajectory(
+            arguments, base_fingerprint=base["fingerprint"], rows_fingerprint=rows.fingerprint(), files=account.files
+        ),
+        "layout": {"processes": run_args.world_size, "batch": run_args.per_device_train_batch_size},
+        **{name: environment[name] for name in ("command", "versions")},
+    }
+    start = on_first(lambda: find_starting_point(wanted, output_dir, facts, force=run_args.force_resume))
+    for note in start.notes:
+        say(note)
+    if start.finished:
+        return 0
     training_model, evidence = build_training_model(
         model,
         lora_args,
@@ -86,18 +106,20 @@ def main(argv: list[str] | None = None) -> None:
     say(f"model: {evidence.describe()}")
     say(f"       {trainable:,} of {total:,} parameters train; computing in {str(compute_dtype).removeprefix('torch.')}")
     generation = checkpoint.align_stop_token(model, tokenizer, stop_id=template.stop_id, is_base=evidence.is_base)
-    writer = checkpoint.ResultWriter(training_model, tokenizer, generation, base=base, dtype=compute_dtype)
 
     # ---- training ----
-    train_steps = build_steps(arguments, rows, training=True)
+    train_steps = build_steps(arguments, rows, training=True, rows_per_step=start.rows_per_step)
     eval_steps = build_steps(arguments, eval_rows, training=False) if eval_rows else None
+    facts["rows_per_step"] = train_steps.rows_per_step
+    writer = checkpoint.ResultWriter(training_model, tokenizer, generation, base=base, dtype=compute_dtype, facts=facts)
     run: dict[str, Any] = {
         "status": "running",
         **environment,
         "settings": settings,
         "base_model": {**base, "evidence": evidence.describe()},
         "stop_token": {"text": template.stop, "id": template.stop_id},
-        "data": vars(account),
+        "resumed_from": str(start.checkpoint) if start.checkpoint else None,
+        "data": {**vars(account), "fingerprint": rows.fingerprint()},
         "eval_data": vars(eval_account) if eval_account else None,
         "parameters": {"trainable": trainable, "total": total},
         "rows_per_step": train_steps.rows_per_step,
@@ -108,11 +130,11 @@ def main(argv: list[str] | None = None) -> None:
         run_args,
         train_dataset=train_steps,
         eval_dataset=eval_steps,
-        save_result=writer.save,
+        writer=writer,
         loraplus_lr_ratio=lora_args.loraplus_lr_ratio,
     )
     if is_first_process():
-        checkpoint.prepare_output_directory(output_dir, overwrite=run_args.overwrite_output_dir)
+        checkpoint.prepare_output_directory(output_dir, overwrite=start.checkpoint is None, checkpoint=start.checkpoint)
         record.write_json(output_dir / record.RUN_FILE, run)
         if samples:
             trainer.add_callback(
@@ -127,32 +149,49 @@ def main(argv: list[str] | None = None) -> None:
             )
         trainer.add_callback(progress := ProgressCallback(CONSOLE, output_dir))
     try:
-        trainer.train()
+        trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
     except BaseException as error:
         if is_first_process():
             progress.close()
-            run["status"] = "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {error}"
-            record.write_json(output_dir / record.RUN_FILE, run)
+            run["status"] = f"failed: {error}"
+            with contextlib.suppress(OSError):  # where the disk is full, the error itself is what to say
+                record.write_json(output_dir / record.RUN_FILE, run)
         raise
+    if trainer.stopped_by:
+        name = signal.Signals(trainer.stopped_by).name
+        if is_first_process():
+            run |= {"status": f"stopped by {name}", **trainer.summarize()}
+            record.write_json(output_dir / record.RUN_FILE, run)
+        step, last = trainer.state.global_step, trainer.state.max_steps
+        say(f"stopped by {name} at step {step:,} of {last:,}; {GO_ON}")
+        trainer.close()
+        return 128 + trainer.stopped_by
 
     # ---- result ----
     if is_first_process():
         run |= {"status": "finished", **trainer.summarize(), "wall_s": round(time.perf_counter() - started, 1)}
-        writer.write(output_dir)
-        record.write_json(output_dir / record.RUN_FILE, run)
-        writer.seal(output_dir, step=run["steps"])
+        with record.explain_failed_write(output_dir, f"make room, then {GO_ON}"):
+            writer.write(output_dir)
+            record.write_json(output_dir / record.RUN_FILE, run)
+            writer.seal(output_dir, step=run["steps"])
         say_summary(run, output_dir, use_lora=lora_args.use_lora)
     trainer.close()
+    return 0
 
 
-def build_steps(arguments: Arguments, rows: TokenizedRows, *, training: bool) -> StepDataset:
-    """This rank's share of every step. A step's size is batch x accumulation x processes, as in every HF script."""
+def build_steps(
+    arguments: Arguments, rows: TokenizedRows, *, training: bool, rows_per_step: int | None = None
+) -> StepDataset:
+    """This rank's share of every step.
+
+    rows_per_step: of the checkpoint; None: batch x accumulation x processes, as in every HF script.
+    """
     run = arguments.run
     batch = run.per_device_train_batch_size if training else run.per_device_eval_batch_size
     accumulation = run.gradient_accumulation_steps if training else 1
     return StepDataset(
         rows,
-        rows_per_step=batch * accumulation * run.world_size,
+        rows_per_step=rows_per_step or batch * accumulation * run.world_size,
         max_tokens=batch * arguments.data.model_max_length,
         seed=(run.seed if run.data_seed is None else run.data_seed) if training else None,
         rank=run.process_index,
@@ -191,15 +230,16 @@ def say(line: str) -> None:
 
 if __name__ == "__main__":
     try:
-        main()
+        sys.exit(main())
     except (DataError, SettingsError) as error:
         if is_first_process():
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except MachineError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if is_first_process() or not error.agreed:
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         if is_first_process():
-            print("interrupted: the run is not finished; checkpoints that were saved are complete", file=sys.stderr)
+            print("interrupted before training began or after it ended", file=sys.stderr)
         sys.exit(130)

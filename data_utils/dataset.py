@@ -1,5 +1,6 @@
 """Tokenised rows and the account of where every conversation went."""
 
+import hashlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -75,6 +76,13 @@ class TokenizedRows:
     def num_targets(self, index: int) -> int:
         """Supervised tokens of a row."""
         return self._num_targets[index]
+
+    def fingerprint(self) -> str:
+        """Hash of every row's tokens and labels, in their order."""
+        digest = hashlib.sha256()
+        for values in (self._starts, self._input_ids, self._labels):
+            digest.update(values)
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.lengths)

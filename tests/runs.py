@@ -75,7 +75,7 @@ def train(
         args,
         train_dataset=steps_dataset,
         eval_dataset=steps_dataset,
-        save_result=lambda *_: None,
+        writer=None,  # nothing is saved
     )
     trainer.train()
     return trainer

@@ -164,7 +164,7 @@ def test_another_base_a_changed_file_and_a_run_are_refused(results, checkpoints,
     changed = tmp_path / "changed"
     shutil.copytree(out, changed)
     (changed / "adapter_config.json").write_text((out / "adapter_config.json").read_text().replace('"r": 4', '"r": 8'))
-    with pytest.raises(ValueError, match=r"adapter_config.json: is not the file that was saved"):
+    with pytest.raises(ValueError, match=r"adapter_config.json is not the file that was saved"):
         merge_lora.main([str(changed), str(tmp_path / "m")])
     (changed / MANIFEST_FILE).unlink()
     (changed / "run.json").write_text("{}")

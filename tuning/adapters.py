@@ -1,7 +1,6 @@
 """LoRA: which layers it adapts, fresh or from a saved adapter, and what an adapter directory holds."""
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from tuning.args import LoraArguments
 from tuning.base_model import BaseModelEvidence, judge_base_model
 from tuning.errors import SettingsError
 from tuning.model import TrainingModel, enable_gradient_checkpointing, find_module_name, hide_gptqmodel, is_tied
-from tuning.record import MANIFEST_FILE, check_manifest
+from tuning.record import MANIFEST_FILE, check_manifest, read_manifest
 from tuning.token_rows import PEFT_SUFFIX, TokenRows
 
 _ROUTERS = ("gate", "router", "shared_expert_gate")
@@ -141,7 +140,7 @@ def check_adapter_base(directory: Path, base_fingerprint: str) -> None:
     config = read_adapter_config(directory)
     manifest = directory / MANIFEST_FILE
     if manifest.is_file():
-        trained_on = json.loads(manifest.read_text(encoding="utf-8"))["base_model"]["fingerprint"]
+        trained_on = read_manifest(directory)["base_model"]["fingerprint"]
         if trained_on != base_fingerprint:
             raise SettingsError(
                 f"{directory}: this adapter was trained on another base model ({config.base_model_name_or_path} as it "

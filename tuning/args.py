@@ -92,6 +92,13 @@ class RunArguments(TrainingArguments):
     )
     sample_max_new_tokens: int = field(default=128, metadata={"help": "longest sample answer in tokens"})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "delete the earlier run in output_dir first"})
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "auto: go on from the newest complete checkpoint in output_dir; or a checkpoint directory"},
+    )
+    force_resume: bool = field(
+        default=False, metadata={"help": "resume in spite of changed data, settings or base model"}
+    )
 
 
 @dataclass
@@ -256,10 +263,34 @@ def _check_run(run: RunArguments, model: ModelArguments, data: DataArguments, gi
         raise SettingsError(f"--model_max_length {data.model_max_length}: must be at least 2")
     if run.num_train_epochs <= 0 and run.max_steps <= 0:
         raise SettingsError(f"--num_train_epochs {run.num_train_epochs}: must be above 0")
-    if str(run.save_strategy.value) == "best":
-        raise SettingsError("--save_strategy best: not available yet; use steps or epoch")
     if any(word in str(run.optim) for word in ("layerwise", "lomo")):
         raise SettingsError(f"--optim {run.optim}: steps inside the backward pass, which {OWN_LOOP}")
+    if "schedule_free" in str(run.optim):
+        raise SettingsError(f"--optim {run.optim}: {LATER}")
+    if run.force_resume and run.resume_from_checkpoint is None:
+        raise SettingsError("--force_resume: has no effect without --resume_from_checkpoint")
+    if run.overwrite_output_dir and run.resume_from_checkpoint is not None:
+        raise SettingsError("--resume_from_checkpoint and --overwrite_output_dir: choose one")
+    _check_best(run, given)
+
+
+def _check_best(run: RunArguments, given: set[str]) -> None:
+    evaluates, saves = str(run.eval_strategy.value), str(run.save_strategy.value)
+    metric = run.metric_for_best_model
+    if metric is not None and metric.removeprefix("eval_") not in ("loss", "perplexity"):
+        raise SettingsError(f"--metric_for_best_model {metric}: what is measured is loss and perplexity")
+    if metric is not None and evaluates == "no":
+        raise SettingsError("--metric_for_best_model: has no effect without --eval_strategy steps or epoch")
+    if "greater_is_better" in given and run.greater_is_better:
+        raise SettingsError("--greater_is_better True: of loss and perplexity the lower is the better")
+    if saves == "best" and evaluates == "no":
+        raise SettingsError("--save_strategy best: needs --eval_strategy steps or epoch")
+    unequal = evaluates == "steps" and saves == "steps" and run.eval_steps != run.save_steps
+    if run.load_best_model_at_end and unequal:
+        raise SettingsError(
+            f"--load_best_model_at_end: needs --save_steps ({run.save_steps}) equal to --eval_steps "
+            f"({run.eval_steps}), so that the best evaluation is a checkpoint"
+        )
 
 
 def _check_evaluation(run: RunArguments, data: DataArguments, given: set[str]) -> None:

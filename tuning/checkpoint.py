@@ -1,11 +1,13 @@
 """Results on disk: a directory with a valid manifest is complete, one without is not."""
 
+import contextlib
 import copy
 import json
 import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -14,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from tuning.adapters import adapter_state
 from tuning.errors import SettingsError
 from tuning.model import TrainingModel, list_eos_ids
-from tuning.record import MANIFEST_FILE, METRICS_FILE, RUN_FILE, write_json, write_manifest
+from tuning.record import MANIFEST_FILE, METRICS_FILE, RUN_FILE, replace_file, write_json, write_manifest
 from tuning.token_rows import TokenRows
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
@@ -26,6 +28,7 @@ class ResultWriter:
 
     base: path and fingerprint of the base model (model.identify_checkpoint), recorded with the result.
     dtype: of a full model's weights on disk; adapters are float32.
+    facts: what else the manifest says of the run.
     """
 
     def __init__(
@@ -36,21 +39,18 @@ class ResultWriter:
         *,
         base: dict[str, str],
         dtype: torch.dtype,
+        facts: dict[str, Any],
     ):
         self._model = training_model
         self._tokenizer = tokenizer
         self._generation_config = generation_config
         self._base = base
         self._dtype = dtype
-
-    def save(self, directory: Path, *, step: int) -> None:
-        """Write a checkpoint: the result and its manifest."""
-        self.write(directory)
-        self.seal(directory, step=step)
+        self._facts = facts
 
     def seal(self, directory: Path, *, step: int) -> None:
         """Write the manifest, with which a directory is complete."""
-        write_manifest(directory, step=step, base_model=self._base)
+        write_manifest(directory, step=step, base_model=self._base, **self._facts)
 
     def write(self, directory: Path) -> None:
         """Write adapter or model, tokenizer with chat template and generation config."""
@@ -127,25 +127,25 @@ def _render_probe(tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
-def check_output_directory(directory: Path, *, overwrite: bool, inputs: list[str]) -> None:
-    """Refuse a directory that holds anything but an earlier run that may be deleted.
+def check_output_directory(directory: Path, *, overwrite: bool, resume: bool, inputs: list[str]) -> None:
+    """Refuse a directory that holds anything but an earlier run that may be deleted or gone on with.
 
     Raises: SettingsError.
     """
     if holder := next((path for path in inputs if lies_in(Path(path), directory)), None):
         raise SettingsError(f"--output_dir {directory}: {holder} is an input of this run; choose another directory")
     check_writable(directory, "--output_dir")
-    if not directory.exists() or not any(directory.iterdir()):
+    found = [path.name for path in directory.iterdir() if not _is_temporary(path)] if directory.exists() else []
+    if not found:
         return
     if not (directory / RUN_FILE).is_file():
-        found = next(directory.iterdir()).name
         raise SettingsError(
-            f"--output_dir {directory}: is not empty ({found}) and holds no run; choose another directory"
+            f"--output_dir {directory}: is not empty ({found[0]}) and holds no run; choose another directory"
         )
-    if not overwrite:
+    if not overwrite and not resume:
         raise SettingsError(
-            f"--output_dir {directory}: holds another run ({RUN_FILE}); "
-            "choose another directory, or --overwrite_output_dir deletes that run"
+            f"--output_dir {directory}: holds another run ({RUN_FILE}); choose another directory, or "
+            "--resume_from_checkpoint auto goes on with that run, or --overwrite_output_dir deletes it"
         )
 
 
@@ -163,15 +163,20 @@ def lies_in(path: Path, directory: Path) -> bool:
     return directory.resolve() in (path.resolve(), *path.resolve().parents)
 
 
-def prepare_output_directory(directory: Path, *, overwrite: bool) -> None:
-    """Make the directory; on request delete the files of an earlier run. Anything else in it stays."""
+def prepare_output_directory(directory: Path, *, overwrite: bool, checkpoint: Path | None) -> None:
+    """Make the directory; go on from a checkpoint's metrics, or delete an earlier run. Anything else in it stays."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        if checkpoint is not None:
+            (directory / MANIFEST_FILE).unlink(missing_ok=True)  # what is there is about to be replaced
+            metrics = checkpoint / METRICS_FILE
+            replace_file(directory / METRICS_FILE, metrics.read_bytes() if metrics.exists() else b"")
     except OSError as error:
         raise SettingsError(f"--output_dir {directory}: cannot be written to: {error.strerror}") from None
     if not overwrite:
         return
-    for path in [*_run_files(directory), *directory.glob("*.safetensors"), *directory.glob("*.safetensors.index.json")]:
+    weights = [*directory.glob("*.safetensors"), *directory.glob("*.safetensors.index.json")]
+    for path in [*_run_files(directory), *weights, *filter(_is_temporary, directory.iterdir())]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
@@ -181,13 +186,29 @@ def list_checkpoints(directory: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
 
 
-def rotate_checkpoints(directory: Path, limit: int | None) -> None:
-    """Delete the oldest checkpoints beyond a limit. Call it only after the newest one is complete."""
-    if limit is not None and limit > 0:
-        for path in list_checkpoints(directory)[:-limit]:
-            # The manifest first: a deletion that is cut short leaves no directory that looks complete.
-            (path / MANIFEST_FILE).unlink(missing_ok=True)
-            shutil.rmtree(path)
+def rotate_checkpoints(directory: Path, limit: int | None, *, keep: Path | None) -> None:
+    """Delete the oldest checkpoints beyond a limit, and what is left of torn ones. Call it after a complete save.
+
+    keep: a checkpoint that stays whatever its age.
+    """
+    if limit is None:
+        return
+    complete = [path for path in list_checkpoints(directory) if (path / MANIFEST_FILE).is_file()]
+    kept = {path.resolve() for path in [*complete[-limit:], *([keep] if keep else [])]}
+    for path in list_checkpoints(directory):
+        if path.resolve() not in kept:
+            remove_checkpoint(path)
+
+
+def remove_checkpoint(directory: Path) -> None:
+    """Delete a checkpoint, its manifest first: a deletion that is cut short leaves nothing that looks complete."""
+    with contextlib.suppress(OSError):
+        (directory / MANIFEST_FILE).unlink(missing_ok=True)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _is_temporary(path: Path) -> bool:
+    return path.name.startswith(".") and path.name.endswith(".tmp")
 
 
 def _run_files(directory: Path) -> list[Path]:

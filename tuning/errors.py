@@ -6,4 +6,11 @@ class SettingsError(ValueError):
 
 
 class MachineError(RuntimeError):
-    """The machine could not do it (memory, say). The message says what was running and what to change first."""
+    """The machine could not do it (memory, say). The message says what was running and what to change first.
+
+    agreed: every process of the run raises the same, so that one of them is enough to say it.
+    """
+
+    def __init__(self, message: str, *, agreed: bool = False):
+        super().__init__(message)
+        self.agreed = agreed

@@ -62,6 +62,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
+def describe_lost_process(error: BaseException) -> str | None:
+    """One line if an error says that another process of the run is gone, else None."""
+    text = str(error)
+    if "DataLoader worker" in text:
+        return f"a data loader process died ({text.splitlines()[0]}); if memory ran out, lower --dataloader_num_workers"
+    if any(words in text for words in ("Connection closed by peer", "Connection reset by peer", "remote process exit")):
+        return "the connection to another process of this run broke; it has ended, and its own message says why"
+    return None
+
+
 def describe_out_of_memory(micro_batch: Any, row_ids: list[str], *, checkpointing: bool) -> str:
     """Which micro-batch did not fit, and what to change first."""
     rows, width = micro_batch["input_ids"].shape

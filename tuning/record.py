@@ -1,5 +1,6 @@
 """What a run was and what it measured: run.json, metrics.jsonl, and the manifest of what it saved."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -8,24 +9,34 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tuning.errors import SettingsError
+from tuning.errors import MachineError, SettingsError
 
 RUN_FILE, METRICS_FILE, MANIFEST_FILE = "run.json", "metrics.jsonl", "manifest.json"
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file in one go: a reader sees the old file or the new one."""
+    """Write a JSON file in one go: a reader sees the old file or the new one, also after a power cut."""
+    replace_file(path, (json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n").encode())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Give a file its content in one go."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False, default=str)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    _fsync_directory(path.parent)
 
 
 def append_metrics(path: Path, metrics: dict[str, Any]) -> None:
@@ -51,22 +62,38 @@ def check_manifest(directory: Path, names: list[str]) -> None:
 
     Raises: SettingsError: a run without its manifest (the save was not finished), or a file that is not as saved.
     """
-    manifest = directory / MANIFEST_FILE
-    if not manifest.is_file():
-        if (directory / RUN_FILE).is_file():
-            raise SettingsError(
-                f"{directory}: has no {MANIFEST_FILE}, so the run did not finish or its save was cut short"
-            )
+    if not (directory / MANIFEST_FILE).is_file() and not (directory / RUN_FILE).is_file():
         return  # not of this toolkit
-    listed = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-    for name in names:
+    if fault := find_fault(directory, names):
+        raise SettingsError(f"{directory}: {fault}")
+
+
+def find_fault(directory: Path, names: Iterable[str] | None = None) -> str | None:
+    """Why a directory is not what was saved there, or None if it is.
+
+    names: the files to hold against the manifest; all of it if None, so that None says: complete, to the byte.
+    """
+    try:
+        listed = read_manifest(directory)["files"]
+    except FileNotFoundError:
+        return f"has no {MANIFEST_FILE}, so the run did not finish or its save was cut short"
+    except ValueError:
+        return f"{MANIFEST_FILE} is damaged"
+    for name, saved in listed.items():
         path = directory / name
-        if name in listed and (not path.is_file() or _hash(path) != listed[name]["sha256"]):
-            raise SettingsError(f"{path}: is not the file that was saved (by {MANIFEST_FILE}); copy it again")
+        if names is not None and name not in names:
+            continue
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != saved["bytes"]:
+            return f"{name} has {path.stat().st_size:,} bytes instead of the {saved['bytes']:,} that were saved"
+        if _hash(path) != saved["sha256"]:
+            return f"{name} is not the file that was saved (by {MANIFEST_FILE}); copy it again"
+    return None
 
 
-def write_manifest(directory: Path, *, step: int | None = None, base_model: dict[str, str] | None = None) -> None:
-    """Write the list of a directory's files with sizes and hashes, after they are on disk."""
+def write_manifest(directory: Path, **facts: Any) -> None:
+    """Write the list of a directory's files with sizes and hashes, after they are on disk. facts go with it."""
     files = {}
     umask = os.umask(0)
     os.umask(umask)
@@ -75,7 +102,46 @@ def write_manifest(directory: Path, *, step: int | None = None, base_model: dict
         with open(path, "rb") as file:
             os.fsync(file.fileno())
         files[path.name] = {"bytes": path.stat().st_size, "sha256": _hash(path)}
-    write_json(directory / MANIFEST_FILE, {"step": step, "base_model": base_model, "files": files})
+    _fsync_directory(directory)
+    manifest = {**facts, "files": files}
+    write_json(directory / MANIFEST_FILE, {**manifest, "sha256": _hash_json(manifest)})
+    _fsync_directory(directory.parent)
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """Raises: FileNotFoundError: there is none. ValueError: it is not as it was written."""
+    manifest = json.loads((directory / MANIFEST_FILE).read_text(encoding="utf-8"))
+    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _hash_json(manifest):
+        raise ValueError(f"{directory / MANIFEST_FILE}: damaged")
+    return manifest
+
+
+@contextlib.contextmanager
+def explain_failed_write(path: Path, advice: str) -> Iterator[None]:
+    """Turn the failures of a write (a full disk, a directory that became read-only) into one line.
+
+    Raises: MachineError.
+    """
+    try:
+        yield
+    except Exception as error:
+        # safetensors and tokenizers raise errors of their own, with the system's inside.
+        if not isinstance(error, OSError) and "os error" not in str(error) and "IoError" not in str(error):
+            raise
+        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise MachineError(f"{path}: could not be written: {why}; {advice}") from error
+
+
+def _hash_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _fsync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _hash(path: Path) -> str:

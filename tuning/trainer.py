@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import signal
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -13,14 +14,34 @@ import torch.distributed as dist
 from accelerate.utils import DistributedType
 from peft.optimizers import create_loraplus_optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_callback import ProgressCallback
 
-from tuning.checkpoint import rotate_checkpoints
-from tuning.errors import MachineError
-from tuning.machine import describe_out_of_memory, is_out_of_memory
+from tuning.checkpoint import ResultWriter, remove_checkpoint, rotate_checkpoints
+from tuning.errors import MachineError, SettingsError
+from tuning.machine import describe_lost_process, describe_out_of_memory, is_out_of_memory
 from tuning.model import TrainingModel
-from tuning.record import METRICS_FILE, append_metrics
+from tuning.processes import on_first, raise_together
+from tuning.record import MANIFEST_FILE, METRICS_FILE, append_metrics, explain_failed_write
+from tuning.stopping import StopRequest
+from tuning.training_state import (
+    load_optimizer,
+    load_weights,
+    read_counters,
+    save_training_state,
+    trained_parameters,
+)
+from tuning.window import StepWindow
+
+TRAINER_STATE_FILE = "trainer_state.json"
+GO_ON = "go on with the same command and --resume_from_checkpoint auto"
 
 
 class StepTrainer(Trainer):
@@ -30,7 +51,8 @@ class StepTrainer(Trainer):
         {"micro_batches": [inputs of the model's forward, ...], "row_ids": [[...], ...], "num_targets": supervised
         tokens of the step on all ranks, "num_tokens": likewise without padding}; len() is the steps of one epoch.
         Every rank has the same number of micro-batches.
-    save_result: writes what was trained into a directory, given the step (called on rank 0).
+    writer: writes what was trained into a directory (on rank 0).
+    After train(), stopped_by is the signal that ended it early, or 0.
     """
 
     def __init__(
@@ -40,7 +62,7 @@ class StepTrainer(Trainer):
         *,
         train_dataset: Dataset[Any],
         eval_dataset: Dataset[Any] | None = None,
-        save_result: Callable[..., None],
+        writer: ResultWriter,
         loraplus_lr_ratio: float | None = None,
     ):
         # Accumulation is the layout's business; one item is a whole step to the Trainer.
@@ -55,24 +77,34 @@ class StepTrainer(Trainer):
         # On a machine with several GPUs one process uses one: transformers would wrap the model in DataParallel, which
         # is slow and knows nothing of steps. torchrun uses them all.
         args._n_gpu = min(args.n_gpu, 1)
+        # The Trainer deletes checkpoints when it ends; here rotation is one function's business.
+        self._save_total_limit, args.save_total_limit = args.save_total_limit, None
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        self.add_callback(_LogLastStep)
+        self.add_callback(_StepEnd(self))
         self.optimizer: torch.optim.Optimizer | None
         self.control: TrainerControl
-        self._save_result = save_result
+        self.lr_scheduler: Any
+        self.stopped_by = 0
+        self.stop = StopRequest()
+        self.steps_per_epoch = len(train_dataset)  # type: ignore[arg-type]
+        self.evaluation_due = False  # a stop came before it; whoever resumes starts with it
+        self._is_best = False
+        self._writer = writer
         self._loraplus_lr_ratio = loraplus_lr_ratio
         self._metrics_path = Path(args.output_dir) / METRICS_FILE
-        self._window: _Window | None = None  # opened by the first step
+        self._window: StepWindow | None = None  # opened by the first step
+        self._saved_window: dict[str, Any] | None = None
         self._num_tokens_seen = self._num_targets_seen = 0
-        self._train_s = 0.0
+        self._train_s = 0.0  # before _began
+        self._began = time.perf_counter()
 
     # ---- data ----
 
     def get_train_dataloader(self) -> DataLoader:
         """Steps of the epoch that the state stands in."""
-        sampler = _StepSampler(lambda: self.state.global_step, len(self.train_dataset))
+        sampler = _StepSampler(lambda: self.state.global_step, self.steps_per_epoch)
         return self._build_dataloader(self.train_dataset, sampler)
 
     def _build_dataloader(self, dataset: Dataset[Any], sampler: Sampler[int] | None) -> DataLoader:
@@ -83,6 +115,7 @@ class StepTrainer(Trainer):
             batch_size=1,
             sampler=sampler,
             collate_fn=_only_item,
+            worker_init_fn=_ignore_signals,
             num_workers=workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
             persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
@@ -120,9 +153,16 @@ class StepTrainer(Trainer):
         """
         if not model.training:
             model.train()
-        self._window = self._window or _Window()
+        if self._window is None:
+            self._window = StepWindow(
+                self.args.device,
+                saved=self._saved_window,
+                rank=self.args.process_index,
+                num_ranks=self.args.world_size,
+            )
+            self._saved_window = None
         scale = self.args.world_size / num_items_in_batch
-        total = torch.zeros((), device=self.args.device)
+        losses = []
         last = len(inputs["micro_batches"]) - 1
         options = {"scale_wrt_gas": False} if self.accelerator.distributed_type == DistributedType.DEEPSPEED else {}
         for index, micro_batch in enumerate(inputs["micro_batches"]):
@@ -131,13 +171,12 @@ class StepTrainer(Trainer):
             synchronises = index == last or options
             try:
                 with contextlib.nullcontext() if synchronises else self.accelerator.no_sync(model):
-                    total += self._run_micro_batch(model, micro_batch, scale, options)
+                    losses.append(self._run_micro_batch(model, micro_batch, scale, options))
             except Exception as error:
                 raise self._explain(error, micro_batch, inputs["row_ids"][index]) from error
-        self._window.add(inputs)
         self._num_tokens_seen += inputs["num_tokens"]
         self._num_targets_seen += inputs["num_targets"]
-        return total
+        return self._window.add(self.state.global_step + 1, inputs, losses)
 
     def _run_micro_batch(self, model: Any, micro_batch: Any, scale: float, options: dict[str, Any]) -> torch.Tensor:
         loss = model(**self._prepare_input(micro_batch)) * scale
@@ -156,6 +195,19 @@ class StepTrainer(Trainer):
         place = f"{self.args.seed}/{self.state.global_step}/{self.args.process_index}/{index}"
         torch.manual_seed(zlib.crc32(place.encode()))
 
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        assert self._window is not None
+        self._window.add_gradient_norm(self.state.global_step + 1, norm)
+        return norm
+
+    def _run_epoch(self, *args: Any, **options: Any) -> None:
+        # Resumed at the last step, or stopped while evaluating at the start: the Trainer would train one step more.
+        if self.stopped_by or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **options)
+
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: the Trainer's estimate walks over all parameters in every step."""
         return 0
@@ -165,15 +217,19 @@ class StepTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Summed loss over all supervised tokens, divided by their number, and its perplexity."""
+        """Summed loss over all supervised tokens, divided by their number, and its perplexity; nothing if stopped."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         assert dataset is not None
         started = time.perf_counter()
+        self.evaluation_due = False
         model = self.model_wrapped
         model.eval()
         sums, num_targets = [], 0
         with torch.no_grad():
             for step in self._build_dataloader(dataset, None):
+                if self.is_in_train and (signal_number := self.stop.agreed()):
+                    self._stop_evaluating(signal_number)
+                    return {}
                 for micro_batch in step["micro_batches"]:
                     sums.append(model(**self._prepare_input(micro_batch)))
                 num_targets += step["num_targets"]
@@ -187,37 +243,74 @@ class StepTrainer(Trainer):
             f"{metric_key_prefix}_runtime": round(time.perf_counter() - started, 3),
         }
         self.log(metrics)
+        self._note_if_best(loss)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         if self._window is not None:
             self._window.exclude(time.perf_counter() - started)
         return metrics
+
+    def _stop_evaluating(self, signal_number: int) -> None:
+        self.stopped_by = signal_number
+        self.evaluation_due = True
+        self.control.should_evaluate = False
+        self.control.should_training_stop = True
+        self.control.should_save = True
+
+    def _note_if_best(self, loss: float) -> None:
+        self._is_best = self.state.best_metric is None or loss < self.state.best_metric
+        if self._is_best:
+            self.state.best_metric = loss
+            self.state.best_global_step = self.state.global_step
+            self.state.best_model_checkpoint = str(self._checkpoint_directory())
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        # evaluate() found it out, wherever it was called from. --save_strategy best saves only then, or when stopped.
+        return self._is_best if metrics else bool(self.stopped_by)
 
     # ---- log and save ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add throughput to the Trainer's logs and append them to metrics.jsonl."""
         if "loss" in logs:
-            if not math.isfinite(logs["loss"]):
-                raise MachineError(
-                    f"the loss is {logs['loss']} at step {self.state.global_step}; lower --learning_rate, or compute "
-                    "in bf16 instead of fp16. Nothing after the last checkpoint is saved"
-                )
             assert self._window is not None
-            logs.update(self._window.close())
+            loss_sums = self._gather_loss_sums(self._window)
+            self._check_finite(self._window, loss_sums)
+            logs["loss"] = self._window.mean_loss(loss_sums)
+            logs.update(self._window.rates())
             self._window = None
         # The Trainer's summary counts steps as samples; run.json has the right one.
         if self.is_world_process_zero() and "train_runtime" not in logs:
-            append_metrics(self._metrics_path, {"step": self.state.global_step, "epoch": self.state.epoch, **logs})
+            with explain_failed_write(self._metrics_path, f"make room, then {GO_ON}"):
+                append_metrics(self._metrics_path, {"step": self.state.global_step, "epoch": self.state.epoch, **logs})
         super().log(logs, start_time)
 
+    def _gather_loss_sums(self, window: StepWindow) -> list[float]:
+        return self.accelerator.gather(window.loss_sum.reshape(1)).tolist()
+
+    def _check_finite(self, window: StepWindow, loss_sums: list[float]) -> None:
+        """Raises: MachineError: a loss is no number, or a gradient (in fp16 that is the loss scale's business)."""
+        fault = window.find_non_finite(gradients=self.accelerator.scaler is None)
+        if fault is not None or not all(map(math.isfinite, loss_sums)):
+            advice = "lower --learning_rate, look at these rows, or compute in bf16 instead of fp16"
+            raise_together(fault and f"{fault}; {advice}. Nothing after the last checkpoint is saved")
+
     def train(self, *args: Any, **options: Any) -> Any:
-        """Train, and take the time."""
-        started = time.perf_counter()
+        """Train, and take the time.
+
+        Raises: MachineError: a loss that is no number, memory, a write that failed, a process that was lost.
+        """
         # from_pretrained leaves the model in eval mode inside a wrapper that says it trains: no dropout of its own,
         # no gradient checkpointing.
         self.model.train()
-        result = super().train(*args, **options)
-        self._train_s = time.perf_counter() - started
+        self._began = time.perf_counter()
+        with self.stop:
+            try:
+                result = super().train(*args, **options)
+            except RuntimeError as error:
+                if lost := describe_lost_process(error):
+                    raise MachineError(f"{lost}; {GO_ON}") from error
+                raise
+        self._train_s += time.perf_counter() - self._began
         return result
 
     def summarize(self) -> dict[str, Any]:
@@ -232,6 +325,7 @@ class StepTrainer(Trainer):
             "tokens_per_s": round(self._num_tokens_seen / self._train_s, 1),
             "loss": {"first": losses[0], "last": losses[-1]} if losses else None,
             "eval_loss": evaluations[-1] if evaluations else None,
+            "best": {"step": self.state.best_global_step, "eval_loss": self.state.best_metric} if evaluations else None,
         }
 
     def close(self) -> None:
@@ -240,16 +334,104 @@ class StepTrainer(Trainer):
         if dist.is_initialized():
             dist.destroy_process_group()
 
+    # ---- checkpoints ----
+
+    def _checkpoint_directory(self) -> Path:
+        return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # Not the Trainer's: it rotates before a checkpoint is complete.
         started = time.perf_counter()
-        run_directory = Path(self.args.output_dir)
-        if self.is_world_process_zero():
-            self._save_result(run_directory / f"checkpoint-{self.state.global_step}", step=self.state.global_step)
-            rotate_checkpoints(run_directory, self.args.save_total_limit)
-        self.accelerator.wait_for_everyone()
+        loss_sums = self._gather_loss_sums(self._window) if self._window is not None else []
+        if self._window is not None:
+            self._check_finite(self._window, loss_sums)
+        for name, parameter in trained_parameters(self.model).items():
+            if not bool(parameter.detach().isfinite().all()):
+                raise MachineError(f"{name} is not finite after step {self.state.global_step}; lower --learning_rate")
+        on_first(lambda: self._write_checkpoint(loss_sums))
         if self._window is not None:
             self._window.exclude(time.perf_counter() - started)
+
+    def _write_checkpoint(self, loss_sums: list[float]) -> None:
+        directory = self._checkpoint_directory()
+        try:
+            with explain_failed_write(directory, f"make room; the earlier checkpoints are untouched: {GO_ON}"):
+                self._writer.write(directory)
+                if not self.args.save_only_model:
+                    assert self.optimizer is not None
+                    save_training_state(directory, self.model, self.optimizer, self._counters(loss_sums))
+                self.state.save_to_json(str(directory / TRAINER_STATE_FILE))
+                if self._metrics_path.exists():
+                    (directory / METRICS_FILE).write_bytes(self._metrics_path.read_bytes())
+                self._writer.seal(directory, step=self.state.global_step)
+        except BaseException:
+            remove_checkpoint(directory)
+            raise
+        best = self.state.best_model_checkpoint if self.args.metric_for_best_model else None
+        rotate_checkpoints(directory.parent, self._save_total_limit, keep=Path(best) if best else None)
+
+    def _counters(self, loss_sums: list[float]) -> dict[str, Any]:
+        scaler = self.accelerator.scaler
+        return {
+            "scheduler": {"last_epoch": self.lr_scheduler.last_epoch, "_step_count": self.lr_scheduler._step_count},
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "window": self._window.state(loss_sums) if self._window is not None else None,
+            "evaluation_due": self.evaluation_due,
+            "tokens_seen": self._num_tokens_seen,
+            "targets_seen": self._num_targets_seen,
+            "train_s": self._train_s + time.perf_counter() - self._began,
+        }
+
+    def _init_training_state(
+        self, max_steps: int, steps_per_epoch: int, num_epochs: int, checkpoint: str | None, trial: Any
+    ) -> tuple[int, int]:
+        place = super()._init_training_state(max_steps, steps_per_epoch, num_epochs, None, trial)
+        if checkpoint is None:
+            return place
+        # Only what happened; how often to log or to save is the settings' business.
+        saved = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_FILE))
+        for name in ("global_step", "epoch", "log_history", "best_metric", "best_global_step"):
+            setattr(self.state, name, getattr(saved, name))
+        if saved.best_model_checkpoint is not None:
+            best = Path(checkpoint).parent / Path(saved.best_model_checkpoint).name
+            if self.args.load_best_model_at_end and not (best / MANIFEST_FILE).is_file():
+                raise SettingsError(f"--load_best_model_at_end: {best}, the best so far, is gone; put it back")
+            self.state.best_model_checkpoint = str(best)
+        counters = read_counters(Path(checkpoint))
+        self._saved_window = counters["window"]
+        self._num_tokens_seen, self._num_targets_seen = counters["tokens_seen"], counters["targets_seen"]
+        self._train_s = counters["train_s"]
+        self.evaluation_due = counters["evaluation_due"]
+        self.args.eval_on_start = self.evaluation_due and self.eval_dataset is not None
+        return divmod(self.state.global_step, steps_per_epoch)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_weights(Path(resume_from_checkpoint), self.model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        assert self.optimizer is not None
+        load_optimizer(Path(checkpoint), self.model, self.optimizer)
+        scheduler = self.lr_scheduler
+        vars(scheduler).update(read_counters(Path(checkpoint))["scheduler"])
+        for group, rate, factor in zip(
+            self.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+        ):
+            group["lr"] = rate * factor(scheduler.last_epoch)
+        scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and (saved := read_counters(Path(checkpoint))["scaler"]) is not None:
+            self.accelerator.scaler.load_state_dict(saved)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Nothing to load: random numbers are seeded at every micro-batch."""
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        if not self.stopped_by:
+            load_weights(Path(self.state.best_model_checkpoint), self.model)
 
 
 class _StepSampler(Sampler[int]):
@@ -267,39 +449,43 @@ class _StepSampler(Sampler[int]):
         return self._steps_per_epoch
 
 
-class _LogLastStep(TrainerCallback):
-    """Logs the last step whatever logging_steps is, so that the last loss is the last loss."""
+class _StepEnd(TrainerCallback):
+    """What follows a step: its log line, its evaluation, its checkpoint, in this order; or the stop."""
+
+    def __init__(self, trainer: StepTrainer):
+        self._trainer = trainer
+        self._saves_at_epoch_end = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Order what is due."""
         if state.global_step >= state.max_steps and args.logging_strategy != "no":
-            control.should_log = True
+            control.should_log = True  # whatever logging_steps is, so that the last loss is the last loss
+        ends_epoch = state.global_step % self._trainer.steps_per_epoch == 0 or control.should_training_stop
+        if signal_number := self._trainer.stop.agreed():
+            self._trainer.stopped_by = signal_number
+            self._trainer.evaluation_due = control.should_evaluate or (
+                ends_epoch and args.eval_strategy == "epoch" and args.eval_delay <= state.epoch
+            )
+            control.should_log |= ends_epoch and args.logging_strategy == "epoch"
+            control.should_evaluate = False
+            control.should_save = control.should_training_stop = True
+        elif ends_epoch:
+            # The end of the epoch follows at once, with its evaluation: what is saved knows of it.
+            self._saves_at_epoch_end, control.should_save = control.should_save, False
 
-
-class _Window:
-    """Tokens and time since the last log line."""
-
-    def __init__(self) -> None:
-        self._started = time.perf_counter()
-        self._num_tokens = self._num_targets = 0
-
-    def add(self, step: dict[str, Any]) -> None:
-        """Count one step."""
-        self._num_tokens += step["num_tokens"]
-        self._num_targets += step["num_targets"]
-
-    def close(self) -> dict[str, float]:
-        """Rates over all ranks since the last call, without what was excluded."""
-        elapsed_s = time.perf_counter() - self._started
-        return {
-            "supervised_tokens": float(self._num_targets),
-            "tokens_per_s": round(self._num_tokens / elapsed_s, 1),
-            "supervised_tokens_per_s": round(self._num_targets / elapsed_s, 1),
-        }
-
-    def exclude(self, elapsed_s: float) -> None:
-        """Take time that was not training (evaluating, saving) out of the window."""
-        self._started += elapsed_s
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Save what waited for the end of the epoch; nothing more after a stop."""
+        control.should_save |= self._saves_at_epoch_end
+        self._saves_at_epoch_end = False
+        if self._trainer.stopped_by:
+            control.should_log = control.should_evaluate = control.should_save = False
 
 
 def _only_item(items: list[Any]) -> Any:
     return items[0]
+
+
+def _ignore_signals(_worker: int) -> None:
+    # A Ctrl-C or a scheduler's SIGTERM reaches workers, too; they end when the process they work for does.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

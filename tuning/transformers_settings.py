@@ -20,7 +20,8 @@ FIELDS: dict[str, str] = {
             "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
             "dataloader_prefetch_factor", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers",
             "ddp_static_graph", "ddp_backend", "ddp_timeout", "do_train", "do_eval", "local_rank",
-            "overwrite_output_dir",
+            "overwrite_output_dir", "resume_from_checkpoint", "load_best_model_at_end", "metric_for_best_model",
+            "greater_is_better", "save_only_model",
         ],
         HONOURED,
     ),
@@ -55,8 +56,7 @@ FIELDS: dict[str, str] = {
     ),
     **dict.fromkeys(
         [
-            "deepspeed", "fsdp", "fsdp_config", "resume_from_checkpoint", "load_best_model_at_end",
-            "metric_for_best_model", "greater_is_better", "save_only_model",
+            "deepspeed", "fsdp", "fsdp_config",
         ],
         LATER,
     ),
