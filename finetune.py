@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
     # ---- result ----
     if is_first_process():
         run |= {"status": "finished", **trainer.summarize(), "wall_s": round(time.perf_counter() - started, 1)}
-        with record.explain_failed_write(output_dir, f"make room, then {GO_ON}"):
+        with record.explain_failed_write(output_dir, GO_ON):
             writer.write(output_dir)
             record.write_json(output_dir / record.RUN_FILE, run)
             writer.seal(output_dir, step=run["steps"])

@@ -64,6 +64,16 @@ def checkpoints(tokenizer, tmp_path_factory) -> dict[str, Path]:
     return {path.name: path for path in root.iterdir()}
 
 
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory):
+    """Runs finetune.py in forked processes, and hurts them on request (tests/forks.py)."""
+    from tests.forks import ForkServer
+
+    server = ForkServer(tmp_path_factory.mktemp("forks"))
+    yield server
+    server.close()
+
+
 @pytest.fixture
 def write_json(tmp_path):
     """Write a value (or raw text) as a file; returns its path."""

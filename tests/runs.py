@@ -118,3 +118,12 @@ def reference(
         optimizer.zero_grad()
         results.append((total, norm))
     return results
+
+
+@torch.no_grad()
+def probe_logits(base: Path, out: Path) -> torch.Tensor:
+    """Logits of a saved result, loaded by plain transformers or peft."""
+    ids = torch.tensor([[1022, 40, 41, 1023, 5, 1022, 7, 8, 1023, 1021]])
+    if not (out / "adapter_config.json").exists():
+        return AutoModelForCausalLM.from_pretrained(out).eval()(input_ids=ids).logits
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out).eval()(input_ids=ids).logits

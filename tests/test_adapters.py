@@ -215,7 +215,7 @@ def test_lora_plus_raises_the_learning_rate_of_b(checkpoints, tmp_path):
             output_dir=str(tmp_path), learning_rate=1e-3, weight_decay=0.1, use_cpu=True, report_to="none"
         ),
         train_dataset=[],
-        save_result=lambda *_: None,
+        writer=None,
         loraplus_lr_ratio=16.0,
     )
     groups = trainer.create_optimizer().param_groups

@@ -32,10 +32,10 @@ def write_result(checkpoint: Path, kind: str, out: Path, **lora) -> torch.Tensor
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
     causal_lm = training_model.causal_lm
     config = align_stop_token(causal_lm, template.tokenizer, stop_id=template.stop_id, is_base=True)
-    writer = ResultWriter(
-        training_model, template.tokenizer, config, base=identify_checkpoint(str(checkpoint)), dtype=torch.float32
-    )
-    writer.save(out, step=1)
+    base = identify_checkpoint(str(checkpoint))
+    writer = ResultWriter(training_model, template.tokenizer, config, base=base, dtype=torch.float32, facts={})
+    writer.write(out)
+    writer.seal(out, step=1)
     with torch.no_grad():
         return training_model.eval().causal_lm(input_ids=PROBE).logits
 

@@ -117,8 +117,10 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def explain_failed_write(path: Path, advice: str) -> Iterator[None]:
+def explain_failed_write(path: Path, then: str) -> Iterator[None]:
     """Turn the failures of a write (a full disk, a directory that became read-only) into one line.
+
+    then: what to do when the cause is gone.
 
     Raises: MachineError.
     """
@@ -129,7 +131,9 @@ def explain_failed_write(path: Path, advice: str) -> Iterator[None]:
         if not isinstance(error, OSError) and "os error" not in str(error) and "IoError" not in str(error):
             raise
         why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise MachineError(f"{path}: could not be written: {why}; {advice}") from error
+        full = any(words in why for words in ("No space left", "File too large", "quota"))
+        remedy = "make room" if full else "make it writable"
+        raise MachineError(f"{path}: could not be written: {why}; {remedy}, then {then}") from error
 
 
 def _hash_json(value: Any) -> str:

@@ -280,7 +280,7 @@ class StepTrainer(Trainer):
             self._window = None
         # The Trainer's summary counts steps as samples; run.json has the right one.
         if self.is_world_process_zero() and "train_runtime" not in logs:
-            with explain_failed_write(self._metrics_path, f"make room, then {GO_ON}"):
+            with explain_failed_write(self._metrics_path, GO_ON):
                 append_metrics(self._metrics_path, {"step": self.state.global_step, "epoch": self.state.epoch, **logs})
         super().log(logs, start_time)
 
@@ -355,7 +355,7 @@ class StepTrainer(Trainer):
     def _write_checkpoint(self, loss_sums: list[float]) -> None:
         directory = self._checkpoint_directory()
         try:
-            with explain_failed_write(directory, f"make room; the earlier checkpoints are untouched: {GO_ON}"):
+            with explain_failed_write(directory, f"{GO_ON}; earlier checkpoints are untouched"):
                 self._writer.write(directory)
                 if not self.args.save_only_model:
                     assert self.optimizer is not None
