@@ -48,6 +48,7 @@ class ForkServer:
             env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=open(directory / "server.err", "w"),  # what libraries say when they are imported  # noqa: SIM115
             text=True,
         )
 
@@ -77,7 +78,7 @@ class ForkServer:
 
 
 def serve() -> None:
-    import finetune  # noqa: F401: imports every library, once
+    import finetune  # noqa: F401 (imports every library, once)
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

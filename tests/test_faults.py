@@ -67,7 +67,7 @@ def test_a_second_signal_stops_at_once(hurt, tmp_path, name):
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_step(forks, hurt, calm, tmp_path):
-    code, stdout, _, complete = hurt(processes=2, rank=1, at=3, do="SIGTERM", only="step")
+    _code, stdout, _, complete = hurt(processes=2, rank=1, at=3, do="SIGTERM", only="step")
     assert forks.codes == [143, 143] and "stopped by SIGTERM at step 4 of 6" in stdout
     assert complete == ["checkpoint-2", "checkpoint-4"]
 
@@ -136,7 +136,7 @@ def test_a_directory_that_is_read_only_from_the_start(hurt, tmp_path):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_gradient_that_is_no_number_names_its_rows(forks, hurt, tmp_path, processes):
-    code, _, stderr, complete = hurt(processes=processes, rank=processes - 1, at=4, do="nan", only="step")
+    _code, _, stderr, complete = hurt(processes=processes, rank=processes - 1, at=4, do="nan", only="step")
     assert set(forks.codes) == {1} and complete == ["checkpoint-2"]
     assert len(stderr) == 1 and re.match(
         r"error: the gradient norm is nan at step 4 \(rows demo-\d\d(, demo-\d\d)*\)", stderr[0]
@@ -147,7 +147,7 @@ def test_a_gradient_that_is_no_number_names_its_rows(forks, hurt, tmp_path, proc
 
 
 def test_a_process_that_dies_takes_the_run_down(forks, hurt):
-    code, _, stderr, complete = hurt(processes=2, rank=1, at=4, do="exit", only="step", timeout_s=60)
+    _code, _, stderr, complete = hurt(processes=2, rank=1, at=4, do="exit", only="step", timeout_s=60)
     assert forks.codes == [1, 3] and complete == ["checkpoint-2"]
     assert "boom" in stderr and any("the connection to another process of this run broke" in line for line in stderr)
 

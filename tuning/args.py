@@ -263,10 +263,11 @@ def _check_run(run: RunArguments, model: ModelArguments, data: DataArguments, gi
         raise SettingsError(f"--model_max_length {data.model_max_length}: must be at least 2")
     if run.num_train_epochs <= 0 and run.max_steps <= 0:
         raise SettingsError(f"--num_train_epochs {run.num_train_epochs}: must be above 0")
-    if any(word in str(run.optim) for word in ("layerwise", "lomo")):
-        raise SettingsError(f"--optim {run.optim}: steps inside the backward pass, which {OWN_LOOP}")
-    if "schedule_free" in str(run.optim):
-        raise SettingsError(f"--optim {run.optim}: {LATER}")
+    optim = str(run.optim.value)
+    if any(word in optim for word in ("layerwise", "lomo")):
+        raise SettingsError(f"--optim {optim}: steps inside the backward pass, which {OWN_LOOP}")
+    if "schedule_free" in optim:
+        raise SettingsError(f"--optim {optim}: {LATER}")
     if run.force_resume and run.resume_from_checkpoint is None:
         raise SettingsError("--force_resume: has no effect without --resume_from_checkpoint")
     if run.overwrite_output_dir and run.resume_from_checkpoint is not None:

@@ -1,0 +1,319 @@
+"""Where a run goes on: decisions, refusals, and what may change on the way."""
+
+import json
+import shutil
+
+import pytest
+
+from tests.conftest import CONVERSATIONS
+from tests.test_chaos import assert_same_run, read_metrics, words
+from tuning.checkpoint import list_checkpoints, rotate_checkpoints
+from tuning.record import find_fault, read_manifest, write_manifest
+
+
+@pytest.fixture(scope="module")
+def finished(forks, checkpoints, tmp_path_factory):
+    """A finished run of 6 steps with checkpoints 4 and 6."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    code, stdout, _ = forks.run(*words(checkpoints["untied"], out, "lora", steps=6))
+    assert code == 0 and f"no complete checkpoint in {out}: starting from the beginning" in stdout
+    return out
+
+
+@pytest.fixture
+def torn(finished, tmp_path):
+    """The same run as a kill in its last save left it."""
+    out = tmp_path / "torn"
+    shutil.copytree(finished, out)
+    (out / "manifest.json").unlink()
+    (out / "checkpoint-6" / "manifest.json").unlink()
+    return out
+
+
+@pytest.fixture
+def run(forks, checkpoints):
+    def run(out, *more, **changes):
+        command = words(checkpoints["untied"], out, "lora", steps=6)
+        for flag, value in changes.items():
+            command[command.index(f"--{flag}") + 1] = value
+        code, stdout, stderr = forks.run(*command, *more)
+        return code, stdout, stderr.splitlines()
+
+    return run
+
+
+def tree(out):
+    return {path.relative_to(out): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+
+
+# ---- what is complete ----
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+DAMAGES = {
+    "flipped weights": (flip, "adapter_model.safetensors", "adapter_model.safetensors is not the file that was saved"),
+    "flipped optimizer": (flip, "training_state.safetensors", "training_state.safetensors is not the file that was"),
+    "cut optimizer": (cut, "training_state.safetensors", "instead of the"),
+    "cut metrics": (cut, "metrics.jsonl", "instead of the"),
+    "missing": (lambda path: path.unlink(), "trainer_state.json", "trainer_state.json is missing"),
+    "flipped manifest": (flip, "manifest.json", "manifest.json is damaged"),
+    "cut manifest": (cut, "manifest.json", "manifest.json is damaged"),
+    "empty manifest": (lambda path: path.write_text(""), "manifest.json", "manifest.json is damaged"),
+    "no manifest": (lambda path: path.unlink(), "manifest.json", "has no manifest.json, so the run did not finish"),
+}
+
+
+@pytest.mark.parametrize(("damage", "name", "reason"), DAMAGES.values(), ids=DAMAGES)
+def test_every_damage_is_found(finished, tmp_path, damage, name, reason):
+    checkpoint = tmp_path / "checkpoint-6"
+    shutil.copytree(finished / "checkpoint-6", checkpoint)
+    assert find_fault(checkpoint) is None
+    damage(checkpoint / name)
+    assert reason in find_fault(checkpoint)
+
+
+def test_every_bit_of_a_manifest_counts(tmp_path):
+    (tmp_path / "data").write_text("x")
+    write_manifest(tmp_path, step=3)
+    content = (tmp_path / "manifest.json").read_bytes()
+    for position in range(len(content)):
+        damaged = bytearray(content)
+        damaged[position] ^= 1
+        (tmp_path / "manifest.json").write_bytes(damaged)
+        try:
+            same = read_manifest(tmp_path)
+        except ValueError:
+            continue
+        assert same["step"] == 3 and same["files"]["data"]["bytes"] == 1, "only white space may change"
+
+
+@pytest.mark.parametrize("name", ["flipped optimizer", "cut optimizer", "no manifest"])
+def test_auto_passes_over_what_is_damaged_and_ends_the_same(run, finished, torn, name):
+    shutil.copytree(finished / "checkpoint-6", torn / "checkpoint-6", dirs_exist_ok=True)
+    damage, file, reason = DAMAGES[name]
+    damage(torn / "checkpoint-6" / file)
+    code, stdout, stderr = run(torn)
+    assert code == 0 and stderr == []
+    (passed_over,) = [line for line in stdout.splitlines() if line.startswith("passed over")]
+    assert passed_over.startswith(f"passed over {torn}/checkpoint-6: ") and reason in passed_over
+    assert f"going on from {torn}/checkpoint-4; 8 rows a step, as there" in stdout
+    assert_same_run(finished, torn, 6)
+    entry = json.loads((torn / "run.json").read_text())
+    assert entry["status"] == "finished" and entry["resumed_from"].endswith("checkpoint-4") and entry["steps"] == 6
+    calm = json.loads((finished / "run.json").read_text())
+    same = ["loss", "eval_loss", "tokens_trained", "supervised_tokens_trained", "rows_per_step"]
+    assert {key: entry[key] for key in same} == {key: calm[key] for key in same}
+
+
+def test_a_complete_last_checkpoint_leaves_only_the_result_to_write(run, finished, torn):
+    shutil.copy(finished / "checkpoint-6" / "manifest.json", torn / "checkpoint-6")
+    (torn / "adapter_model.safetensors").unlink()
+    code, stdout, _ = run(torn)
+    assert code == 0 and "going on from" in stdout and "step 6/6" not in stdout
+    assert_same_run(finished, torn, 6)
+    assert find_fault(torn) is None
+
+
+# ---- what is the same run ----
+
+
+def test_a_finished_run_says_so_and_changes_nothing(run, finished):
+    before = tree(finished)
+    code, stdout, stderr = run(finished)
+    assert code == 0 and stderr == []
+    assert stdout.splitlines()[-1] == f"{finished}: this run is finished (6 steps); there is nothing to do"
+    assert tree(finished) == before
+
+
+CHANGES = {
+    "seed": ({}, ["--seed", 7], "seed 7 (there 42)"),
+    "learning rate": ({"learning_rate": 1e-4}, [], "learning_rate 0.0001 (there 0.003)"),
+    "steps": ({"max_steps": 9}, [], "max_steps 9 (there 6)"),
+    "rank": ({"lora_r": 8}, [], "lora_r 8 (there 4)"),
+    "length": ({"model_max_length": 100}, [], "model_max_length 100 (there 160)"),
+    "optimizer": ({}, ["--weight_decay", 0.1], "weight_decay 0.1 (there 0.0)"),
+}
+
+
+@pytest.mark.parametrize(("changes", "more", "message"), CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("state", ["finished", "torn"])
+def test_changed_settings_are_refused_with_the_difference(run, request, changes, more, message, state):
+    out = request.getfixturevalue(state)
+    before = tree(out)
+    code, _, stderr = run(out, *more, **changes)
+    assert code == 2 and len(stderr) == 1 and "is of another run: " in stderr[0] and message in stderr[0]
+    assert "--force_resume True" in stderr[0]
+    assert tree(out) == before
+
+
+def test_changed_data_and_another_base_are_refused(run, checkpoints, torn, tmp_path):
+    rows = json.loads(CONVERSATIONS.read_text())
+    (tmp_path / "conversations.json").write_text(json.dumps(rows[:-1]))
+    code, _, stderr = run(torn, data_path=tmp_path / "conversations.json")
+    assert code == 2 and 'data {"conversations.json": ' in stderr[0] and "tokenised rows" in stderr[0]
+    code, _, stderr = run(torn, model_name_or_path=checkpoints["other"])
+    assert code == 2 and "base model " in stderr[0] and "seed" not in stderr[0]
+    shutil.copytree(checkpoints["untied"], tmp_path / "moved")
+    shutil.copy(CONVERSATIONS, tmp_path / "moved.json")
+    code, _, stderr = run(torn, model_name_or_path=tmp_path / "moved", data_path=tmp_path / "moved.json")
+    assert code == 2 and "moved.json" in stderr[0] and "base model" not in stderr[0]
+
+
+def test_force_resume_goes_on_with_what_is_here(run, torn):
+    code, stdout, _ = run(torn, "--force_resume", "True", "--lr_scheduler_type", "constant", learning_rate=1e-4)
+    assert code == 0 and "in spite of: learning_rate 0.0001 (there 0.003)" in stdout
+    rates = [m["learning_rate"] for m in read_metrics(torn) if "loss" in m]
+    assert rates[-1] == 1e-4 and rates[0] == 3e-3, "the settings' rate, not the checkpoint's"
+    code, _, stderr = run(torn, "--force_resume", "True", lora_r=8, max_steps=9)
+    assert code == 2 and "this run has float32 [8, 64]" in stderr[0]
+
+
+def test_force_resume_trains_a_finished_run_on(run, finished, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    code, stdout, _ = run(out, "--force_resume", "True", max_steps=8)
+    assert code == 0 and "going on from" in stdout and "in spite of: max_steps 8 (there 6)" in stdout
+    assert [m["step"] for m in read_metrics(out) if "loss" in m] == [1, 3, 6, 8]
+    for checkpoint in list_checkpoints(out):
+        shutil.rmtree(checkpoint)
+    before = tree(out)
+    code, _, stderr = run(out, "--force_resume", "True", max_steps=10)
+    assert code == 2 and "is of another run: max_steps 10 (there 8)" in stderr[0], "nothing to go on from"
+    assert tree(out) == before
+
+
+def test_what_does_not_change_the_weights_may_change(run, finished, torn):
+    more = ["--dataloader_num_workers", 1, "--save_steps", 1, "--save_total_limit", 1, "--logging_steps", 1]
+    code, _stdout, stderr = run(torn, *more)
+    assert code == 0 and stderr == []
+    assert [m["step"] for m in read_metrics(torn) if "loss" in m] == [1, 3, 5, 6], "the new --logging_steps holds"
+    assert [path.name for path in list_checkpoints(torn)] == ["checkpoint-6"]
+    name = "adapter_model.safetensors"
+    assert (torn / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_the_checkpoints_rows_per_step_win(run, finished, torn):
+    code, stdout, _ = run(torn, per_device_train_batch_size=3, gradient_accumulation_steps=1)
+    assert code == 0 and "8 rows a step, as there" in stdout and "batch 3 (there 4)" in stdout
+    entries = [(m["step"], m["supervised_tokens"]) for m in read_metrics(torn) if "loss" in m]
+    assert entries == [(m["step"], m["supervised_tokens"]) for m in read_metrics(finished) if "loss" in m]
+    assert json.loads((torn / "run.json").read_text())["rows_per_step"] == 8
+
+
+# ---- a checkpoint by its name ----
+
+
+def test_a_named_checkpoint(run, finished, torn, tmp_path):
+    code, stdout, _ = run(tmp_path / "new", resume_from_checkpoint=finished / "checkpoint-4")
+    assert code == 0 and "going on from" in stdout
+    assert_same_run(finished, tmp_path / "new", 6)
+    for name, message in (
+        ("checkpoint-9", "no such directory"),
+        ("checkpoint-6", "has no manifest.json"),
+        ("", "is a run, not a checkpoint; name"),
+    ):
+        code, _, stderr = run(torn, resume_from_checkpoint=torn / name)
+        assert code == 2 and len(stderr) == 1 and message in stderr[0]
+    shutil.copy(finished / "checkpoint-6" / "manifest.json", torn / "checkpoint-6")
+    code, _, stderr = run(torn, resume_from_checkpoint=torn / "checkpoint-4")
+    assert code == 2 and "holds later checkpoints (checkpoint-6)" in stderr[0]
+    code, _, stderr = run(torn, resume_from_checkpoint=finished / "checkpoint-4")
+    assert code == 2 and "holds another run" in stderr[0]
+
+
+def test_checkpoints_without_a_training_state(run, tmp_path):
+    out = tmp_path / "out"
+    code, *_ = run(out, "--save_only_model", "True")
+    assert code == 0 and not list(out.glob("checkpoint-*/training_state*"))
+    (out / "manifest.json").unlink()
+    code, stdout, _ = run(out)
+    assert code == 0 and "passed over" in stdout and "(--save_only_model)" in stdout and "from the beginning" in stdout
+
+
+def test_settings_that_contradict_each_other(run, tmp_path):
+    for more, message in (
+        (["--overwrite_output_dir"], "--resume_from_checkpoint and --overwrite_output_dir: choose one"),
+        (["--optim", "schedule_free_adamw"], "--optim schedule_free_adamw: not available yet"),
+        (["--optim", "lomo"], "--optim lomo: steps inside the backward pass"),
+        (["--save_strategy", "best", "--eval_strategy", "no"], "--save_strategy best: needs --eval_strategy"),
+        (["--load_best_model_at_end", "True", "--eval_strategy", "steps", "--eval_steps", 1], "so that the best"),
+        (["--metric_for_best_model", "accuracy"], "what is measured is loss and perplexity"),
+        (["--metric_for_best_model", "loss", "--greater_is_better", "True"], "the lower is the better"),
+    ):
+        code, _, stderr = run(tmp_path / "out", *more)
+        assert code == 2 and len(stderr) == 1 and message in stderr[0], stderr
+    assert not (tmp_path / "out").exists()
+
+
+# ---- the best ----
+
+
+def test_the_best_evaluation_is_the_result_and_is_kept(forks, checkpoints, tmp_path):
+    # A learning rate that soon does harm.
+    def command(out):
+        base = words(checkpoints["untied"], out, "full", steps=6, save_steps=1)
+        base[base.index("--eval_strategy") + 1] = "steps"
+        base[base.index("--learning_rate") + 1] = 0.05
+        return [*base, "--eval_steps", 1, "--load_best_model_at_end", "True", "--save_total_limit", 1]
+
+    calm, killed = tmp_path / "calm", tmp_path / "killed"
+    assert forks.run(*command(calm))[0] == 0
+    losses = {m["step"]: m["eval_loss"] for m in read_metrics(calm) if "eval_loss" in m}
+    best = min(losses, key=losses.get)
+    assert best < 5, losses
+    entry = json.loads((calm / "run.json").read_text())
+    assert entry["best"] == {"step": best, "eval_loss": losses[best]}
+    assert [path.name for path in list_checkpoints(calm)] == [f"checkpoint-{best}", "checkpoint-6"]
+    name = "model.safetensors"
+    assert (calm / name).read_bytes() == (calm / f"checkpoint-{best}" / name).read_bytes()
+
+    assert forks.run(*command(killed), at=best + 1, do="SIGTERM", only="step")[0] == 143
+    assert forks.run(*command(killed))[0] == 0
+    assert_same_run(calm, killed, 6)
+
+    (killed / "manifest.json").unlink()
+    shutil.rmtree(killed / f"checkpoint-{best}")
+    code, _, stderr = forks.run(*command(killed))
+    assert code == 2 and f"checkpoint-{best}, the best so far, is gone" in stderr
+
+
+# ---- rotation ----
+
+
+def make_checkpoints(root, complete=(), torn=()):
+    for step in (*complete, *torn):
+        (root / f"checkpoint-{step}").mkdir()
+        (root / f"checkpoint-{step}" / "weights").write_text("x")
+        if step in complete:
+            write_manifest(root / f"checkpoint-{step}", step=step)
+
+
+@pytest.mark.parametrize(
+    ("limit", "keep", "left"),
+    [
+        (None, None, [2, 3, 4, 6, 10]),
+        (1, None, [10]),
+        (2, None, [6, 10]),
+        (1, 2, [2, 10]),
+        (9, None, [2, 4, 6, 10]),
+    ],
+)
+def test_rotation_counts_complete_ones_only(tmp_path, limit, keep, left):
+    make_checkpoints(tmp_path, complete=(2, 4, 6, 10), torn=(3,))
+    rotate_checkpoints(tmp_path, limit, keep=tmp_path / f"checkpoint-{keep}" if keep else None)
+    assert [int(path.name.partition("-")[2]) for path in list_checkpoints(tmp_path)] == left
+
+
+def test_rotation_never_deletes_the_last_complete_one(tmp_path):
+    make_checkpoints(tmp_path, complete=(2,), torn=(4, 6))
+    rotate_checkpoints(tmp_path, 1, keep=None)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2"]
