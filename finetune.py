@@ -29,7 +29,8 @@ from tuning.model import check_loss_path, choose_dtypes, count_parameters, ident
 from tuning.processes import on_first
 from tuning.progress import LOSS_PLOT_FILE, ProgressCallback, SampleCallback
 from tuning.resume import describe_trajectory, find_starting_point
-from tuning.trainer import GO_ON, StepTrainer
+from tuning.stopping import GO_ON
+from tuning.trainer import StepTrainer
 
 CONSOLE = Console()
 

@@ -149,9 +149,10 @@ def _run(request: dict, rank: int, port: int) -> None:
 
 def _hook(plan: dict):
     """Count events, and act at one. Returns: a function that says how many there were."""
-    from tuning import trainer
+    from tuning import resumable_trainer
+    from tuning.trainer import StepTrainer
 
-    StepTrainer, fsync, rotate = trainer.StepTrainer, os.fsync, trainer.rotate_checkpoints
+    fsync, rotate = os.fsync, resumable_trainer.rotate_checkpoints
     step, micro_batch = StepTrainer.training_step, StepTrainer._run_micro_batch
     prepare = StepTrainer._prepare_input
     count = 0
@@ -196,7 +197,7 @@ def _hook(plan: dict):
     StepTrainer.training_step = training_step
     StepTrainer._run_micro_batch = run_micro_batch
     StepTrainer._prepare_input = prepare_input
-    trainer.rotate_checkpoints = rotate_checkpoints
+    resumable_trainer.rotate_checkpoints = rotate_checkpoints
     os.fsync = slow_fsync
     return lambda: count
 

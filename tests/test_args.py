@@ -42,6 +42,9 @@ def test_the_originals_defaults():
     assert (lora.lora_r, lora.lora_alpha, lora.lora_dropout, lora.lora_bias) == (64, 16, 0.05, "none")
 
 
+EVALUATED = ["--eval_data_path", "e.json", "--eval_strategy", "steps", "--eval_steps", "2"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -55,7 +58,15 @@ def test_the_originals_defaults():
         (["--q_lora"], "--q_lora: not available yet"),
         (["--deepspeed", "finetune/ds_config_zero2.json"], "--deepspeed: not available yet"),
         (["--fsdp", "full_shard"], "--fsdp: not available yet"),
-        (["--resume_from_checkpoint", "x"], "--resume_from_checkpoint: not available yet"),
+        (["--force_resume", "True"], "--force_resume: has no effect without --resume_from_checkpoint"),
+        (["--resume_from_checkpoint", "auto", "--overwrite_output_dir"], "--overwrite_output_dir: choose one"),
+        (["--optim", "schedule_free_adamw"], "--optim schedule_free_adamw: not available yet"),
+        (["--optim", "lomo"], "--optim lomo: steps inside the backward pass"),
+        (["--save_strategy", "best"], "--save_strategy best: needs --eval_strategy"),
+        ([*EVALUATED, "--load_best_model_at_end", "True", "--save_steps", "4"], "(4) equal to --eval_steps (2)"),
+        ([*EVALUATED, "--metric_for_best_model", "accuracy"], "what is measured is loss and perplexity"),
+        ([*EVALUATED, "--metric_for_best_model", "loss", "--greater_is_better", "True"], "the lower is the better"),
+        (["--metric_for_best_model", "loss"], "--metric_for_best_model: has no effect without --eval_strategy"),
         (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor 0.1: the training step"),
         (["--group_by_length"], "--group_by_length: not needed"),
         (["--dataloader_drop_last", "True"], "--dataloader_drop_last True: the step"),
@@ -77,7 +88,6 @@ def test_the_originals_defaults():
         (["--learning_rate", "nan"], "--learning_rate nan: must be a number above 0"),
         (["--fp16"], "--fp16: needs a GPU"),
         (["--do_train", "False"], "--do_train False: training is what"),
-        (["--save_only_model", "True"], "--save_only_model: not available yet"),
         (["--save_total_limit", "0"], "--save_total_limit 0: must be at least 1"),
         (["--eval_steps", "5"], "--eval_steps: has no effect without"),
     ],

@@ -194,8 +194,12 @@ def test_a_loss_that_is_no_number_stops_the_run(run_script, checkpoints, tmp_pat
     out = tmp_path / "out"
     words = flags(checkpoints["untied"], CONVERSATIONS, out, "--use_lora", "--learning_rate", "1e30", "--optim", "sgd")
     code, _, stderr = run_script("finetune.py", *words)
-    assert code == 1 and "error: the loss is nan at step" in stderr and len(stderr.splitlines()) == 1
-    assert json.loads((out / "run.json").read_text())["status"].startswith("failed: the loss is nan")
+    assert (
+        code == 1
+        and "error: the gradient norm is nan at step 2 (rows demo-" in stderr
+        and len(stderr.splitlines()) == 1
+    )
+    assert json.loads((out / "run.json").read_text())["status"].startswith("failed: the gradient norm is nan")
     assert not (out / "manifest.json").exists() and not (out / "adapter_config.json").exists()
 
 

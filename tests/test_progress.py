@@ -59,7 +59,9 @@ def test_prompts_are_answered_at_each_evaluation(checkpoints, tmp_path, capfd, m
     words += ["--eval_strategy", "steps", "--eval_steps", 2, "--sample_prompts", prompts]
     words += ["--sample_max_new_tokens", 4, "--logging_steps", 3]
     monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, words)])
-    runpy.run_path(str(ROOT / "finetune.py"), run_name="__main__")
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_path(str(ROOT / "finetune.py"), run_name="__main__")
+    assert exit_.value.code == 0
     entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     sampled = [entry for entry in entries if "samples" in entry]
     assert [entry["step"] for entry in sampled] == [2, 4]

@@ -239,21 +239,6 @@ def test_checkpoints_without_a_training_state(run, tmp_path):
     assert code == 0 and "passed over" in stdout and "(--save_only_model)" in stdout and "from the beginning" in stdout
 
 
-def test_settings_that_contradict_each_other(run, tmp_path):
-    for more, message in (
-        (["--overwrite_output_dir"], "--resume_from_checkpoint and --overwrite_output_dir: choose one"),
-        (["--optim", "schedule_free_adamw"], "--optim schedule_free_adamw: not available yet"),
-        (["--optim", "lomo"], "--optim lomo: steps inside the backward pass"),
-        (["--save_strategy", "best", "--eval_strategy", "no"], "--save_strategy best: needs --eval_strategy"),
-        (["--load_best_model_at_end", "True", "--eval_strategy", "steps", "--eval_steps", 1], "so that the best"),
-        (["--metric_for_best_model", "accuracy"], "what is measured is loss and perplexity"),
-        (["--metric_for_best_model", "loss", "--greater_is_better", "True"], "the lower is the better"),
-    ):
-        code, _, stderr = run(tmp_path / "out", *more)
-        assert code == 2 and len(stderr) == 1 and message in stderr[0], stderr
-    assert not (tmp_path / "out").exists()
-
-
 # ---- the best ----
 
 

@@ -180,3 +180,15 @@ def test_the_loss_scale_is_kept(tmp_path):
     resumed = torch.amp.GradScaler("cpu")
     StepTrainer._load_scaler(trainer(resumed), str(tmp_path))
     assert resumed.state_dict() == scaler.state_dict() and resumed.get_scale() == 512.0
+
+
+def test_weights_that_are_no_numbers_are_not_saved(checkpoints, tmp_path):
+    from tests import runs
+
+    rows, template = runs.example_rows(checkpoints["untied"])
+    model = runs.build(checkpoints["untied"], "lora", template)
+    trainer = runs.train(model, rows, tmp_path, kind="lora", batch=8, accumulation=1, steps=1)
+    next(iter(trained_parameters(trainer.model).values())).data.view(-1)[0] = float("inf")
+    with pytest.raises(RuntimeError, match=r"lora_A.default.weight is not finite at step 1"):
+        trainer._save_checkpoint(trainer.model, None)
+    assert not list(tmp_path.glob("checkpoint-*"))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tuning.adapters import read_adapter_config
 from tuning.args import Arguments, describe_settings
 from tuning.checkpoint import list_checkpoints
 from tuning.errors import SettingsError
@@ -46,12 +47,16 @@ class StartingPoint:
 def describe_trajectory(
     arguments: Arguments, *, base_fingerprint: str, rows_fingerprint: str, files: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """What the weights after each step follow from, as JSON values; rows per step aside."""
+    """What the weights after each step follow from, as JSON values; rows per step aside.
+
+    Raises: SettingsError: --lora_weight_path is no adapter.
+    """
     settings = describe_settings(arguments)
     chosen = {name: settings[group][name] for group, names in _MATTERS.items() for name in names}
-    adapter = arguments.lora.lora_weight_path
-    if adapter is not None:  # rank, scale and dropout are its own; its weights are in the checkpoint
-        chosen["lora_weight_path"] = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
+    if arguments.lora.lora_weight_path is not None:  # rank, scale and dropout are its own, weights the checkpoint's
+        adapter = Path(arguments.lora.lora_weight_path)
+        read_adapter_config(adapter)  # there, and what it should be
+        chosen["lora_weight_path"] = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     data = {Path(str(file["path"])).name: str(file["sha256"])[:12] for file in files}
     trajectory = {**chosen, "base model": base_fingerprint[:12], "data": data, "tokenised rows": rows_fingerprint[:12]}
     return json.loads(json.dumps(trajectory))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+GO_ON = "go on with the same command and --resume_from_checkpoint auto"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 

@@ -6,7 +6,6 @@ import signal
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,37 +13,21 @@ import torch.distributed as dist
 from accelerate.utils import DistributedType
 from peft.optimizers import create_loraplus_optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import (
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
-from tuning.checkpoint import ResultWriter, remove_checkpoint, rotate_checkpoints
-from tuning.errors import MachineError, SettingsError
+from tuning.checkpoint import ResultWriter
+from tuning.errors import MachineError
 from tuning.machine import describe_lost_process, describe_out_of_memory, is_out_of_memory
 from tuning.model import TrainingModel
-from tuning.processes import on_first, raise_together
-from tuning.record import MANIFEST_FILE, METRICS_FILE, append_metrics, explain_failed_write
-from tuning.stopping import StopRequest
-from tuning.training_state import (
-    load_optimizer,
-    load_weights,
-    read_counters,
-    save_training_state,
-    trained_parameters,
-)
+from tuning.processes import raise_together
+from tuning.record import append_metrics, explain_failed_write
+from tuning.resumable_trainer import ResumableTrainer
+from tuning.stopping import GO_ON, StopRequest
 from tuning.window import StepWindow
 
-TRAINER_STATE_FILE = "trainer_state.json"
-GO_ON = "go on with the same command and --resume_from_checkpoint auto"
 
-
-class StepTrainer(Trainer):
+class StepTrainer(ResumableTrainer):
     """Trains a TrainingModel on steps.
 
     train_dataset, eval_dataset: item s is this rank's share of step s of the run, counted over epochs:
@@ -52,7 +35,6 @@ class StepTrainer(Trainer):
         tokens of the step on all ranks, "num_tokens": likewise without padding}; len() is the steps of one epoch.
         Every rank has the same number of micro-batches.
     writer: writes what was trained into a directory (on rank 0).
-    After train(), stopped_by is the signal that ended it early, or 0.
     """
 
     def __init__(
@@ -77,23 +59,13 @@ class StepTrainer(Trainer):
         # On a machine with several GPUs one process uses one: transformers would wrap the model in DataParallel, which
         # is slow and knows nothing of steps. torchrun uses them all.
         args._n_gpu = min(args.n_gpu, 1)
-        # The Trainer deletes checkpoints when it ends; here rotation is one function's business.
-        self._save_total_limit, args.save_total_limit = args.save_total_limit, None
-        super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset)
+        super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, writer=writer)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(_StepEnd(self))
-        self.optimizer: torch.optim.Optimizer | None
-        self.control: TrainerControl
-        self.lr_scheduler: Any
-        self.stopped_by = 0
         self.stop = StopRequest()
         self.steps_per_epoch = len(train_dataset)  # type: ignore[arg-type]
-        self.evaluation_due = False  # a stop came before it; whoever resumes starts with it
-        self._is_best = False
-        self._writer = writer
         self._loraplus_lr_ratio = loraplus_lr_ratio
-        self._metrics_path = Path(args.output_dir) / METRICS_FILE
         self._window: StepWindow | None = None  # opened by the first step
         self._saved_window: dict[str, Any] | None = None
         self._num_tokens_seen = self._num_targets_seen = 0
@@ -201,13 +173,6 @@ class StepTrainer(Trainer):
         self._window.add_gradient_norm(self.state.global_step + 1, norm)
         return norm
 
-    def _run_epoch(self, *args: Any, **options: Any) -> None:
-        # Resumed at the last step, or stopped while evaluating at the start: the Trainer would train one step more.
-        if self.stopped_by or self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **options)
-
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: the Trainer's estimate walks over all parameters in every step."""
         return 0
@@ -243,7 +208,7 @@ class StepTrainer(Trainer):
             f"{metric_key_prefix}_runtime": round(time.perf_counter() - started, 3),
         }
         self.log(metrics)
-        self._note_if_best(loss)
+        self.note_evaluation(loss)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         if self._window is not None:
             self._window.exclude(time.perf_counter() - started)
@@ -256,18 +221,7 @@ class StepTrainer(Trainer):
         self.control.should_training_stop = True
         self.control.should_save = True
 
-    def _note_if_best(self, loss: float) -> None:
-        self._is_best = self.state.best_metric is None or loss < self.state.best_metric
-        if self._is_best:
-            self.state.best_metric = loss
-            self.state.best_global_step = self.state.global_step
-            self.state.best_model_checkpoint = str(self._checkpoint_directory())
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        # evaluate() found it out, wherever it was called from. --save_strategy best saves only then, or when stopped.
-        return self._is_best if metrics else bool(self.stopped_by)
-
-    # ---- log and save ----
+    # ---- log ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add throughput to the Trainer's logs and append them to metrics.jsonl."""
@@ -280,8 +234,8 @@ class StepTrainer(Trainer):
             self._window = None
         # The Trainer's summary counts steps as samples; run.json has the right one.
         if self.is_world_process_zero() and "train_runtime" not in logs:
-            with explain_failed_write(self._metrics_path, GO_ON):
-                append_metrics(self._metrics_path, {"step": self.state.global_step, "epoch": self.state.epoch, **logs})
+            with explain_failed_write(self.metrics_path, GO_ON):
+                append_metrics(self.metrics_path, {"step": self.state.global_step, "epoch": self.state.epoch, **logs})
         super().log(logs, start_time)
 
     def _gather_loss_sums(self, window: StepWindow) -> list[float]:
@@ -293,6 +247,8 @@ class StepTrainer(Trainer):
         if fault is not None or not all(map(math.isfinite, loss_sums)):
             advice = "lower --learning_rate, look at these rows, or compute in bf16 instead of fp16"
             raise_together(fault and f"{fault}; {advice}. Nothing after the last checkpoint is saved")
+
+    # ---- a run ----
 
     def train(self, *args: Any, **options: Any) -> Any:
         """Train, and take the time.
@@ -334,104 +290,31 @@ class StepTrainer(Trainer):
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    # ---- checkpoints ----
-
-    def _checkpoint_directory(self) -> Path:
-        return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        # Not the Trainer's: it rotates before a checkpoint is complete.
         started = time.perf_counter()
-        loss_sums = self._gather_loss_sums(self._window) if self._window is not None else []
-        if self._window is not None:
-            self._check_finite(self._window, loss_sums)
-        for name, parameter in trained_parameters(self.model).items():
-            if not bool(parameter.detach().isfinite().all()):
-                raise MachineError(f"{name} is not finite after step {self.state.global_step}; lower --learning_rate")
-        on_first(lambda: self._write_checkpoint(loss_sums))
+        super()._save_checkpoint(model, trial)
         if self._window is not None:
             self._window.exclude(time.perf_counter() - started)
 
-    def _write_checkpoint(self, loss_sums: list[float]) -> None:
-        directory = self._checkpoint_directory()
-        try:
-            with explain_failed_write(directory, f"{GO_ON}; earlier checkpoints are untouched"):
-                self._writer.write(directory)
-                if not self.args.save_only_model:
-                    assert self.optimizer is not None
-                    save_training_state(directory, self.model, self.optimizer, self._counters(loss_sums))
-                self.state.save_to_json(str(directory / TRAINER_STATE_FILE))
-                if self._metrics_path.exists():
-                    (directory / METRICS_FILE).write_bytes(self._metrics_path.read_bytes())
-                self._writer.seal(directory, step=self.state.global_step)
-        except BaseException:
-            remove_checkpoint(directory)
-            raise
-        best = self.state.best_model_checkpoint if self.args.metric_for_best_model else None
-        rotate_checkpoints(directory.parent, self._save_total_limit, keep=Path(best) if best else None)
-
-    def _counters(self, loss_sums: list[float]) -> dict[str, Any]:
-        scaler = self.accelerator.scaler
+    def counters(self) -> dict[str, Any]:
+        """Tokens and time of the run, and the log line that the checkpoint cuts in two."""
+        window = None
+        if self._window is not None:
+            loss_sums = self._gather_loss_sums(self._window)
+            self._check_finite(self._window, loss_sums)
+            window = self._window.state(loss_sums)
         return {
-            "scheduler": {"last_epoch": self.lr_scheduler.last_epoch, "_step_count": self.lr_scheduler._step_count},
-            "scaler": scaler.state_dict() if scaler is not None else None,
-            "window": self._window.state(loss_sums) if self._window is not None else None,
-            "evaluation_due": self.evaluation_due,
+            "window": window,
             "tokens_seen": self._num_tokens_seen,
             "targets_seen": self._num_targets_seen,
             "train_s": self._train_s + time.perf_counter() - self._began,
         }
 
-    def _init_training_state(
-        self, max_steps: int, steps_per_epoch: int, num_epochs: int, checkpoint: str | None, trial: Any
-    ) -> tuple[int, int]:
-        place = super()._init_training_state(max_steps, steps_per_epoch, num_epochs, None, trial)
-        if checkpoint is None:
-            return place
-        # Only what happened; how often to log or to save is the settings' business.
-        saved = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_FILE))
-        for name in ("global_step", "epoch", "log_history", "best_metric", "best_global_step"):
-            setattr(self.state, name, getattr(saved, name))
-        if saved.best_model_checkpoint is not None:
-            best = Path(checkpoint).parent / Path(saved.best_model_checkpoint).name
-            if self.args.load_best_model_at_end and not (best / MANIFEST_FILE).is_file():
-                raise SettingsError(f"--load_best_model_at_end: {best}, the best so far, is gone; put it back")
-            self.state.best_model_checkpoint = str(best)
-        counters = read_counters(Path(checkpoint))
-        self._saved_window = counters["window"]
-        self._num_tokens_seen, self._num_targets_seen = counters["tokens_seen"], counters["targets_seen"]
-        self._train_s = counters["train_s"]
-        self.evaluation_due = counters["evaluation_due"]
-        self.args.eval_on_start = self.evaluation_due and self.eval_dataset is not None
-        return divmod(self.state.global_step, steps_per_epoch)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_weights(Path(resume_from_checkpoint), self.model)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        assert self.optimizer is not None
-        load_optimizer(Path(checkpoint), self.model, self.optimizer)
-        scheduler = self.lr_scheduler
-        vars(scheduler).update(read_counters(Path(checkpoint))["scheduler"])
-        for group, rate, factor in zip(
-            self.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
-        ):
-            group["lr"] = rate * factor(scheduler.last_epoch)
-        scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and (saved := read_counters(Path(checkpoint))["scaler"]) is not None:
-            self.accelerator.scaler.load_state_dict(saved)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Nothing to load: random numbers are seeded at every micro-batch."""
-
-    def _load_best_model(self) -> None:
-        assert self.state.best_model_checkpoint is not None
-        if not self.stopped_by:
-            load_weights(Path(self.state.best_model_checkpoint), self.model)
+    def restore_counters(self, saved: dict[str, Any]) -> None:
+        """Go on from there, though the processes may be fewer or more."""
+        self._saved_window = saved["window"]
+        self._num_tokens_seen, self._num_targets_seen = saved["tokens_seen"], saved["targets_seen"]
+        self._train_s = saved["train_s"]
 
 
 class _StepSampler(Sampler[int]):

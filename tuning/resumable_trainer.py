@@ -1,0 +1,166 @@
+"""transformers' Trainer with checkpoints that are complete or absent, in place of its own."""
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+from tuning.checkpoint import ResultWriter, remove_checkpoint, rotate_checkpoints
+from tuning.errors import SettingsError
+from tuning.model import TrainingModel
+from tuning.processes import on_first, raise_together
+from tuning.record import MANIFEST_FILE, METRICS_FILE, explain_failed_write
+from tuning.stopping import GO_ON
+from tuning.training_state import load_optimizer, load_weights, read_counters, save_training_state, trained_parameters
+
+TRAINER_STATE_FILE = "trainer_state.json"
+
+
+class ResumableTrainer(Trainer):
+    """Saves and resumes by what subclasses count (counters, restore_counters) and by what is due after a step.
+
+    writer: writes what was trained into a directory (on rank 0).
+    stopped_by: the signal that ended train() early, or 0.
+    evaluation_due: a stop came before an evaluation; whoever resumes starts with it.
+    """
+
+    def __init__(
+        self,
+        model: TrainingModel,
+        args: TrainingArguments,
+        *,
+        train_dataset: Dataset[Any],
+        eval_dataset: Dataset[Any] | None,
+        writer: ResultWriter,
+    ):
+        # The Trainer deletes checkpoints when it ends; here rotation is one function's business.
+        self._save_total_limit, args.save_total_limit = args.save_total_limit, None
+        super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset)
+        self.optimizer: torch.optim.Optimizer | None
+        self.control: TrainerControl
+        self.lr_scheduler: Any
+        self.writer = writer
+        self.metrics_path = Path(args.output_dir) / METRICS_FILE
+        self.stopped_by = 0
+        self.evaluation_due = False
+        self._is_best = False
+
+    @abstractmethod
+    def counters(self) -> dict[str, Any]:
+        """What was counted so far, as JSON values. Every process calls it."""
+
+    @abstractmethod
+    def restore_counters(self, saved: dict[str, Any]) -> None:
+        """Go on counting from there."""
+
+    # ---- save ----
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # Not the Trainer's: it rotates before a checkpoint is complete.
+        counters = self.counters()
+        trained = trained_parameters(self.model)
+        broken = next((name for name, p in trained.items() if not bool(p.detach().isfinite().all())), None)
+        raise_together(broken and f"{broken} is not finite at step {self.state.global_step}; lower --learning_rate")
+        on_first(lambda: self._write_checkpoint(counters))
+
+    def _write_checkpoint(self, counters: dict[str, Any]) -> None:
+        directory = self._checkpoint_directory()
+        try:
+            with explain_failed_write(directory, f"{GO_ON}; earlier checkpoints are untouched"):
+                self.writer.write(directory)
+                if not self.args.save_only_model:
+                    assert self.optimizer is not None
+                    save_training_state(directory, self.model, self.optimizer, self._describe_engines() | counters)
+                self.state.save_to_json(str(directory / TRAINER_STATE_FILE))
+                if self.metrics_path.exists():
+                    (directory / METRICS_FILE).write_bytes(self.metrics_path.read_bytes())
+                self.writer.seal(directory, step=self.state.global_step)
+        except BaseException:
+            remove_checkpoint(directory)
+            raise
+        best = self.state.best_model_checkpoint if self.args.metric_for_best_model else None
+        rotate_checkpoints(directory.parent, self._save_total_limit, keep=Path(best) if best else None)
+
+    def _checkpoint_directory(self) -> Path:
+        return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+
+    def _describe_engines(self) -> dict[str, Any]:
+        scaler = self.accelerator.scaler
+        return {
+            "scheduler": {"last_epoch": self.lr_scheduler.last_epoch, "_step_count": self.lr_scheduler._step_count},
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "evaluation_due": self.evaluation_due,
+        }
+
+    # ---- resume ----
+
+    def _init_training_state(
+        self, max_steps: int, steps_per_epoch: int, num_epochs: int, checkpoint: str | None, trial: Any
+    ) -> tuple[int, int]:
+        place = super()._init_training_state(max_steps, steps_per_epoch, num_epochs, None, trial)
+        if checkpoint is None:
+            return place
+        # Only what happened; how often to log or to save is the settings' business.
+        saved = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_FILE))
+        for name in ("global_step", "epoch", "log_history", "best_metric", "best_global_step"):
+            setattr(self.state, name, getattr(saved, name))
+        if saved.best_model_checkpoint is not None:
+            best = Path(checkpoint).parent / Path(saved.best_model_checkpoint).name
+            if self.args.load_best_model_at_end and not (best / MANIFEST_FILE).is_file():
+                raise SettingsError(f"--load_best_model_at_end: {best}, the best so far, is gone; put it back")
+            self.state.best_model_checkpoint = str(best)
+        counters = read_counters(Path(checkpoint))
+        self.restore_counters(counters)
+        self.evaluation_due = counters["evaluation_due"]
+        self.args.eval_on_start = self.evaluation_due and self.eval_dataset is not None
+        return divmod(self.state.global_step, steps_per_epoch)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_weights(Path(resume_from_checkpoint), self.model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        assert self.optimizer is not None
+        load_optimizer(Path(checkpoint), self.model, self.optimizer)
+        scheduler, groups = self.lr_scheduler, self.optimizer.param_groups
+        vars(scheduler).update(read_counters(Path(checkpoint))["scheduler"])
+        for group, rate, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+            group["lr"] = rate * factor(scheduler.last_epoch)
+        scheduler._last_lr = [group["lr"] for group in groups]
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and (saved := read_counters(Path(checkpoint))["scaler"]) is not None:
+            self.accelerator.scaler.load_state_dict(saved)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Nothing to load: random numbers are seeded at every micro-batch."""
+
+    def _run_epoch(self, *args: Any, **options: Any) -> None:
+        # Resumed at the last step, or stopped while evaluating at the start: the Trainer would train one step more.
+        if self.stopped_by or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **options)
+
+    # ---- the best ----
+
+    def note_evaluation(self, loss: float) -> None:
+        """Remember the step of the lowest loss, whose checkpoint stays and may be the result."""
+        self._is_best = self.state.best_metric is None or loss < self.state.best_metric
+        if self._is_best:
+            self.state.best_metric = loss
+            self.state.best_global_step = self.state.global_step
+            self.state.best_model_checkpoint = str(self._checkpoint_directory())
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        # --save_strategy best saves only then, or when stopped.
+        return self._is_best if metrics else bool(self.stopped_by)
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        if not self.stopped_by:
+            load_weights(Path(self.state.best_model_checkpoint), self.model)
