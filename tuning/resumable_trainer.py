@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tuning.checkpoint import ResultWriter, remove_checkpoint, rotate_checkpoints
 from tuning.errors import SettingsError
 from tuning.model import TrainingModel
 from tuning.processes import on_first, raise_together
 from tuning.record import MANIFEST_FILE, METRICS_FILE, explain_failed_write
-from tuning.stopping import GO_ON
+from tuning.stopping import GO_ON, StopRequest
 from tuning.training_state import load_optimizer, load_weights, read_counters, save_training_state, trained_parameters
 
 TRAINER_STATE_FILE = "trainer_state.json"
@@ -46,6 +46,9 @@ class ResumableTrainer(Trainer):
         self.metrics_path = Path(args.output_dir) / METRICS_FILE
         self.stopped_by = 0
         self.evaluation_due = False
+        self.stop = StopRequest()
+        self.steps_per_epoch = len(train_dataset)  # type: ignore[arg-type]
+        self.add_callback(_StepEnd(self))
         self._is_best = False
 
     @abstractmethod
@@ -94,6 +97,14 @@ class ResumableTrainer(Trainer):
             "scaler": scaler.state_dict() if scaler is not None else None,
             "evaluation_due": self.evaluation_due,
         }
+
+    def stop_evaluating(self, signal_number: int) -> None:
+        """Leave an evaluation for whoever resumes, and save."""
+        self.stopped_by = signal_number
+        self.evaluation_due = True
+        self.control.should_evaluate = False
+        self.control.should_training_stop = True
+        self.control.should_save = True
 
     # ---- resume ----
 
@@ -164,3 +175,35 @@ class ResumableTrainer(Trainer):
         assert self.state.best_model_checkpoint is not None
         if not self.stopped_by:
             load_weights(Path(self.state.best_model_checkpoint), self.model)
+
+
+class _StepEnd(TrainerCallback):
+    """What follows a step: its log line, its evaluation, its checkpoint, in this order; or the stop."""
+
+    def __init__(self, trainer: ResumableTrainer):
+        self._trainer = trainer
+        self._saves_at_epoch_end = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Order what is due."""
+        if state.global_step >= state.max_steps and args.logging_strategy != "no":
+            control.should_log = True  # whatever logging_steps is, so that the last loss is the last loss
+        ends_epoch = state.global_step % self._trainer.steps_per_epoch == 0 or control.should_training_stop
+        if signal_number := self._trainer.stop.agreed():
+            self._trainer.stopped_by = signal_number
+            self._trainer.evaluation_due = control.should_evaluate or (
+                ends_epoch and args.eval_strategy == "epoch" and args.eval_delay <= state.epoch
+            )
+            control.should_log |= ends_epoch and args.logging_strategy == "epoch"
+            control.should_evaluate = False
+            control.should_save = control.should_training_stop = True
+        elif ends_epoch:
+            # The end of the epoch follows at once, with its evaluation: what is saved knows of it.
+            self._saves_at_epoch_end, control.should_save = control.should_save, False
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Save what waited for the end of the epoch; nothing more after a stop."""
+        control.should_save |= self._saves_at_epoch_end
+        self._saves_at_epoch_end = False
+        if self._trainer.stopped_by:
+            control.should_log = control.should_evaluate = control.should_save = False

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from accelerate.utils import DistributedType
 from peft.optimizers import create_loraplus_optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
 from tuning.checkpoint import ResultWriter
@@ -23,7 +23,7 @@ from tuning.model import TrainingModel
 from tuning.processes import raise_together
 from tuning.record import append_metrics, explain_failed_write
 from tuning.resumable_trainer import ResumableTrainer
-from tuning.stopping import GO_ON, StopRequest
+from tuning.stopping import GO_ON
 from tuning.window import StepWindow
 
 
@@ -62,9 +62,6 @@ class StepTrainer(ResumableTrainer):
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, writer=writer)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        self.add_callback(_StepEnd(self))
-        self.stop = StopRequest()
-        self.steps_per_epoch = len(train_dataset)  # type: ignore[arg-type]
         self._loraplus_lr_ratio = loraplus_lr_ratio
         self._window: StepWindow | None = None  # opened by the first step
         self._saved_window: dict[str, Any] | None = None
@@ -193,7 +190,7 @@ class StepTrainer(ResumableTrainer):
         with torch.no_grad():
             for step in self._build_dataloader(dataset, None):
                 if self.is_in_train and (signal_number := self.stop.agreed()):
-                    self._stop_evaluating(signal_number)
+                    self.stop_evaluating(signal_number)
                     return {}
                 for micro_batch in step["micro_batches"]:
                     sums.append(model(**self._prepare_input(micro_batch)))
@@ -213,13 +210,6 @@ class StepTrainer(ResumableTrainer):
         if self._window is not None:
             self._window.exclude(time.perf_counter() - started)
         return metrics
-
-    def _stop_evaluating(self, signal_number: int) -> None:
-        self.stopped_by = signal_number
-        self.evaluation_due = True
-        self.control.should_evaluate = False
-        self.control.should_training_stop = True
-        self.control.should_save = True
 
     # ---- log ----
 
@@ -330,38 +320,6 @@ class _StepSampler(Sampler[int]):
 
     def __len__(self) -> int:
         return self._steps_per_epoch
-
-
-class _StepEnd(TrainerCallback):
-    """What follows a step: its log line, its evaluation, its checkpoint, in this order; or the stop."""
-
-    def __init__(self, trainer: StepTrainer):
-        self._trainer = trainer
-        self._saves_at_epoch_end = False
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Order what is due."""
-        if state.global_step >= state.max_steps and args.logging_strategy != "no":
-            control.should_log = True  # whatever logging_steps is, so that the last loss is the last loss
-        ends_epoch = state.global_step % self._trainer.steps_per_epoch == 0 or control.should_training_stop
-        if signal_number := self._trainer.stop.agreed():
-            self._trainer.stopped_by = signal_number
-            self._trainer.evaluation_due = control.should_evaluate or (
-                ends_epoch and args.eval_strategy == "epoch" and args.eval_delay <= state.epoch
-            )
-            control.should_log |= ends_epoch and args.logging_strategy == "epoch"
-            control.should_evaluate = False
-            control.should_save = control.should_training_stop = True
-        elif ends_epoch:
-            # The end of the epoch follows at once, with its evaluation: what is saved knows of it.
-            self._saves_at_epoch_end, control.should_save = control.should_save, False
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Save what waited for the end of the epoch; nothing more after a stop."""
-        control.should_save |= self._saves_at_epoch_end
-        self._saves_at_epoch_end = False
-        if self._trainer.stopped_by:
-            control.should_log = control.should_evaluate = control.should_save = False
 
 
 def _only_item(items: list[Any]) -> Any:
