@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -130,7 +131,8 @@ def explain_failed_write(path: Path, then: str) -> Iterator[None]:
         # safetensors and tokenizers raise errors of their own, with the system's inside.
         if not isinstance(error, OSError) and "os error" not in str(error) and "IoError" not in str(error):
             raise
-        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        why = re.sub(r".*error: | \(os error \d+\)", "", text, flags=re.IGNORECASE)
         full = any(words in why for words in ("No space left", "File too large", "quota"))
         remedy = "make room" if full else "make it writable"
         raise MachineError(f"{path}: could not be written: {why}; {remedy}, then {then}") from error
