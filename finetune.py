@@ -44,7 +44,9 @@ def main(argv: list[str] | None = None) -> int:
     output_dir = Path(os.path.normpath(run_args.output_dir))
     inputs = [path for path in (model_args.model_name_or_path, lora_args.lora_weight_path) if path]
     wanted = run_args.resume_from_checkpoint
-    resumes = wanted is not None and (wanted == "auto" or checkpoint.lies_in(Path(wanted), output_dir))
+    resumes = wanted is not None and (
+        wanted == "auto" or checkpoint.lies_in(Path(wanted), output_dir) or not checkpoint.holds_results(output_dir)
+    )
     checkpoint.check_output_directory(
         output_dir, overwrite=run_args.overwrite_output_dir, resume=resumes, inputs=inputs
     )
@@ -114,7 +116,6 @@ def main(argv: list[str] | None = None) -> int:
     facts["rows_per_step"] = train_steps.rows_per_step
     writer = checkpoint.ResultWriter(training_model, tokenizer, generation, base=base, dtype=compute_dtype, facts=facts)
     run: dict[str, Any] = {
-        "status": "running",
         **environment,
         "settings": settings,
         "base_model": {**base, "evidence": evidence.describe()},
@@ -126,17 +127,22 @@ def main(argv: list[str] | None = None) -> int:
         "rows_per_step": train_steps.rows_per_step,
         "processes": run_args.world_size,
     }
+
+    def open_run() -> None:
+        checkpoint.prepare_output_directory(output_dir, overwrite=start.checkpoint is None, checkpoint=start.checkpoint)
+        run["status"] = "running"
+        record.write_run(output_dir, run)
+
     trainer = StepTrainer(
         training_model,
         run_args,
         train_dataset=train_steps,
         eval_dataset=eval_steps,
         writer=writer,
+        on_begin=open_run,
         loraplus_lr_ratio=lora_args.loraplus_lr_ratio,
     )
     if is_first_process():
-        checkpoint.prepare_output_directory(output_dir, overwrite=start.checkpoint is None, checkpoint=start.checkpoint)
-        record.write_json(output_dir / record.RUN_FILE, run)
         if samples:
             trainer.add_callback(
                 SampleCallback(
@@ -154,27 +160,33 @@ def main(argv: list[str] | None = None) -> int:
     except BaseException as error:
         if is_first_process():
             progress.close()
+        if "status" in run:  # begun, on the first process
             run["status"] = f"failed: {error}"
-            with contextlib.suppress(OSError):  # where the disk is full, the error itself is what to say
-                record.write_json(output_dir / record.RUN_FILE, run)
+            with contextlib.suppress(MachineError):  # where the disk is full, the error itself is what to say
+                record.write_run(output_dir, run)
         raise
+    run |= trainer.summarize()
     if trainer.stopped_by:
         name = signal.Signals(trainer.stopped_by).name
-        if is_first_process():
-            run |= {"status": f"stopped by {name}", **trainer.summarize()}
-            record.write_json(output_dir / record.RUN_FILE, run)
+        run["status"] = f"stopped by {name}"
+        on_first(lambda: record.write_run(output_dir, run))
         step, last = trainer.state.global_step, trainer.state.max_steps
-        say(f"stopped by {name} at step {step:,} of {last:,}; {GO_ON}")
+        then = "it was saved without what going on needs (--save_only_model)" if run_args.save_only_model else GO_ON
+        say(f"stopped by {name} at step {step:,} of {last:,}; {then}")
         trainer.close()
         return 128 + trainer.stopped_by
 
     # ---- result ----
-    if is_first_process():
-        run |= {"status": "finished", **trainer.summarize(), "wall_s": round(time.perf_counter() - started, 1)}
+    run |= {"status": "finished", "wall_s": round(time.perf_counter() - started, 1)}
+
+    def write_result() -> None:
         with record.explain_failed_write(output_dir, GO_ON):
             writer.write(output_dir)
-            record.write_json(output_dir / record.RUN_FILE, run)
+            record.write_run(output_dir, run)
             writer.seal(output_dir, step=run["steps"])
+
+    on_first(write_result)
+    if is_first_process():
         say_summary(run, output_dir, use_lora=lora_args.use_lora)
     trainer.close()
     return 0
@@ -210,7 +222,8 @@ def say_summary(run: dict[str, Any], output_dir: Path, *, use_lora: bool) -> Non
     scripts = Path(__file__).parent
     python = f"python {'' if Path.cwd() == scripts else shlex.quote(f'{scripts}/')}"
     out, merged = shlex.quote(str(output_dir)), shlex.quote(f"{output_dir}-merged")
-    say(f"loss: first {run['loss']['first']:.4f}, last {run['loss']['last']:.4f}")
+    if run["loss"]:
+        say(f"loss: first {run['loss']['first']:.4f}, last {run['loss']['last']:.4f}")
     say(f"trained {run['steps']:,} steps in {run['train_s']:,} s, {run['tokens_per_s']:,} tokens/s")
     say(f"result: {output_dir} (run.json, metrics.jsonl, {LOSS_PLOT_FILE})")
     say(f"talk to it: {python}chat.py {out}")

@@ -42,6 +42,7 @@ def test_the_originals_defaults():
     assert (lora.lora_r, lora.lora_alpha, lora.lora_dropout, lora.lora_bias) == (64, 16, 0.05, "none")
 
 
+BEST = ["--load_best_model_at_end", "True", "--save_steps", "2"]
 EVALUATED = ["--eval_data_path", "e.json", "--eval_strategy", "steps", "--eval_steps", "2"]
 
 
@@ -61,6 +62,10 @@ EVALUATED = ["--eval_data_path", "e.json", "--eval_strategy", "steps", "--eval_s
         (["--force_resume", "True"], "--force_resume: has no effect without --resume_from_checkpoint"),
         (["--resume_from_checkpoint", "auto", "--overwrite_output_dir"], "--overwrite_output_dir: choose one"),
         (["--optim", "schedule_free_adamw"], "--optim schedule_free_adamw: not available yet"),
+        (["--optim", "adamw_torch_8bit"], "--optim adamw_torch_8bit: its state cannot be saved"),
+        (["--resume_from_checkpoint", "True"], "--resume_from_checkpoint True: say auto"),
+        ([*EVALUATED, "--load_best_model_at_end", "True", "--save_strategy", "epoch"], "Save strategy"),
+        ([*EVALUATED, *BEST, "--save_only_model", "True"], "the best cannot be loaded; choose one"),
         (["--optim", "lomo"], "--optim lomo: steps inside the backward pass"),
         (["--save_strategy", "best"], "--save_strategy best: needs --eval_strategy"),
         ([*EVALUATED, "--load_best_model_at_end", "True", "--save_steps", "4"], "(4) equal to --eval_steps (2)"),

@@ -72,6 +72,19 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(forks, hurt, calm, t
     assert complete == ["checkpoint-2", "checkpoint-4"]
 
 
+def test_a_signal_before_the_first_step(hurt, tmp_path):
+    code, stdout, stderr, complete = hurt("--eval_on_start", "True", at=1, do="SIGTERM", only="evaluate")
+    assert code == 143 and len(stderr) == 1 and complete == []
+    assert "stopped by SIGTERM at step 0 of 6" in stdout
+    assert hurt("--eval_on_start", "True")[0] == 0
+
+
+def test_a_full_disk_at_the_very_end_of_two_processes(forks, hurt):
+    code, _, stderr, complete = hurt(processes=2, at=6, do="full", bytes=50_000, only="rotate")
+    assert set(forks.codes) == {1} and complete == ["checkpoint-4", "checkpoint-6"]
+    assert len(stderr) == 1 and "/out: could not be written" in stderr[0]
+
+
 @pytest.mark.parametrize("at", [4, 5])
 def test_an_evaluation_that_a_signal_cut_off_is_made_up_for(forks, checkpoints, tmp_path, at):
     # 56 rows, 8 a step: the epoch ends at step 7, and the evaluation after it is an event of its own.

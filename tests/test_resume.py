@@ -235,8 +235,8 @@ def test_checkpoints_without_a_training_state(run, tmp_path):
     code, *_ = run(out, "--save_only_model", "True")
     assert code == 0 and not list(out.glob("checkpoint-*/training_state*"))
     (out / "manifest.json").unlink()
-    code, stdout, _ = run(out)
-    assert code == 0 and "passed over" in stdout and "(--save_only_model)" in stdout and "from the beginning" in stdout
+    code, _, stderr = run(out)
+    assert code == 2 and "holds results, but nothing to go on from" in stderr[0] and "(--save_only_model)" in stderr[0]
 
 
 # ---- the best ----
@@ -268,7 +268,132 @@ def test_the_best_evaluation_is_the_result_and_is_kept(forks, checkpoints, tmp_p
     (killed / "manifest.json").unlink()
     shutil.rmtree(killed / f"checkpoint-{best}")
     code, _, stderr = forks.run(*command(killed))
-    assert code == 2 and f"checkpoint-{best}, the best so far, is gone" in stderr
+    assert code == 2 and f"checkpoint-{best}, the best so far: has no manifest.json" in stderr
+
+
+def test_an_evaluation_before_the_first_step_is_never_the_best(forks, checkpoints, tmp_path):
+    command = words(checkpoints["untied"], tmp_path / "out", "full", steps=4)
+    command[command.index("--eval_strategy") + 1] = "steps"
+    command[command.index("--learning_rate") + 1] = 5
+    command += ["--eval_steps", 2, "--eval_on_start", "True", "--load_best_model_at_end", "True"]
+    assert forks.run(*command, at=3, do="SIGKILL", only="step")[0] == 137
+    code, _, stderr = forks.run(*command)
+    assert code == 0, stderr
+    losses = {m["step"]: m["eval_loss"] for m in read_metrics(tmp_path / "out") if "eval_loss" in m}
+    assert set(losses) == {0, 2, 4} and min(losses, key=losses.get) == 0
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["best"]["step"] in (2, 4)
+
+
+def test_the_best_may_lie_where_the_run_came_from_and_must_be_whole(forks, checkpoints, tmp_path):
+    def command(out, start="auto"):
+        base = words(checkpoints["untied"], out, "full", steps=6, save_steps=1)
+        base[base.index("--eval_strategy") + 1] = "steps"
+        base[base.index("--learning_rate") + 1] = 0.05
+        base[base.index("--resume_from_checkpoint") + 1] = start
+        return [*base, "--eval_steps", 1, "--load_best_model_at_end", "True", "--save_total_limit", 9]
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert forks.run(*command(first))[0] == 0
+    best = json.loads((first / "run.json").read_text())["best"]["step"]
+    assert best < 5
+    start = first / f"checkpoint-{best}"
+    assert forks.run(*command(second, start), at=1, do="SIGKILL", only="step")[0] == 137
+    assert forks.run(*command(second, start), at=1, do="SIGTERM", only="step")[0] == 143, "nothing of value was there"
+    assert forks.run(*command(second))[0] == 0
+    assert_same_run(first, second, 6)
+    (second / "manifest.json").unlink()
+    flip(first / f"checkpoint-{best}" / "training_state.safetensors")
+    code, _, stderr = forks.run(*command(second))
+    assert code == 2 and "the best so far: training_state.safetensors is not the file that was saved" in stderr
+    assert not (second / "manifest.json").exists()
+
+
+# ---- what crashes and users leave behind ----
+
+
+def test_a_refused_resume_touches_nothing(run, finished):
+    before = tree(finished)
+    code, _, stderr = run(finished, "--force_resume", "True", lora_r=8)
+    assert code == 2 and "this run has float32 [8, 64]" in stderr[0]
+    assert tree(finished) == before
+    for optim, kind in (("adafactor", "Adafactor"), ("sgd", "SGD")):
+        code, _, stderr = run(finished, "--force_resume", "True", "--optim", optim)
+        assert code == 2 and len(stderr) == 1 and f"holds the state of AdamW, and this run has {kind}" in stderr[0]
+    assert tree(finished) == before
+
+
+def test_a_damaged_later_checkpoint_costs_no_good_one(forks, checkpoints, finished, torn):
+    shutil.copy(finished / "checkpoint-6" / "manifest.json", torn / "checkpoint-6")
+    flip(torn / "checkpoint-6" / "training_state.json")
+    command = words(checkpoints["untied"], torn, "lora", steps=6)
+    command[command.index("--save_total_limit") + 1] = 1
+    assert forks.run(*command, at=1, do="SIGTERM", only="step")[0] == 143
+    code, stdout, _ = forks.run(*command)
+    assert code == 0 and f"going on from {torn}/checkpoint-5" in stdout
+    name = "adapter_model.safetensors"
+    assert (torn / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_a_crash_while_an_earlier_run_is_cleared_away_can_be_gone_on_from(forks, checkpoints, torn, finished):
+    for path in (torn / "checkpoint-4" / "manifest.json", torn / "adapter_config.json"):
+        path.unlink()
+    (torn / "checkpoint-5").write_text("a file of the user")
+    code, *_ = forks.run(*words(checkpoints["untied"], torn, "lora", steps=6), at=1, do="SIGKILL")
+    assert code == 137 and (torn / "run.json").exists()
+    code, _, stderr = forks.run(*words(checkpoints["untied"], torn, "lora", steps=6))
+    assert code == 0, stderr
+    assert_same_run(finished, torn, 6)
+
+
+def test_a_result_is_not_deleted_for_a_file_beside_it(run, tmp_path):
+    out = tmp_path / "out"
+    more = ["--save_strategy", "no"]
+    assert run(out, *more)[0] == 0
+    (out / "generation_config.json").write_text((out / "generation_config.json").read_text() + " ")
+    code, stdout, _ = run(out, *more)
+    assert code == 0 and "this run is finished" in stdout
+    flip(out / "adapter_model.safetensors")
+    before = tree(out)
+    code, _, stderr = run(out, *more)
+    assert code == 2 and "holds results, but nothing to go on from" in stderr[0]
+    assert "adapter_model.safetensors is not the file that was saved" in stderr[0] and tree(out) == before
+
+
+def test_what_a_torn_checkpoint_left_is_not_made_part_of_the_next_one(run, torn):
+    (torn / "checkpoint-6" / "stale.safetensors").write_text("old")
+    assert run(torn)[0] == 0
+    assert not (torn / "checkpoint-6" / "stale.safetensors").exists()
+
+
+@pytest.mark.parametrize("changes", [{"eval_strategy": "steps"}, {"save_strategy": "best"}])
+def test_an_epochs_log_line_is_neither_lost_nor_doubled(forks, checkpoints, tmp_path, changes):
+    def command(out):
+        base = words(checkpoints["untied"], out, "lora", steps=14)
+        base[base.index("--eval_strategy") + 1] = "steps"
+        best = ["--save_strategy", "best"] if "save_strategy" in changes else []
+        return [*base, "--eval_steps", 7, "--logging_strategy", "epoch", *best]
+
+    calm, hurt = tmp_path / "calm", tmp_path / "hurt"
+    assert forks.run(*command(calm))[0] == 0
+    plan = {"at": 9, "do": "SIGKILL", "only": "step"} if "save_strategy" in changes else {}
+    code, *_ = forks.run(*command(hurt), **(plan or {"at": 3, "do": "SIGTERM", "only": "evaluate"}))
+    assert code in (137, 143)
+    assert forks.run(*command(hurt))[0] == 0
+    assert read_metrics(hurt) == read_metrics(calm)
+
+
+def test_runs_that_log_nothing(run, forks, checkpoints, tmp_path):
+    quiet = ["--logging_strategy", "no", "--logging_first_step", "False"]
+    code, stdout, stderr = run(tmp_path / "evaluated", *quiet)
+    assert code == 0 and stderr == [] and "result:" in stdout
+    silent = words(checkpoints["untied"], tmp_path / "silent", "lora", steps=6)
+    at = silent.index("--eval_data_path")
+    silent = [*silent[:at], *silent[at + 4 :], *quiet, "--save_strategy", "no"]
+    code, _, stderr = forks.run(*silent)
+    assert code == 0 and stderr == ""
+    silent[silent.index("--output_dir") + 1] = tmp_path / "broken"
+    code, _, stderr = forks.run(*silent, at=3, do="nan", only="step")
+    assert code == 1 and "is not finite at step 6" in stderr and not (tmp_path / "broken" / "manifest.json").exists()
 
 
 # ---- rotation ----
@@ -294,11 +419,11 @@ def make_checkpoints(root, complete=(), torn=()):
 )
 def test_rotation_counts_complete_ones_only(tmp_path, limit, keep, left):
     make_checkpoints(tmp_path, complete=(2, 4, 6, 10), torn=(3,))
-    rotate_checkpoints(tmp_path, limit, keep=tmp_path / f"checkpoint-{keep}" if keep else None)
+    rotate_checkpoints(tmp_path / "checkpoint-10", limit, keep=tmp_path / f"checkpoint-{keep}" if keep else None)
     assert [int(path.name.partition("-")[2]) for path in list_checkpoints(tmp_path)] == left
 
 
 def test_rotation_never_deletes_the_last_complete_one(tmp_path):
     make_checkpoints(tmp_path, complete=(2,), torn=(4, 6))
-    rotate_checkpoints(tmp_path, 1, keep=None)
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2"]
+    rotate_checkpoints(tmp_path / "checkpoint-2", 1, keep=None)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]

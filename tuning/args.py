@@ -158,7 +158,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     except SettingsError:
         raise
     except (ValueError, TypeError, ImportError) as error:  # TrainingArguments' own checks
-        raise SettingsError(str(error).strip().splitlines()[0]) from None
+        raise SettingsError(" ".join(str(error).split())) from None
     if stray:
         raise SettingsError(f"{stray[0]}: belongs to no setting; see --help")
     arguments = Arguments(*parsed)
@@ -268,6 +268,13 @@ def _check_run(run: RunArguments, model: ModelArguments, data: DataArguments, gi
         raise SettingsError(f"--optim {optim}: steps inside the backward pass, which {OWN_LOOP}")
     if "schedule_free" in optim:
         raise SettingsError(f"--optim {optim}: {LATER}")
+    if optim in ("adamw_torch_4bit", "adamw_torch_8bit") and not run.save_only_model:
+        raise SettingsError(
+            f"--optim {optim}: its state cannot be saved, so that training could not go on; use adamw_bnb_8bit, or "
+            "--save_only_model True"
+        )
+    if run.resume_from_checkpoint in ("", "True", "true", "False", "false"):
+        raise SettingsError(f"--resume_from_checkpoint {run.resume_from_checkpoint}: say auto, or name a checkpoint")
     if run.force_resume and run.resume_from_checkpoint is None:
         raise SettingsError("--force_resume: has no effect without --resume_from_checkpoint")
     if run.overwrite_output_dir and run.resume_from_checkpoint is not None:
@@ -286,6 +293,8 @@ def _check_best(run: RunArguments, given: set[str]) -> None:
         raise SettingsError("--greater_is_better True: of loss and perplexity the lower is the better")
     if saves == "best" and evaluates == "no":
         raise SettingsError("--save_strategy best: needs --eval_strategy steps or epoch")
+    if run.load_best_model_at_end and run.save_only_model:
+        raise SettingsError("--load_best_model_at_end and --save_only_model: the best cannot be loaded; choose one")
     unequal = evaluates == "steps" and saves == "steps" and run.eval_steps != run.save_steps
     if run.load_best_model_at_end and unequal:
         raise SettingsError(

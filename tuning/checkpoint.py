@@ -20,7 +20,8 @@ from tuning.record import MANIFEST_FILE, METRICS_FILE, RUN_FILE, replace_file, w
 from tuning.token_rows import TokenRows
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
-_RUN_FILES = (RUN_FILE, METRICS_FILE, MANIFEST_FILE, "adapter_config.json", "config.json")
+# Not run.json: the new one takes its place, so that a directory never holds files of a run without it.
+_RUN_FILES = (MANIFEST_FILE, METRICS_FILE, "adapter_config.json", "config.json")
 
 
 class ResultWriter:
@@ -149,6 +150,11 @@ def check_output_directory(directory: Path, *, overwrite: bool, resume: bool, in
         )
 
 
+def holds_results(directory: Path) -> bool:
+    """Whether a complete result or checkpoint may be in a directory."""
+    return any((path / MANIFEST_FILE).is_file() for path in (directory, *list_checkpoints(directory)))
+
+
 def check_writable(directory: Path, flag: str) -> None:
     """Raises: SettingsError: no directory can be made or written to there."""
     existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
@@ -182,20 +188,27 @@ def prepare_output_directory(directory: Path, *, overwrite: bool, checkpoint: Pa
 
 def list_checkpoints(directory: Path) -> list[Path]:
     """checkpoint-N directories, oldest step first."""
-    found = [path for path in directory.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
+    found = [p for p in directory.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
+    return sorted(found, key=step_of)
 
 
-def rotate_checkpoints(directory: Path, limit: int | None, *, keep: Path | None) -> None:
-    """Delete the oldest checkpoints beyond a limit, and what is left of torn ones. Call it after a complete save.
+def step_of(checkpoint: Path) -> int:
+    """N of checkpoint-N."""
+    return int(checkpoint.name.partition("-")[2])
 
+
+def rotate_checkpoints(newest: Path, limit: int | None, *, keep: Path | None) -> None:
+    """Delete the checkpoints beyond a limit, and what is left of torn ones.
+
+    newest: what was just saved, and is complete. Later ones are of no account: the run passed them over.
     keep: a checkpoint that stays whatever its age.
     """
     if limit is None:
         return
-    complete = [path for path in list_checkpoints(directory) if (path / MANIFEST_FILE).is_file()]
+    until_now = [path for path in list_checkpoints(newest.parent) if step_of(path) <= step_of(newest)]
+    complete = [path for path in until_now if (path / MANIFEST_FILE).is_file()]
     kept = {path.resolve() for path in [*complete[-limit:], *([keep] if keep else [])]}
-    for path in list_checkpoints(directory):
+    for path in until_now:
         if path.resolve() not in kept:
             remove_checkpoint(path)
 

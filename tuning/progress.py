@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from tuning.generate import generate_answers
 from tuning.model import TrainingModel
-from tuning.record import METRICS_FILE, append_metrics
+from tuning.record import METRICS_FILE, append_metrics, explain_failed_write
+from tuning.stopping import GO_ON
 
 LOSS_PLOT_FILE = "loss.png"
 
@@ -126,7 +127,12 @@ def describe_logs(logs: dict[str, float]) -> str:
 
 
 def draw_losses(output_dir: Path) -> None:
-    """Draw training and evaluation loss over steps from metrics.jsonl into loss.png."""
+    """Draw training and evaluation loss over steps from metrics.jsonl, if there are any, into loss.png.
+
+    Raises: MachineError: the disk is full, say.
+    """
+    if not (output_dir / METRICS_FILE).exists():
+        return
     lines = (output_dir / METRICS_FILE).read_text(encoding="utf-8").splitlines()
     entries = [json.loads(line) for line in lines]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -138,4 +144,5 @@ def draw_losses(output_dir: Path) -> None:
             axes.plot(*zip(*points, strict=True), style, label=label)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(output_dir / LOSS_PLOT_FILE, dpi=120)
+    with explain_failed_write(output_dir / LOSS_PLOT_FILE, GO_ON):
+        figure.savefig(output_dir / LOSS_PLOT_FILE, dpi=120)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tuning.errors import MachineError, SettingsError
+from tuning.stopping import GO_ON
 
 RUN_FILE, METRICS_FILE, MANIFEST_FILE = "run.json", "metrics.jsonl", "manifest.json"
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
@@ -40,9 +41,15 @@ def replace_file(path: Path, content: bytes) -> None:
     _fsync_directory(path.parent)
 
 
+def write_run(directory: Path, run: dict[str, Any]) -> None:
+    """Write run.json. Raises: MachineError: the disk is full, say."""
+    with explain_failed_write(directory / RUN_FILE, GO_ON):
+        write_json(directory / RUN_FILE, run)
+
+
 def append_metrics(path: Path, metrics: dict[str, Any]) -> None:
-    """Add one line to metrics.jsonl."""
-    with open(path, "a", encoding="utf-8") as file:
+    """Add one line to metrics.jsonl. Raises: MachineError: the disk is full, say."""
+    with explain_failed_write(path, GO_ON), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(metrics) + "\n")
 
 
@@ -80,6 +87,8 @@ def find_fault(directory: Path, names: Iterable[str] | None = None) -> str | Non
         return f"has no {MANIFEST_FILE}, so the run did not finish or its save was cut short"
     except ValueError:
         return f"{MANIFEST_FILE} is damaged"
+    except OSError as error:
+        return f"{MANIFEST_FILE} cannot be read: {error.strerror}"
     for name, saved in listed.items():
         path = directory / name
         if names is not None and name not in names:
@@ -99,7 +108,8 @@ def write_manifest(directory: Path, **facts: Any) -> None:
     umask = os.umask(0)
     os.umask(umask)
     for path in sorted(path for path in directory.iterdir() if path.is_file() and path.name != MANIFEST_FILE):
-        path.chmod(0o666 & ~umask)  # safetensors writes for the owner alone
+        with contextlib.suppress(OSError):  # some file systems have no modes
+            path.chmod(0o666 & ~umask)  # safetensors writes for the owner alone
         with open(path, "rb") as file:
             os.fsync(file.fileno())
         files[path.name] = {"bytes": path.stat().st_size, "sha256": _hash(path)}
@@ -145,7 +155,8 @@ def _hash_json(value: Any) -> str:
 def _fsync_directory(directory: Path) -> None:
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with contextlib.suppress(OSError):  # some file systems cannot
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

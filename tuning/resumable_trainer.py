@@ -1,6 +1,8 @@
 """transformers' Trainer with checkpoints that are complete or absent, in place of its own."""
 
+import math
 from abc import abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from tuning.checkpoint import ResultWriter, remove_checkpoint, rotate_checkpoint
 from tuning.errors import SettingsError
 from tuning.model import TrainingModel
 from tuning.processes import on_first, raise_together
-from tuning.record import MANIFEST_FILE, METRICS_FILE, explain_failed_write
+from tuning.record import METRICS_FILE, explain_failed_write, find_fault
 from tuning.stopping import GO_ON, StopRequest
 from tuning.training_state import load_optimizer, load_weights, read_counters, save_training_state, trained_parameters
 
@@ -23,6 +25,7 @@ class ResumableTrainer(Trainer):
     """Saves and resumes by what subclasses count (counters, restore_counters) and by what is due after a step.
 
     writer: writes what was trained into a directory (on rank 0).
+    on_begin: called on rank 0 when everything is loaded, before the first step: until then no file is touched.
     stopped_by: the signal that ended train() early, or 0.
     evaluation_due: a stop came before an evaluation; whoever resumes starts with it.
     """
@@ -35,14 +38,18 @@ class ResumableTrainer(Trainer):
         train_dataset: Dataset[Any],
         eval_dataset: Dataset[Any] | None,
         writer: ResultWriter,
+        on_begin: Callable[[], None] | None,
     ):
         # The Trainer deletes checkpoints when it ends; here rotation is one function's business.
         self._save_total_limit, args.save_total_limit = args.save_total_limit, None
+        if args.save_strategy == "best":
+            args.metric_for_best_model = args.metric_for_best_model or "loss"
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset)
         self.optimizer: torch.optim.Optimizer | None
         self.control: TrainerControl
         self.lr_scheduler: Any
         self.writer = writer
+        self.on_begin = on_begin
         self.metrics_path = Path(args.output_dir) / METRICS_FILE
         self.stopped_by = 0
         self.evaluation_due = False
@@ -50,6 +57,7 @@ class ResumableTrainer(Trainer):
         self.steps_per_epoch = len(train_dataset)  # type: ignore[arg-type]
         self.add_callback(_StepEnd(self))
         self._is_best = False
+        self._resumed_from: Path | None = None
 
     @abstractmethod
     def counters(self) -> dict[str, Any]:
@@ -64,13 +72,18 @@ class ResumableTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # Not the Trainer's: it rotates before a checkpoint is complete.
         counters = self.counters()
+        self.check_weights()
+        on_first(lambda: self._write_checkpoint(counters))
+
+    def check_weights(self) -> None:
+        """Raises: MachineError: a trained weight is no number. Every process calls it."""
         trained = trained_parameters(self.model)
         broken = next((name for name, p in trained.items() if not bool(p.detach().isfinite().all())), None)
         raise_together(broken and f"{broken} is not finite at step {self.state.global_step}; lower --learning_rate")
-        on_first(lambda: self._write_checkpoint(counters))
 
     def _write_checkpoint(self, counters: dict[str, Any]) -> None:
         directory = self._checkpoint_directory()
+        remove_checkpoint(directory)  # what a crash left there
         try:
             with explain_failed_write(directory, f"{GO_ON}; earlier checkpoints are untouched"):
                 self.writer.write(directory)
@@ -85,7 +98,7 @@ class ResumableTrainer(Trainer):
             remove_checkpoint(directory)
             raise
         best = self.state.best_model_checkpoint if self.args.metric_for_best_model else None
-        rotate_checkpoints(directory.parent, self._save_total_limit, keep=Path(best) if best else None)
+        rotate_checkpoints(directory, self._save_total_limit, keep=Path(best) if best else None)
 
     def _checkpoint_directory(self) -> Path:
         return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -118,15 +131,18 @@ class ResumableTrainer(Trainer):
         saved = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_FILE))
         for name in ("global_step", "epoch", "log_history", "best_metric", "best_global_step"):
             setattr(self.state, name, getattr(saved, name))
+        self._resumed_from = Path(checkpoint)
         if saved.best_model_checkpoint is not None:
-            best = Path(checkpoint).parent / Path(saved.best_model_checkpoint).name
-            if self.args.load_best_model_at_end and not (best / MANIFEST_FILE).is_file():
-                raise SettingsError(f"--load_best_model_at_end: {best}, the best so far, is gone; put it back")
+            # Beside the checkpoint, though the run may have moved; or where the run that this one goes on from lies.
+            there = Path(saved.best_model_checkpoint)
+            beside = Path(checkpoint).parent / there.name
+            best = beside if beside.is_dir() else there
+            if self.args.load_best_model_at_end:
+                _check_best(best)
             self.state.best_model_checkpoint = str(best)
         counters = read_counters(Path(checkpoint))
         self.restore_counters(counters)
-        self.evaluation_due = counters["evaluation_due"]
-        self.args.eval_on_start = self.evaluation_due and self.eval_dataset is not None
+        self.evaluation_due = self.args.eval_on_start = counters["evaluation_due"] and self.eval_dataset is not None
         return divmod(self.state.global_step, steps_per_epoch)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -144,7 +160,8 @@ class ResumableTrainer(Trainer):
         scheduler._last_lr = [group["lr"] for group in groups]
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and (saved := read_counters(Path(checkpoint))["scaler"]) is not None:
+        saved = None if checkpoint is None else read_counters(Path(checkpoint))["scaler"]
+        if saved is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -161,11 +178,14 @@ class ResumableTrainer(Trainer):
 
     def note_evaluation(self, loss: float) -> None:
         """Remember the step of the lowest loss, whose checkpoint stays and may be the result."""
-        self._is_best = self.state.best_metric is None or loss < self.state.best_metric
+        step, resumed = self.state.global_step, self._resumed_from
+        # Before the first step there is no checkpoint to come back to; nan is better than nothing to no one.
+        improves = self.state.best_metric is None or loss < self.state.best_metric
+        self._is_best = step > 0 and improves and not math.isnan(loss)
         if self._is_best:
-            self.state.best_metric = loss
-            self.state.best_global_step = self.state.global_step
-            self.state.best_model_checkpoint = str(self._checkpoint_directory())
+            self.state.best_metric, self.state.best_global_step = loss, step
+            made_up_for = resumed is not None and resumed.name == self._checkpoint_directory().name
+            self.state.best_model_checkpoint = str(resumed if made_up_for else self._checkpoint_directory())
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         # --save_strategy best saves only then, or when stopped.
@@ -174,7 +194,16 @@ class ResumableTrainer(Trainer):
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         if not self.stopped_by:
-            load_weights(Path(self.state.best_model_checkpoint), self.model)
+            best = Path(self.state.best_model_checkpoint)
+            on_first(lambda: _check_best(best))
+            load_weights(best, self.model)
+
+
+def _check_best(directory: Path) -> None:
+    if fault := find_fault(directory):
+        raise SettingsError(
+            f"--load_best_model_at_end: {directory}, the best so far: {fault}; put it back, or leave the flag out"
+        )
 
 
 class _StepEnd(TrainerCallback):
@@ -184,17 +213,22 @@ class _StepEnd(TrainerCallback):
         self._trainer = trainer
         self._saves_at_epoch_end = False
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Everything is loaded: the run begins."""
+        if self._trainer.on_begin is not None:
+            on_first(self._trainer.on_begin)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Order what is due."""
         if state.global_step >= state.max_steps and args.logging_strategy != "no":
             control.should_log = True  # whatever logging_steps is, so that the last loss is the last loss
         ends_epoch = state.global_step % self._trainer.steps_per_epoch == 0 or control.should_training_stop
+        control.should_log |= ends_epoch and args.logging_strategy == "epoch"  # before any save of this step
         if signal_number := self._trainer.stop.agreed():
             self._trainer.stopped_by = signal_number
             self._trainer.evaluation_due = control.should_evaluate or (
                 ends_epoch and args.eval_strategy == "epoch" and args.eval_delay <= state.epoch
             )
-            control.should_log |= ends_epoch and args.logging_strategy == "epoch"
             control.should_evaluate = False
             control.should_save = control.should_training_stop = True
         elif ends_epoch:

@@ -7,7 +7,7 @@ from typing import Any
 
 from tuning.adapters import read_adapter_config
 from tuning.args import Arguments, describe_settings
-from tuning.checkpoint import list_checkpoints
+from tuning.checkpoint import list_checkpoints, step_of
 from tuning.errors import SettingsError
 from tuning.record import MANIFEST_FILE, find_fault, read_manifest
 from tuning.training_state import STATE_FILE
@@ -23,7 +23,7 @@ _MATTERS = {
     "run": [
         "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
         "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16",
-        "fp16", "tf32", "seed", "data_seed",
+        "fp16", "tf32", "seed", "data_seed", "load_best_model_at_end",
     ],
 }  # fmt: skip
 
@@ -74,7 +74,7 @@ def find_starting_point(wanted: str | None, output_dir: Path, facts: dict[str, A
         return StartingPoint()
     start = _newest(output_dir) if wanted == "auto" else _named(Path(wanted), output_dir)
     if wanted == "auto" and (output_dir / MANIFEST_FILE).is_file():
-        if fault := find_fault(output_dir):
+        if fault := _find_damaged_weights(output_dir):
             start.notes.append(f"passed over the result in {output_dir}: {fault}")
         else:
             manifest = read_manifest(output_dir)
@@ -82,6 +82,11 @@ def find_starting_point(wanted: str | None, output_dir: Path, facts: dict[str, A
                 line = f"{output_dir}: this run is finished ({manifest['step']:,} steps); there is nothing to do"
                 return StartingPoint(step=manifest["step"], finished=True, notes=[line])
     if start.checkpoint is None:
+        if (output_dir / MANIFEST_FILE).is_file() or any(not find_fault(path) for path in list_checkpoints(output_dir)):
+            raise SettingsError(
+                f"{output_dir}: holds results, but nothing to go on from ({'; '.join(start.notes)}); choose another "
+                "--output_dir, or delete them with --overwrite_output_dir"
+            )
         start.notes.append(f"no complete checkpoint in {output_dir}: starting from the beginning")
         return start
     manifest = read_manifest(start.checkpoint)
@@ -134,13 +139,21 @@ def _named(path: Path, output_dir: Path) -> StartingPoint:
     if fault := _find_fault(path):
         raise SettingsError(f"--resume_from_checkpoint {path}: {fault}")
     step = read_manifest(path)["step"]
-    later = [p for p in list_checkpoints(output_dir) if int(p.name.partition("-")[2]) > step and not _find_fault(p)]
+    later = [p for p in list_checkpoints(output_dir) if step_of(p) > step and not _find_fault(p)]
     if later:
         raise SettingsError(
             f"--resume_from_checkpoint {path}: {output_dir} holds later checkpoints ({later[0].name}); delete them, "
             "go on from auto, or choose another --output_dir"
         )
     return StartingPoint(checkpoint=path)
+
+
+def _find_damaged_weights(result: Path) -> str | None:
+    """The rest of a result may have been changed on purpose: its generation config, say."""
+    try:
+        return find_fault(result, [name for name in read_manifest(result)["files"] if name.endswith(".safetensors")])
+    except ValueError:
+        return find_fault(result)
 
 
 def _find_fault(checkpoint: Path) -> str | None:

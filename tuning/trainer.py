@@ -21,7 +21,7 @@ from tuning.errors import MachineError
 from tuning.machine import describe_lost_process, describe_out_of_memory, is_out_of_memory
 from tuning.model import TrainingModel
 from tuning.processes import raise_together
-from tuning.record import append_metrics, explain_failed_write
+from tuning.record import append_metrics
 from tuning.resumable_trainer import ResumableTrainer
 from tuning.stopping import GO_ON
 from tuning.window import StepWindow
@@ -45,6 +45,7 @@ class StepTrainer(ResumableTrainer):
         train_dataset: Dataset[Any],
         eval_dataset: Dataset[Any] | None = None,
         writer: ResultWriter,
+        on_begin: Callable[[], None] | None = None,
         loraplus_lr_ratio: float | None = None,
     ):
         # Accumulation is the layout's business; one item is a whole step to the Trainer.
@@ -59,7 +60,14 @@ class StepTrainer(ResumableTrainer):
         # On a machine with several GPUs one process uses one: transformers would wrap the model in DataParallel, which
         # is slow and knows nothing of steps. torchrun uses them all.
         args._n_gpu = min(args.n_gpu, 1)
-        super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, writer=writer)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            writer=writer,
+            on_begin=on_begin,
+        )
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self._loraplus_lr_ratio = loraplus_lr_ratio
@@ -224,8 +232,7 @@ class StepTrainer(ResumableTrainer):
             self._window = None
         # The Trainer's summary counts steps as samples; run.json has the right one.
         if self.is_world_process_zero() and "train_runtime" not in logs:
-            with explain_failed_write(self.metrics_path, GO_ON):
-                append_metrics(self.metrics_path, {"step": self.state.global_step, "epoch": self.state.epoch, **logs})
+            append_metrics(self.metrics_path, {"step": self.state.global_step, "epoch": self.state.epoch, **logs})
         super().log(logs, start_time)
 
     def _gather_loss_sums(self, window: StepWindow) -> list[float]:
@@ -256,6 +263,8 @@ class StepTrainer(ResumableTrainer):
                 if lost := describe_lost_process(error):
                     raise MachineError(f"{lost}; {GO_ON}") from error
                 raise
+        if not self.stopped_by:
+            self.check_weights()
         self._train_s += time.perf_counter() - self._began
         return result
 

@@ -32,22 +32,26 @@ def save_training_state(
 
     Raises: SettingsError: an optimizer whose state is not made of tensors and plain values.
     """
+    kind = type(getattr(optimizer, "optimizer", optimizer)).__name__  # behind accelerate's
     tensors: dict[str, Tensor] = {}
+    stored: set[int] = set()
     plain: dict[str, dict[str, Any]] = {}
     for name, parameter in trained_parameters(model).items():
         tensors[f"{_WEIGHT}/{name}"] = parameter.detach()
         for key, value in optimizer.state.get(parameter, {}).items():
             if type(value) is Tensor:
-                tensors[f"{key}/{name}"] = value
+                # One tensor of several parameters (the tables of 8-bit optimizers) would be written for one of them.
+                tensors[f"{key}/{name}"] = value.clone() if value.data_ptr() in stored else value
+                stored.add(value.data_ptr())
             elif value is None or isinstance(value, bool | int | float | str):
                 plain.setdefault(name, {})[key] = value
             else:
                 raise SettingsError(
-                    f"--optim {type(optimizer).__name__}: keeps a {type(value).__name__} that cannot be saved exactly; "
+                    f"--optim: {kind} keeps a {type(value).__name__} that cannot be saved exactly; "
                     "use adamw_torch, or --save_only_model True (checkpoints without resuming)"
                 )
     save_torch_state_dict(tensors, directory, filename_pattern=_TENSORS, metadata={"format": "pt"})
-    write_json(directory / STATE_FILE, {**counters, "optimizer": plain})
+    write_json(directory / STATE_FILE, {**counters, "optimizer_kind": kind, "optimizer": plain})
 
 
 def read_counters(directory: Path) -> dict[str, Any]:
@@ -75,7 +79,15 @@ def load_weights(directory: Path, model: nn.Module) -> None:
 
 
 def load_optimizer(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put the saved state into a fresh optimizer of the same model."""
+    """Put the saved state into a fresh optimizer of the same model.
+
+    Raises: SettingsError: it is the state of another kind of optimizer.
+    """
+    kind, saved = type(getattr(optimizer, "optimizer", optimizer)).__name__, read_counters(directory)["optimizer_kind"]
+    if kind != saved:
+        raise SettingsError(
+            f"{directory}: holds the state of {saved}, and this run has {kind}; give it the same --optim"
+        )
     # Not load_state_dict: it casts to the parameter's dtype, which loses what Adafactor keeps in float32.
     parameters = trained_parameters(model)
     groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
