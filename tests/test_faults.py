@@ -80,7 +80,7 @@ def test_a_signal_before_the_first_step(hurt, tmp_path):
 
 
 def test_a_full_disk_at_the_very_end_of_two_processes(forks, hurt):
-    code, _, stderr, complete = hurt(processes=2, at=6, do="full", bytes=50_000, only="rotate")
+    _code, _, stderr, complete = hurt(processes=2, at=6, do="full", bytes=50_000, only="rotate")
     assert set(forks.codes) == {1} and complete == ["checkpoint-4", "checkpoint-6"]
     assert len(stderr) == 1 and "/out: could not be written" in stderr[0]
 
