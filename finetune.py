@@ -6,6 +6,7 @@ Reads top to bottom: settings -> data -> model -> training -> result. `--help` l
 import contextlib
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -15,8 +16,9 @@ from typing import Any
 import transformers
 from rich.console import Console
 
+from data_utils.cache import RowCache, default_root
 from data_utils.collate import StepDataset
-from data_utils.dataset import TokenizedRows, load_rows
+from data_utils.dataset import DROPPED_FILE, DataOptions, TokenizedRows, count_overlap, load_rows
 from data_utils.sources import DataError, read_lines
 from data_utils.template import ChatTemplate
 from data_utils.tokenizer import load_tokenizer
@@ -66,12 +68,23 @@ def main(argv: list[str] | None = None) -> int:
         **source,
     )
     template = ChatTemplate(tokenizer, system_message=data_args.system_message, label_mask=data_args.label_mask)
-    rows, account = load_rows(data_args.data_path, template, max_length=data_args.model_max_length)
+    options = DataOptions(
+        max_length=data_args.model_max_length,
+        on_long=data_args.on_long,
+        data_format=data_args.data_format,
+        supervise=data_args.supervise,
+        on_bad_row=data_args.on_bad_row,
+        seed=run_args.seed if run_args.data_seed is None else run_args.data_seed,
+    )
+    cache = RowCache(None if data_args.no_cache else default_root(model_args.cache_dir))
+    rows, account = load_rows(data_args.data_path, template, options, cache=cache)
     say("data: " + "\n      ".join(account.describe()))
     eval_rows, eval_account = None, None
     if data_args.eval_data_path:
-        eval_rows, eval_account = load_rows(data_args.eval_data_path, template, max_length=data_args.model_max_length)
+        eval_rows, eval_account = load_rows(data_args.eval_data_path, template, options, cache=cache)
         say("evaluation data: " + "\n      ".join(eval_account.describe()))
+        if overlap := count_overlap(rows, eval_rows):
+            say(f"evaluation data: {overlap:,} conversations are in the training data, too")
     samples = load_prompts(run_args.sample_prompts, template) if run_args.sample_prompts else []
 
     # ---- model ----
@@ -83,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     base = identify_checkpoint(model_args.model_name_or_path, model_args.cache_dir)
     facts = {
         "trajectory": describe_trajectory(
-            arguments, base_fingerprint=base["fingerprint"], rows_fingerprint=rows.fingerprint(), files=account.files
+            arguments, base_fingerprint=base["fingerprint"], rows_fingerprint=account.fingerprint, files=account.files
         ),
         "layout": {"processes": run_args.world_size, "batch": run_args.per_device_train_batch_size},
         **{name: environment[name] for name in ("command", "versions")},
@@ -100,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
         stop=template.stop,
         token_ids=template.encoder.template_ids,
         vocabulary_size=len(tokenizer),
-        largest_token_id=max(r.largest_token_id for r in (rows, eval_rows) if r is not None),
+        largest_token_id=max(a.largest_token_id for a in (account, eval_account) if a is not None),
         base_fingerprint=base["fingerprint"],
         gradient_checkpointing=bool(run_args.gradient_checkpointing),
     )
@@ -121,8 +134,8 @@ def main(argv: list[str] | None = None) -> int:
         "base_model": {**base, "evidence": evidence.describe()},
         "stop_token": {"text": template.stop, "id": template.stop_id},
         "resumed_from": str(start.checkpoint) if start.checkpoint else None,
-        "data": {**vars(account), "fingerprint": rows.fingerprint()},
-        "eval_data": vars(eval_account) if eval_account else None,
+        "data": account.to_json(),
+        "eval_data": eval_account.to_json() if eval_account else None,
         "parameters": {"trainable": trainable, "total": total},
         "rows_per_step": train_steps.rows_per_step,
         "processes": run_args.world_size,
@@ -130,6 +143,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def open_run() -> None:
         checkpoint.prepare_output_directory(output_dir, overwrite=start.checkpoint is None, checkpoint=start.checkpoint)
+        if account.dropped:
+            shutil.copy(rows.directory / DROPPED_FILE, output_dir / DROPPED_FILE)
         run["status"] = "running"
         record.write_run(output_dir, run)
 
@@ -247,7 +262,7 @@ if __name__ == "__main__":
         sys.exit(main())
     except (DataError, SettingsError) as error:
         if is_first_process():
-            print(f"error: {error}", file=sys.stderr)
+            print("\n".join(f"error: {line}" for line in str(error).split("\n")), file=sys.stderr)
         sys.exit(2)
     except MachineError as error:
         if is_first_process() or not error.agreed:

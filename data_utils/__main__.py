@@ -1,13 +1,19 @@
-"""`python -m data_utils show DATA --model M`: what would be trained, token by token."""
+"""Look at data files before training on them: what is wrong with them (check), and what the model will see (show)."""
 
 import argparse
 import json
 import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import NoReturn
 
-from data_utils.dataset import TokenizedRows, load_rows
-from data_utils.sources import DataError
-from data_utils.template import IGNORE_INDEX, LABEL_MASKS, ChatTemplate
+from data_utils.dataset import DataOptions, TokenizedRows, build_rows
+from data_utils.report import Account, Statistics
+from data_utils.schema import FORMATS, Conversation, parse_record
+from data_utils.show import as_html, as_json, as_text
+from data_utils.sources import DataError, find_sources, read_records
+from data_utils.template import LABEL_MASKS, ChatTemplate, Row
 from data_utils.tokenizer import load_tokenizer
 
 
@@ -17,63 +23,179 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main() -> int:
-    """Entry point. Returns: exit code, 2 for the user's mistakes."""
-    parser = _Parser(prog="python -m data_utils", description=__doc__, allow_abbrev=False)
-    show = parser.add_subparsers(required=True).add_parser("show", help="print rows as they would be trained")
-    show.add_argument("data", nargs="+", help=".json or .jsonl files")
-    show.add_argument("--model", required=True, help="model or tokenizer directory, or hub name")
-    show.add_argument("--num", type=int, default=3, help="rows to print (default 3)")
-    show.add_argument("--all", action="store_true", help="print all rows")
-    show.add_argument("--json", action="store_true", help="one JSON object a row: id, input_ids, labels")
-    show.add_argument("--model_max_length", type=int, help="tokens a row may have (default: no limit)")
-    show.add_argument("--system_message", help="system turn for conversations without one")
-    show.add_argument("--chat_template", help="file with a chat template to use")
-    show.add_argument("--chat_template_kwargs", help="defaults for the template, as JSON")
-    show.add_argument("--label_mask", choices=LABEL_MASKS, default="assistant", help="which tokens are trained")
-    show.add_argument("--cache_dir", help="where hub downloads are kept")
-    show.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the checkpoint")
+    """Entry point. Returns: exit code: 2 for the user's mistakes, 1 where `check` found problems."""
     try:
-        args = parser.parse_args()
-        tokenizer = load_tokenizer(
-            args.model,
-            system_message=args.system_message,
-            chat_template=args.chat_template,
-            chat_template_kwargs=args.chat_template_kwargs,
-            cache_dir=args.cache_dir,
-            trust_remote_code=args.trust_remote_code,
-        )
-        template = ChatTemplate(tokenizer, system_message=args.system_message, label_mask=args.label_mask)
-        rows, account = load_rows(args.data, template, max_length=args.model_max_length)
+        args = _build_parser().parse_args()
+        return args.command(args)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    try:
-        for index in range(len(rows) if args.all else min(args.num, len(rows))):
-            print(_row_as_json(rows, index) if args.json else _row_as_text(rows, index, template))
     except BrokenPipeError:  # `| head` has seen enough
         sys.stderr.close()
         return 0
-    for line in account.describe():
-        print(line, file=sys.stderr)
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m data_utils", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, parser_class=_Parser)
+
+    check = commands.add_parser("check", help="read everything, name every problem, account for every row")
+    check.add_argument("data", nargs="+", help="data files, FILE#N (a sample of N rows) or directories")
+    check.add_argument("--model", help="model or tokenizer directory, or hub name; without it no tokens are counted")
+    check.add_argument("--eval_data_path", nargs="+", help="evaluation data, to count what is in both")
+    check.add_argument("--json", action="store_true", help="print one JSON object")
+    check.set_defaults(command=_check)
+
+    show = commands.add_parser("show", help="print conversations as they would be trained")
+    show.add_argument("data", nargs="+", help="data files, FILE#N (a sample of N rows) or directories")
+    show.add_argument("--model", required=True, help="model or tokenizer directory, or hub name")
+    which = show.add_mutually_exclusive_group()
+    which.add_argument("--num", type=int, default=3, help="conversations to print (default 3)")
+    which.add_argument("--all", action="store_true", help="print all")
+    which.add_argument("--index", type=int, help="print the one with this number, from 0")
+    which.add_argument("--id", help="print the one with this id")
+    show.add_argument("--ids", action="store_true", help="print token ids, too")
+    show.add_argument("--json", action="store_true", help="one JSON object a row: id, input_ids, labels, pieces")
+    show.add_argument("--html", type=Path, help="write a page instead")
+    show.set_defaults(command=_show)
+
+    for command in (check, show):
+        command.add_argument("--model_max_length", type=int, help="tokens a row may have (default: no limit)")
+        command.add_argument("--on_long", choices=["drop_turns", "drop", "error"], default="drop_turns")
+        command.add_argument("--data_format", choices=list(FORMATS), help="default: told by each row's keys")
+        command.add_argument("--supervise", choices=["all", "last"], default="all", help="assistant turns to train")
+        command.add_argument("--system_message", help="system turn for conversations without one")
+        command.add_argument("--chat_template", help="file with a chat template to use")
+        command.add_argument("--chat_template_kwargs", help="defaults for the template, as JSON")
+        command.add_argument("--label_mask", choices=LABEL_MASKS, default="assistant", help="which tokens are trained")
+        command.add_argument("--data_seed", type=int, default=42, help="of samples")
+        command.add_argument("--cache_dir", help="where hub downloads are kept")
+        command.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the checkpoint")
+    return parser
+
+
+def _load_template(args: argparse.Namespace) -> ChatTemplate:
+    tokenizer = load_tokenizer(
+        args.model,
+        system_message=args.system_message,
+        chat_template=args.chat_template,
+        chat_template_kwargs=args.chat_template_kwargs,
+        cache_dir=args.cache_dir,
+        trust_remote_code=args.trust_remote_code,
+    )
+    return ChatTemplate(tokenizer, system_message=args.system_message, label_mask=args.label_mask)
+
+
+def _options(args: argparse.Namespace) -> DataOptions:
+    return DataOptions(
+        max_length=args.model_max_length,
+        on_long=args.on_long,
+        data_format=args.data_format,
+        supervise=args.supervise,
+        on_bad_row="skip",
+        seed=args.data_seed,
+    )
+
+
+# ---- check ----
+
+
+def _check(args: argparse.Namespace) -> int:
+    template = _load_template(args) if args.model else None
+    account, seen = _account_for(args.data, args, template)
+    problems = list(account.problems)
+    lines = account.describe_fully(args.model_max_length)
+    overlap = None
+    if args.eval_data_path:
+        evaluation, seen_there = _account_for(args.eval_data_path, args, template)
+        problems += evaluation.problems
+        overlap = len(seen & seen_there)
+        lines += [f"evaluation: {line}" for line in evaluation.describe_fully(args.model_max_length)]
+        lines.append(f"conversations in both: {overlap:,}")
+    if args.json:
+        found = {"problems": problems, "account": account.to_json(), "overlap": overlap}
+        print(json.dumps(found, ensure_ascii=False, indent=2))
+    else:
+        print("\n".join([*problems, *lines, f"problems: {len(problems):,}"]))
+    return 1 if problems else 0
+
+
+def _account_for(paths: list[str], args: argparse.Namespace, template: ChatTemplate | None) -> tuple[Account, set[int]]:
+    """The account of data files, and the hashes of their conversations."""
+    sources, options = find_sources(paths), _options(args)
+    if template is not None:
+        with tempfile.TemporaryDirectory() as directory:
+            account = build_rows(sources, template, options, Path(directory), may_be_empty=True)
+            rows = TokenizedRows.from_directory(Path(directory))
+            return account, set(rows.conversations().tolist())
+    account = Account()
+    statistics = Statistics(account)
+    seen = set()
+    for source in sources:
+        for record in read_records(source, seed=options.seed):
+            try:
+                if isinstance(record, DataError):
+                    raise record
+                account.conversations += 1
+                conversation = parse_record(record, data_format=args.data_format, supervise=args.supervise)
+            except DataError as error:
+                account.problems.append(str(error))
+                continue
+            account.conversations_trained += bool(conversation.supervised_turns) or conversation.text is not None
+            account.turns_trained += len(conversation.supervised_turns)
+            seen.add(statistics.add_conversation(conversation, holds_control_text=False))
+    return account, seen
+
+
+# ---- show ----
+
+
+def _show(args: argparse.Namespace) -> int:
+    template = _load_template(args)
+    pages = []
+    for conversation, rows in _conversations(args, template):
+        named = [(f"{conversation.id}#{n}" if len(rows) > 1 else conversation.id, row) for n, row in enumerate(rows, 1)]
+        for row_id, row in named:
+            if args.html:
+                pages.append((row_id, row))
+            elif args.json:
+                print(as_json(row_id, row, template))
+            else:
+                print(as_text(row_id, row, template, colour=sys.stdout.isatty(), ids=args.ids))
+        if not rows:
+            print(f"--- {conversation.id}: no supervised turn", file=sys.stderr)
+    if args.html:
+        args.html.write_text(as_html(pages, template, ids=args.ids), encoding="utf-8")
+        print(f"{args.html}: {len(pages):,} rows")
     return 0
 
 
-def _row_as_json(rows: TokenizedRows, index: int) -> str:
-    input_ids, labels = rows[index]
-    return json.dumps({"id": rows.ids[index], "input_ids": input_ids, "labels": labels}, ensure_ascii=False)
+def _conversations(args: argparse.Namespace, template: ChatTemplate) -> Iterator[tuple[Conversation, list[Row]]]:
+    """The conversations that were asked for, with their rows by the definition.
 
-
-def _row_as_text(rows: TokenizedRows, index: int, template: ChatTemplate) -> str:
-    """The row's text with trained stretches in [[ ]]."""
-    input_ids, labels = rows[index]
-    text, start = "", 0
-    for end in range(1, len(input_ids) + 1):
-        trained = labels[start] != IGNORE_INDEX
-        if end == len(input_ids) or (labels[end] != IGNORE_INDEX) != trained:
-            piece = template.tokenizer.decode(input_ids[start:end])
-            text += f"[[{piece}]]" if trained else piece
-            start = end
-    return f"--- {rows.ids[index]}: {len(input_ids)} tokens, {rows.num_targets(index)} supervised\n{text}"
+    Raises: DataError: the first bad row among those before the last one shown, or none that was asked for.
+    """
+    number = found = 0
+    for source in find_sources(args.data):
+        for record in read_records(source, seed=args.data_seed):
+            if isinstance(record, DataError):
+                raise record
+            conversation = parse_record(record, data_format=args.data_format, supervise=args.supervise)
+            if conversation.id is None:
+                stem = source.path.name.partition(".")[0]
+                conversation = Conversation(**{**vars(conversation), "id": f"{stem}-{record.index}"})
+            chosen = number < args.num or args.all
+            if args.index is not None or args.id is not None:
+                chosen = number == args.index or (args.id is not None and conversation.id == args.id)
+            number += 1
+            if chosen:
+                found += 1
+                yield conversation, template.encode_conversation(conversation)
+            if not args.all and args.id is None and number > (args.num - 1 if args.index is None else args.index):
+                return
+    if not found:
+        asked = f"--id {args.id}" if args.id is not None else f"--index {args.index}"
+        raise DataError(f"{asked}: no such conversation among the {number:,} of {', '.join(args.data)}")
 
 
 if __name__ == "__main__":

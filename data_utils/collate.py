@@ -1,9 +1,11 @@
 """Rows to tensors: one item is one rank's whole optimizer step."""
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -18,11 +20,13 @@ class MicroBatch(TypedDict):
     input_ids: [B, T], padded on the right. No mask goes with them: in a causal model no token sees what is after it.
     target_index: [N], positions in the flattened [B * T] whose next token is supervised.
     targets: [N], those next tokens.
+    weights: [N] float32, of the loss of each target; left out where all are 1.
     """
 
     input_ids: Tensor
     target_index: Tensor
     targets: Tensor
+    weights: NotRequired[Tensor]
 
 
 class Step(TypedDict):
@@ -34,22 +38,32 @@ class Step(TypedDict):
     num_tokens: int
 
 
-def collate_rows(rows: Sequence[tuple[list[int], list[int]]]) -> MicroBatch:
-    """Pad rows of (input_ids, labels) to the longest one; no rows give one padding token without a target.
+TokenizedRow = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32] | None]
+
+
+def collate_rows(rows: Sequence[TokenizedRow]) -> MicroBatch:
+    """Pad rows of (input_ids, labels, weights) to the longest one; no rows give one padding token without a target.
 
     Padding is token 0, which every model has: no token sees it and nothing of it is trained.
 
-    Example: [([1, 2], [-100, 2]), ([3], [-100])] -> input_ids [[1, 2], [3, 0]], target_index [0], targets [2]
+    Example: [([1, 2], [-100, 2], None), ([3], [-100], None)] -> input_ids [[1, 2], [3, 0]], target_index [0],
+        targets [2]
     """
-    width = max((len(ids) for ids, _ in rows), default=1)
+    width = max((len(ids) for ids, *_ in rows), default=1)
     input_ids = torch.zeros((max(len(rows), 1), width), dtype=torch.long)
     labels = torch.full((max(len(rows), 1), width + 1), IGNORE_INDEX, dtype=torch.long)
-    for index, (ids, row_labels) in enumerate(rows):
-        input_ids[index, : len(ids)] = torch.tensor(ids)
-        labels[index, : len(ids)] = torch.tensor(row_labels)
+    weights = torch.ones((max(len(rows), 1), width + 1))
+    for index, (ids, row_labels, row_weights) in enumerate(rows):
+        input_ids[index, : len(ids)] = torch.from_numpy(ids)
+        labels[index, : len(ids)] = torch.from_numpy(row_labels)
+        if row_weights is not None:
+            weights[index, : len(ids)] = torch.from_numpy(row_weights)
     next_labels = labels[:, 1:].flatten()
     target_index = (next_labels != IGNORE_INDEX).nonzero().flatten()
-    return {"input_ids": input_ids, "target_index": target_index, "targets": next_labels[target_index]}
+    batch: MicroBatch = {"input_ids": input_ids, "target_index": target_index, "targets": next_labels[target_index]}
+    if any(row_weights is not None for *_, row_weights in rows):
+        batch["weights"] = weights[:, 1:].flatten()[target_index]
+    return batch
 
 
 class StepDataset(Dataset[Step]):
@@ -82,13 +96,13 @@ class StepDataset(Dataset[Step]):
 
     def __getitem__(self, step: int) -> Step:
         indices = self._step_rows(step)
-        lengths = [self.rows.lengths[index] for index in indices]
+        lengths = [int(self.rows.lengths[index]) for index in indices]
         plan = plan_step(lengths, num_ranks=self.num_ranks, max_tokens=self.max_tokens)
         mine = [[indices[position] for position in micro_batch] for micro_batch in plan[self.rank]]
         return {
             "micro_batches": [collate_rows([self.rows[i] for i in micro_batch]) for micro_batch in mine],
-            "row_ids": [[self.rows.ids[i] for i in micro_batch] for micro_batch in mine],
-            "num_targets": sum(self.rows.num_targets(index) for index in indices),
+            "row_ids": [[self.rows.row_id(i) for i in micro_batch] for micro_batch in mine],
+            "num_targets": int(self.rows.num_targets[indices].sum()),
             "num_tokens": sum(lengths),
         }
 

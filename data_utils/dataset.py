@@ -1,140 +1,350 @@
-"""Tokenised rows and the account of where every conversation went."""
+"""Tokenised rows: built once, kept in Arrow files, read through a memory map."""
 
 import hashlib
-from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from data_utils.schema import parse_record
-from data_utils.sources import DataError, hash_file, read_records
-from data_utils.template import IGNORE_INDEX, ChatTemplate, Row, cut_to_length
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from data_utils.cache import RowCache
+from data_utils.fast import Batch, EncodedRow, FastEncoder, cut_to_length, encode_row
+from data_utils.report import Account, DataErrors, Statistics
+from data_utils.schema import Conversation, parse_record
+from data_utils.sources import DataError, Source, find_sources, hash_file, read_records
+from data_utils.template import IGNORE_INDEX, ChatTemplate, Row
+
+ROWS_FILE, DROPPED_FILE = "rows.arrow", "dropped.jsonl"
+_CHUNK = 512  # conversations on their way together
+_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("conversation", pa.int64()),  # hash: equal ones are duplicates
+        ("input_ids", pa.list_(pa.int32())),
+        ("starts", pa.list_(pa.int32())),  # of the trained stretches
+        ("ends", pa.list_(pa.int32())),
+        ("weights", pa.list_(pa.float32())),
+        ("num_targets", pa.int32()),
+    ]
+)
 
 
-@dataclass
-class Account:
-    """What became of the input: every conversation is trained, or counted here with a reason and its place.
+@dataclass(frozen=True)
+class DataOptions:
+    """How data files become rows.
 
-    files: [{"path", "sha256", "conversations"}].
-    conversations: rows read. conversations_trained: those with at least one trained turn.
-    rows: training rows (a template that rewrites history makes one row a turn). turns_trained: supervised turns.
-    tokens, supervised_tokens: in all rows.
-    dropped: reason -> places (`file:line`), one entry a conversation or turn.
+    max_length: tokens a row may have. on_long: what a longer one does: "drop_turns" from its end, "drop", or "error".
+    data_format: a key of schema.FORMATS; None tells it by the row. supervise: "all" assistant turns or the "last".
+    on_bad_row: "error" (all of them, when the files have been read) or "skip". seed: of samples (`file#N`).
     """
 
-    files: list[dict[str, str | int]] = field(default_factory=list)
-    conversations: int = 0
-    conversations_trained: int = 0
-    rows: int = 0
-    turns_trained: int = 0
-    tokens: int = 0
-    supervised_tokens: int = 0
-    dropped: dict[str, list[str]] = field(default_factory=dict)
-
-    def drop(self, reason: str, where: str) -> None:
-        """Count one conversation or turn that is not trained."""
-        self.dropped.setdefault(reason, []).append(where)
-
-    def describe(self) -> list[str]:
-        """Lines for the log."""
-        lines = [
-            f"{self.conversations:,} conversations: {self.conversations_trained:,} trained, as {self.rows:,} rows with "
-            f"{self.turns_trained:,} supervised turns; {self.tokens:,} tokens, {self.supervised_tokens:,} supervised"
-        ]
-        for reason, places in self.dropped.items():
-            more = f" and {len(places) - 3:,} more" if len(places) > 3 else ""
-            lines.append(f"not trained: {len(places):,} x {reason} ({', '.join(places[:3])}{more})")
-        return lines
+    max_length: int | None = None
+    on_long: str = "drop_turns"
+    data_format: str | None = None
+    supervise: str = "all"
+    on_bad_row: str = "error"
+    seed: int = 0
 
 
 class TokenizedRows:
-    """Rows in flat integer arrays, so that a million rows cost no million Python lists.
+    """Rows in a memory-mapped Arrow file, so that a million of them cost no memory.
 
-    Indexing gives (input_ids, labels) as lists of equal length; `lengths` holds every row's number of tokens;
-    `ids` the identity of every row: the conversation's own id, or `<file stem>-<row number>`.
+    Indexing gives (input_ids int64, labels int64, weights float32 or None) of equal length; `lengths` holds every
+    row's number of tokens, `num_targets` its supervised ones.
     """
 
-    def __init__(self) -> None:
-        self._input_ids = array("i")
-        self._labels = array("i")
-        self._starts = array("q", [0])
-        self._num_targets = array("i")
-        self.lengths = array("i")
-        self.ids: list[str] = []
-        self.largest_token_id = -1
+    directory: Path
 
-    def append(self, row: Row, row_id: str) -> None:
-        """Add one row."""
-        self._input_ids.extend(row.input_ids)
-        self._labels.extend(row.labels)
-        self._starts.append(len(self._input_ids))
-        self.lengths.append(len(row.input_ids))
-        self._num_targets.append(row.num_supervised)
-        self.ids.append(row_id)
-        self.largest_token_id = max(self.largest_token_id, *row.input_ids)
+    def __init__(self, table: pa.Table):
+        batches = table.to_batches() or [pa.RecordBatch.from_pylist([], schema=_SCHEMA)]
+        self._batches = [_Columns(batch) for batch in batches]
+        self._first = np.cumsum([0, *(len(batch.num_targets) for batch in self._batches)])
+        self.lengths = np.concatenate([np.diff(batch.id_offsets) for batch in self._batches])
+        self.num_targets = np.concatenate([batch.num_targets for batch in self._batches])
 
-    def num_targets(self, index: int) -> int:
-        """Supervised tokens of a row."""
-        return self._num_targets[index]
+    @classmethod
+    def from_directory(cls, directory: Path) -> "TokenizedRows":
+        """Rows that build_rows wrote; beside them lies the list of what was dropped."""
+        with pa.memory_map(str(directory / ROWS_FILE)) as source:
+            rows = cls(pa.ipc.open_file(source).read_all())
+        rows.directory = directory
+        return rows
 
-    def fingerprint(self) -> str:
-        """Hash of every row's tokens and labels, in their order."""
-        digest = hashlib.sha256()
-        for values in (self._starts, self._input_ids, self._labels):
-            digest.update(values)
-        return digest.hexdigest()
+    @classmethod
+    def from_rows(cls, rows: Iterable[tuple[str, Row]]) -> "TokenizedRows":
+        """Rows in memory."""
+        encoded = [(row_id, 0, encode_row(row)) for row_id, row in rows]
+        return cls(pa.Table.from_batches([_to_arrow(encoded)]))
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, index: int) -> tuple[list[int], list[int]]:
-        start, end = self._starts[index], self._starts[index + 1]
-        return self._input_ids[start:end].tolist(), self._labels[start:end].tolist()
+    def __getitem__(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32] | None]:
+        batch, position = self._find(index)
+        start, end = batch.id_offsets[position : position + 2]
+        input_ids = batch.input_ids[start:end].astype(np.int64)
+        labels = np.full(len(input_ids), IGNORE_INDEX, dtype=np.int64)
+        first, last = batch.span_offsets[position : position + 2]
+        spans = slice(first, last)
+        weights = None
+        if np.any(batch.weights[spans] != 1):
+            weights = np.ones(len(input_ids), dtype=np.float32)
+        for begin, stop, weight in zip(batch.starts[spans], batch.ends[spans], batch.weights[spans], strict=True):
+            labels[begin:stop] = input_ids[begin:stop]
+            if weights is not None:
+                weights[begin:stop] = weight
+        return input_ids, labels, weights
+
+    def row_id(self, index: int) -> str:
+        """Identity of a row: the conversation's own id or `<file stem>-<row number>`, `#2` for its second row."""
+        batch, position = self._find(index)
+        return batch.ids[position].as_py()
+
+    def conversations(self) -> NDArray[np.int64]:
+        """A hash of every row's conversation."""
+        return np.concatenate([batch.conversations for batch in self._batches])
+
+    def _find(self, index: int) -> "tuple[_Columns, int]":
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = int(np.searchsorted(self._first, index, side="right")) - 1
+        return self._batches[number], index - int(self._first[number])
+
+
+class _Columns:
+    """One record batch as numpy views."""
+
+    def __init__(self, batch: pa.RecordBatch):
+        self.ids = batch["id"]
+        self.conversations = batch["conversation"].to_numpy()
+        self.num_targets = batch["num_targets"].to_numpy()
+        self.id_offsets = batch["input_ids"].offsets.to_numpy()
+        self.input_ids = batch["input_ids"].values.to_numpy()
+        self.span_offsets = batch["starts"].offsets.to_numpy()
+        self.starts, self.ends, self.weights = (batch[name].values.to_numpy() for name in ("starts", "ends", "weights"))
 
 
 def load_rows(
-    paths: Sequence[str | Path], template: ChatTemplate, *, max_length: int | None = None
+    paths: Sequence[str | Path],
+    template: ChatTemplate,
+    options: DataOptions | None = None,
+    *,
+    cache: RowCache | None = None,
 ) -> tuple[TokenizedRows, Account]:
-    """Read, check and tokenise data files.
+    """Read, check and tokenise data files, or take what was tokenised before of the same bytes in the same way.
 
-    max_length: tokens a row may have; longer rows lose whole turns from the end, None is no limit.
+    Several processes may call this at once: one builds, the others wait for its lock, outside any collective.
 
     Raises: DataError: bad input (see sources, schema, template), or no supervised token in all of it.
     """
-    rows, account = TokenizedRows(), Account()
-    for path in paths:
-        before = account.conversations
-        for record in read_records(path):
-            conversation = parse_record(record)
-            account.conversations += 1
-            row_id = conversation.id if conversation.id is not None else f"{Path(path).stem}-{record.index}"
-            kept = 0
-            for number, row in enumerate(template.encode_conversation(conversation)):
-                cut = row if max_length is None else cut_to_length(row, max_length)
-                if lost := len(row.ends) - (len(cut.ends) if cut else 0):
-                    first = cut is None and number == 0
-                    reason = "first turn does not fit" if first else "later turn does not fit"
-                    for _ in range(lost):  # one entry a turn
-                        account.drop(f"{reason} in {max_length} tokens (--model_max_length)", conversation.where)
-                if cut is not None:
-                    kept += 1
-                    _add_row(rows, account, cut, row_id)
-            if not conversation.supervised_turns:
-                account.drop("no assistant turn", conversation.where)
-            account.conversations_trained += kept > 0
-        account.files.append(
-            {"path": str(path), "sha256": hash_file(path), "conversations": account.conversations - before}
-        )
-    if account.supervised_tokens == 0:
-        reasons = "; ".join(account.describe()[1:]) or "no conversation was left"
-        raise DataError(f"{', '.join(map(str, paths))}: no supervised token in the whole set: {reasons}")
+    options = options or DataOptions()
+    cache = cache or RowCache(None)
+    sources = find_sources(paths)
+    hashes = [hash_file(source.path) for source in sources]
+    key = [[str(source), digest] for source, digest in zip(sources, hashes, strict=True)]
+    with cache.entry(key, template, vars(options)) as entry:
+        if not entry.complete:
+            account = build_rows(sources, template, options, entry.directory)
+            for file, digest in zip(account.files, hashes, strict=True):
+                file["sha256"] = digest
+            entry.seal(account.to_json())
+        account = Account(**entry.read())
+        rows = TokenizedRows.from_directory(entry.directory)
     return rows, account
 
 
-def _add_row(rows: TokenizedRows, account: Account, row: Row, row_id: str) -> None:
-    assert len(row.input_ids) == len(row.labels) and any(label != IGNORE_INDEX for label in row.labels)
-    rows.append(row, row_id)
-    account.rows += 1
-    account.turns_trained += len(row.ends)
-    account.tokens += len(row.input_ids)
-    account.supervised_tokens += row.num_supervised
+def build_rows(
+    sources: Sequence[Source],
+    template: ChatTemplate,
+    options: DataOptions,
+    directory: Path,
+    *,
+    may_be_empty: bool = False,
+) -> Account:
+    """Tokenise files into a directory: rows, and the list of what was dropped.
+
+    Raises: DataError: all bad rows at once (unless options skip them), or no supervised token in all.
+    """
+    account = Account()
+    statistics = Statistics(account)
+    encoder, digest = FastEncoder(template), hashlib.sha256()
+    with (
+        open(directory / DROPPED_FILE, "w", encoding="utf-8") as dropped,
+        pa.OSFile(str(directory / ROWS_FILE), "wb") as sink,
+        pa.ipc.new_file(sink, _SCHEMA) as writer,
+    ):
+        keeper = _Keeper(template, options, account, statistics, dropped)
+        for source, batch, encoded in _encode(sources, options, encoder, account):
+            rows = keeper.keep(source, batch, encoder.finish(batch, encoded))
+            if rows:
+                arrow = _to_arrow(rows)
+                writer.write_batch(arrow)
+                for name in ("input_ids", "starts", "ends", "weights"):
+                    digest.update(arrow[name].offsets.buffers()[1])
+                    digest.update(arrow[name].values.buffers()[1])
+    account.fingerprint = digest.hexdigest()
+    statistics.finish(options.max_length)
+    if account.problems and options.on_bad_row == "error":
+        raise DataErrors(account.problems)
+    if account.supervised_tokens == 0 and not may_be_empty:
+        reasons = "; ".join(account.describe()[1:]) or "no conversation was left"
+        raise DataError(f"{', '.join(map(str, sources))}: no supervised token in the whole set: {reasons}")
+    return account
+
+
+def _encode(
+    sources: Sequence[Source], options: DataOptions, encoder: FastEncoder, account: Account
+) -> Iterator[tuple[Source, Batch, list[NDArray[np.int32]]]]:
+    """Read and render in this thread while another one encodes what was rendered before."""
+    waiting: list[tuple[Source, Batch, Future[list[NDArray[np.int32]]]]] = []
+    with ThreadPoolExecutor(1) as thread:
+        for source in sources:
+            conversations = _read(source, options, account)
+            while chunk := list(itertools.islice(conversations, _CHUNK)):
+                batch = encoder.prepare(chunk)
+                waiting.append((source, batch, thread.submit(encoder.encode, batch)))
+                if len(waiting) > 2:
+                    done = waiting.pop(0)
+                    yield done[0], done[1], done[2].result()
+        for each, batch, future in waiting:
+            yield each, batch, future.result()
+
+
+def _read(source: Source, options: DataOptions, account: Account) -> Iterator[Conversation]:
+    before = account.conversations
+    for record in read_records(source, seed=options.seed):
+        try:
+            if isinstance(record, DataError):
+                raise record
+            account.conversations += 1
+            conversation = parse_record(record, data_format=options.data_format, supervise=options.supervise)
+        except DataError as error:
+            account.problems.append(str(error))
+            continue
+        if conversation.id is None:
+            stem = source.path.name.partition(".")[0]
+            conversation = Conversation(**{**vars(conversation), "id": f"{stem}-{record.index}"})
+        yield conversation
+    account.files.append({"path": str(source), "sha256": "", "conversations": account.conversations - before})
+
+
+class _Keeper:
+    """Cuts rows to length, counts them and what is dropped."""
+
+    def __init__(
+        self, template: ChatTemplate, options: DataOptions, account: Account, statistics: Statistics, dropped: Any
+    ):
+        self._template = template
+        self._options = options
+        self._account = account
+        self._statistics = statistics
+        self._dropped = dropped
+
+    def keep(
+        self, source: Source, batch: Batch, encoded: list[list[EncodedRow] | DataError]
+    ) -> list[tuple[str, int, EncodedRow]]:
+        """(id, hash of the conversation, row) of everything that is trained."""
+        kept = []
+        for conversation, rows in zip(batch.conversations, encoded, strict=True):
+            if isinstance(rows, DataError):
+                self._account.problems.append(str(rows))
+                continue
+            texts = [m["content"] for m in conversation.messages] or [conversation.text or ""]
+            holds_control_text = any(map(self._template.encoder.holds_control_text, texts))
+            number = self._statistics.add_conversation(conversation, holds_control_text=holds_control_text)
+            kept += [(row_id, number, row) for row_id, row in self._keep_one(conversation, rows)]
+        return kept
+
+    def _keep_one(self, conversation: Conversation, rows: list[EncodedRow]) -> list[tuple[str, EncodedRow]]:
+        account = self._account
+        assert conversation.id is not None
+        parts = [self._shorten(conversation, row, is_first=row is rows[0]) for row in rows]
+        kept = [row for part in parts for row in part]
+        if not rows:
+            has_answer = any(message["role"] == "assistant" for message in conversation.messages)
+            self._drop(conversation, "no supervised turn" if has_answer else "no assistant turn")
+        account.conversations_trained += bool(kept)
+        account.split += len(kept) > 1
+        account.rows += len(kept)
+        stops = self._template.stop_ids
+        for row in kept:
+            account.turns_trained += len(row.ends)
+            account.stopped += sum(int(row.input_ids[end - 1]) in stops for end in row.ends)
+            account.tokens += len(row.input_ids)
+            account.supervised_tokens += _count_targets(row)
+            account.largest_token_id = max(account.largest_token_id, int(row.input_ids.max()))
+        numbered = enumerate(parts[0] if conversation.text is not None else map(_only, parts), start=1)
+        alone = len(rows) == 1 and len(kept) == 1
+        return [(conversation.id if alone else f"{conversation.id}#{n}", row) for n, row in numbered if row is not None]
+
+    def _shorten(self, conversation: Conversation, row: EncodedRow, *, is_first: bool) -> list[EncodedRow]:
+        limit, length = self._options.max_length, len(row.input_ids)
+        self._statistics.add_length(length)
+        if limit is None or length <= limit:
+            return [row]
+        where = f"in {limit} tokens (--model_max_length)"
+        if conversation.text is not None:
+            return [_slice(row, start, min(start + limit, length)) for start in range(0, length, limit)]
+        if self._options.on_long == "error":
+            self._account.problems.append(
+                f"{conversation.where}: {length:,} tokens do not fit {where}; --on_long says more"
+            )
+            return []
+        short = cut_to_length(row, limit) if self._options.on_long == "drop_turns" else None
+        first_lost = short is None and is_first
+        for _ in range(len(row.ends) - (len(short.ends) if short else 0)):  # one entry a turn
+            self._drop(conversation, f"{'first' if first_lost else 'later'} turn does not fit {where}")
+        self._account.shortened += short is not None
+        return [short] if short else []
+
+    def _drop(self, conversation: Conversation, reason: str) -> None:
+        self._account.drop(reason, conversation.where)
+        entry = {"id": conversation.id, "where": conversation.where, "reason": reason}
+        self._dropped.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+
+def count_overlap(rows: TokenizedRows, others: TokenizedRows) -> int:
+    """Conversations that are in both, by their hashes."""
+    return len(np.intersect1d(rows.conversations(), others.conversations()))
+
+
+def _only(part: list[EncodedRow]) -> EncodedRow | None:
+    return part[0] if part else None
+
+
+def _slice(row: EncodedRow, start: int, end: int) -> EncodedRow:
+    return EncodedRow(row.input_ids[start:end], [(0, end - start, 1.0)], [end - start])
+
+
+def _count_targets(row: EncodedRow) -> int:
+    """Supervised tokens that some position predicts: the first token of a row is predicted by none."""
+    return sum(end - max(start, 1) for start, end, _ in row.spans)
+
+
+def _to_arrow(rows: list[tuple[str, int, EncodedRow]]) -> pa.RecordBatch:
+    ids = [row_id for row_id, _, _ in rows]
+    encoded = [row for _, _, row in rows]
+    spans = [np.array(row.spans, dtype=np.float64).reshape(-1, 3) for row in encoded]
+    id_offsets = np.cumsum([0, *(len(row.input_ids) for row in encoded)], dtype=np.int32)
+    span_offsets = np.cumsum([0, *map(len, spans)], dtype=np.int32)
+    input_ids = np.concatenate([row.input_ids for row in encoded] or [np.zeros(0, np.int32)])
+    columns = np.concatenate(spans or [np.zeros((0, 3))])
+    return pa.record_batch(
+        [
+            pa.array(ids, pa.string()),
+            pa.array([number for _, number, _ in rows], pa.int64()),
+            pa.ListArray.from_arrays(id_offsets, pa.array(input_ids)),
+            *(
+                pa.ListArray.from_arrays(span_offsets, pa.array(columns[:, i].astype(kind)))
+                for i, kind in enumerate((np.int32, np.int32, np.float32))
+            ),
+            pa.array([_count_targets(row) for row in encoded], pa.int32()),
+        ],
+        schema=_SCHEMA,
+    )

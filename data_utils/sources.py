@@ -1,14 +1,21 @@
 """Files to records: every record knows its file and line.
 
-Standard library only, so that a data file can be read without torch or transformers.
+Standard library only (pyarrow inside the readers of .parquet and .zst), so that a data file can be read without torch
+or transformers. A mistake that does not end the file is yielded in its place, so that one pass finds them all.
 """
 
+import gzip
 import hashlib
 import json
-from collections.abc import Iterator
+import random
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NoReturn
+
+FORMATS = (".json", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+_BOM = b"\xef\xbb\xbf"
 
 
 class DataError(ValueError):
@@ -24,28 +31,48 @@ class Record:
     index: int
 
 
-def read_records(path: str | Path) -> Iterator[Record]:
-    """Yield the rows of a .json (one list) or .jsonl (one value a line) file.
+@dataclass(frozen=True)
+class Source:
+    """One data file. sample: how many of its rows to take, or None for all."""
 
-    Raises: DataError: no such file, not UTF-8, invalid JSON (line and column), no list, nothing in it.
+    path: Path
+    sample: int | None = None
+
+    def __str__(self) -> str:
+        return str(self.path) if self.sample is None else f"{self.path}#{self.sample}"
+
+
+def find_sources(paths: Sequence[str | Path]) -> list[Source]:
+    """The data files behind `file`, `file#N` (a sample of N rows) and `directory/` (every data file below it).
+
+    Raises: DataError: nothing there, an unknown format, or a directory without a data file.
     """
-    path = Path(path)
-    if not path.is_file():
-        kind = "is a directory, not a data file" if path.is_dir() else "no such file"
-        raise DataError(f"{path}: {kind}; expected a .json or .jsonl file")
-    if path.suffix not in (".json", ".jsonl"):
-        raise DataError(f"{path}: unknown format '{path.suffix}'; name it .json (a list) or .jsonl (one row a line)")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}:{line}: not UTF-8 ({error.reason}); convert the file to UTF-8") from None
-    num_records = 0
-    for record in _read_jsonl(path, text) if path.suffix == ".jsonl" else _read_json(path, text):
-        num_records += 1
-        yield record
-    if num_records == 0:
-        raise DataError(f"{path}: no rows in it; expected at least one conversation")
+    return [source for path in paths for source in _find_sources(str(path))]
+
+
+def read_records(source: Source, *, seed: int = 0) -> Iterator[Record | DataError]:
+    """Yield the rows of a file, and a DataError in the place of each one that cannot be read.
+
+    seed: of the sample, which keeps the file's order.
+    """
+    rows = _read_rows(source.path)
+    if source.sample is None:
+        yield from rows
+        return
+    chance, seen = random.Random(f"{seed}/{source.path.name}"), 0
+    kept: list[Record] = []
+    for row in rows:
+        if isinstance(row, DataError):
+            yield row
+            continue
+        seen += 1
+        if len(kept) < source.sample:
+            kept.append(row)
+        elif (place := chance.randrange(seen)) < source.sample:
+            kept[place] = row
+    if seen < source.sample:
+        yield DataError(f"{source}: the file has only {seen:,} rows; name it without #{source.sample}")
+    yield from sorted(kept, key=lambda record: record.index)
 
 
 def read_lines(path: str | Path) -> list[str]:
@@ -66,28 +93,74 @@ def read_lines(path: str | Path) -> list[str]:
 
 def hash_file(path: str | Path) -> str:
     """SHA-256 of a file's bytes, as hex."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_json(path: Path, text: str) -> Iterator[Record]:
+def _find_sources(text: str) -> list[Source]:
+    path, sample = Path(text), None
+    name, mark, number = text.rpartition("#")
+    if mark and not path.exists():
+        if not number.isascii() or not number.isdigit() or int(number) < 1:
+            raise DataError(f"{text}: after # stands how many rows to take, such as {name}#5000")
+        path, sample = Path(name), int(number)
+    if path.is_dir():
+        if sample is not None:
+            raise DataError(f"{text}: a sample is taken from a file, not from a directory")
+        found = [file for file in sorted(path.rglob("*")) if file.is_file() and _format_of(file)]
+        if not found:
+            raise DataError(f"{text}: no data file in this directory ({', '.join(FORMATS)})")
+        return [Source(file) for file in found]
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; expected a .json or .jsonl file")
+    if _format_of(path) is None:
+        raise DataError(f"{path}: unknown format '{path.suffix}'; expected {', '.join(FORMATS)}")
+    return [Source(path, sample)]
+
+
+def _format_of(path: Path) -> str | None:
+    return next((suffix for suffix in FORMATS if path.name.endswith(suffix)), None)
+
+
+def _read_rows(path: Path) -> Iterator[Record | DataError]:
+    readers = {".json": _read_json, ".parquet": _read_parquet}
+    found = False
+    try:
+        for item in readers.get(_format_of(path) or "", _read_jsonl)(path):
+            found = True
+            yield item
+    except DataError as error:  # the rest of the file cannot be read
+        found = True
+        yield error
+    except OSError as error:
+        found = True
+        yield DataError(f"{path}: cannot be read: {error.strerror or error}")
+    if not found:
+        yield DataError(f"{path}: no rows in it; expected at least one conversation")
+
+
+# ---- one list ----
+
+
+def _read_json(path: Path) -> Iterator[Record | DataError]:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}:{line}: not UTF-8 ({error.reason}); convert the file to UTF-8") from None
     # json.loads knows no line of an element, so the list is walked here and its elements are parsed one by one.
-    decoder = json.JSONDecoder()
     position = _skip_space(text, 0)
     if position == len(text):
         raise DataError(f"{path}: empty file; expected a JSON list of conversations")
     if text[position] != "[":
-        _parse_at(decoder, path, text, position)
+        _parse_at(path, text, position)
         way_out = "put the row in [ ]" if text[position] == "{" else "expected [{...}, ...]"
         raise DataError(f"{path}:1: not a JSON list; {way_out}, or name a file with one row a line .jsonl")
     position = _skip_space(text, position + 1)
     line, counted, index = 1, 0, 0
     while text[position : position + 1] != "]" or index > 0:
         line, counted = line + text.count("\n", counted, position), position
-        value, position = _parse_at(decoder, path, text, position)
+        value, position = _parse_at(path, text, position)
         yield Record(value, f"{path}:{line}", index)
         index += 1
         position = _skip_space(text, position)
@@ -102,38 +175,109 @@ def _read_json(path: Path, text: str) -> Iterator[Record]:
         raise _syntax_error(path, text, rest, "text after the end of the list")
 
 
-def _read_jsonl(path: Path, text: str) -> Iterator[Record]:
-    index = 0
-    # Not splitlines(): it also breaks at U+2028 and its kin, which JSON strings may hold.
-    for line, row in enumerate(text.split("\n"), start=1):
-        if not row.strip():
-            continue
-        try:
-            value = json.loads(row)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{line}:{error.colno}: invalid JSON: {error.msg}") from None
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-            raise DataError(f"{path}:{line}: invalid JSON: {error}") from None
-        yield Record(value, f"{path}:{line}", index)
-        index += 1
-
-
-def _parse_at(decoder: json.JSONDecoder, path: Path, text: str, position: int) -> tuple[Any, int]:
+def _parse_at(path: Path, text: str, position: int) -> tuple[Any, int]:
     try:
-        return decoder.raw_decode(text, position)
+        return _DECODER.raw_decode(text, position)
     except json.JSONDecodeError as error:
         raise _syntax_error(path, text, error.pos, error.msg) from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+    except (ValueError, RecursionError) as error:  # NaN, a number of thousands of digits, thousands of brackets
         raise _syntax_error(path, text, position, str(error)) from None
 
 
 def _syntax_error(path: Path, text: str, position: int, message: str) -> DataError:
     line = text.count("\n", 0, position) + 1
     column = position - text.rfind("\n", 0, position)
-    return DataError(f"{path}:{line}:{column}: invalid JSON: {message}")
+    return DataError(f"{path}:{line}:{column}: invalid JSON: {message}; what follows in this file was not read")
 
 
 def _skip_space(text: str, position: int) -> int:
     while position < len(text) and text[position] in " \t\r\n":
         position += 1
     return position
+
+
+# ---- a row a line ----
+
+
+def _read_jsonl(path: Path) -> Iterator[Record | DataError]:
+    index = 0
+    with _open_lines(path) as file:
+        for line, raw in enumerate(_split_lines(path, file), start=1):
+            row = raw.removeprefix(_BOM) if line == 1 else raw
+            if not row.strip():
+                continue
+            try:
+                value = _DECODER.decode(row.decode())
+            except UnicodeDecodeError as error:
+                yield DataError(f"{path}:{line}: not UTF-8 ({error.reason}); convert the file to UTF-8")
+            except json.JSONDecodeError as error:
+                yield DataError(f"{path}:{line}:{error.colno}: invalid JSON: {error.msg}")
+            except (ValueError, RecursionError) as error:
+                yield DataError(f"{path}:{line}: invalid JSON: {error}")
+            else:
+                yield Record(value, f"{path}:{line}", index)
+            index += 1
+
+
+def _open_lines(path: Path) -> BinaryIO:
+    if path.suffix == ".gz":
+        return gzip.open(path)  # type: ignore[return-value]
+    if path.suffix == ".zst":
+        import pyarrow
+
+        return pyarrow.input_stream(str(path), compression="zstd")
+    return open(path, "rb")
+
+
+def _split_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
+    # Not the file's own lines: pyarrow's streams have none. Only \n ends a line; JSON strings may hold U+2028.
+    pending: list[bytes] = []
+    number = 1
+    while True:
+        try:
+            block = file.read(1 << 20)
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{path}:{number}: the compressed file is damaged or cut short: {error}") from None
+        if not block:
+            break
+        first, *more = block.split(b"\n")
+        pending.append(first)
+        if more:
+            yield b"".join(pending)
+            yield from more[:-1]
+            number += len(more)
+            pending = [more[-1]]
+    if any(pending):
+        yield b"".join(pending)
+
+
+# ---- parquet ----
+
+
+def _read_parquet(path: Path) -> Iterator[Record | DataError]:
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    index = 0
+    try:
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1000):
+                for value in batch.to_pylist():
+                    yield Record(_without_nulls(value), f"{path}:{index + 1}", index)
+                    index += 1
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise DataError(f"{path}:{index + 1}: not a readable parquet file: {str(error).splitlines()[0]}") from None
+
+
+def _without_nulls(value: Any) -> Any:
+    """A column has the fields of all rows; those that a row does not have are null."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(v) for name, v in value.items() if v is not None}
+    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON value")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)

@@ -2,8 +2,10 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,10 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from examples.tiny_model import build_tokenizer, read_texts
+
+# Nothing of a test stays in the user's cache, and none finds what another version left there.
+_CACHE = tempfile.TemporaryDirectory(prefix="tests-cache-")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -84,6 +90,23 @@ def write_json(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture
+def run_script(capfd, monkeypatch):
+    """Run an entry script as __main__ in this process. Returns: exit code, stdout, stderr."""
+
+    def run(script, *words):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
+        monkeypatch.chdir(ROOT)
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as exit_:
+            code = exit_.code or 0
+        return code, *capfd.readouterr()
+
+    return run
 
 
 def run_python(*words, timeout_s: int = 300, check: bool = True, **environment) -> subprocess.CompletedProcess:

@@ -7,7 +7,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from transformers import AutoModelForCausalLM
 
 from data_utils.collate import StepDataset
-from data_utils.dataset import TokenizedRows, load_rows
+from data_utils.dataset import DataOptions, TokenizedRows, load_rows
 from data_utils.template import ChatTemplate
 from data_utils.tokenizer import load_tokenizer
 from tests.conftest import CONVERSATIONS
@@ -22,7 +22,7 @@ LEARNING_RATES = {"full": 1e-3, "lora": 3e-3, "tokens": 3e-3}
 
 def example_rows(checkpoint: Path) -> tuple[TokenizedRows, ChatTemplate]:
     template = ChatTemplate(load_tokenizer(str(checkpoint)))
-    rows, _ = load_rows([CONVERSATIONS], template, max_length=MAX_LENGTH)
+    rows, _ = load_rows([CONVERSATIONS], template, DataOptions(max_length=MAX_LENGTH))
     return rows, template
 
 
@@ -100,14 +100,14 @@ def reference(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATES[kind], weight_decay=0.0)
     everything = StepDataset(rows, rows_per_step=8, max_tokens=8 * MAX_LENGTH, seed=42)
-    by_id = {row_id: rows[index] for index, row_id in enumerate(rows.ids)}
+    by_id = {rows.row_id(index): rows[index] for index in range(len(rows))}
     results = []
     for step in range(steps):
         ids = [row_id for micro_batch in everything[step]["row_ids"] for row_id in micro_batch]
         num_targets = everything[step]["num_targets"]
         total = 0.0
-        for input_ids, labels in (by_id[row_id] for row_id in ids):
-            ids_T, labels_T = torch.tensor([input_ids]), torch.tensor([labels])
+        for input_ids, labels, _ in (by_id[row_id] for row_id in ids):
+            ids_T, labels_T = torch.tensor(input_ids)[None], torch.tensor(labels)[None]
             loss = model(
                 input_ids=ids_T, attention_mask=torch.ones_like(ids_T), labels=labels_T, num_items_in_batch=num_targets
             ).loss

@@ -1,32 +1,14 @@
 """The scripts as users run them: a whole run, and every mistake as one line with exit code 2."""
 
 import json
-import runpy
 import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.conftest import CONVERSATIONS, ROOT, run_python
+from tests.conftest import CONVERSATIONS, run_python
 from tests.runs import MAX_LENGTH
-
-
-@pytest.fixture
-def run_script(capfd, monkeypatch):
-    """Run an entry script as __main__ in this process. Returns: exit code, stdout, stderr."""
-
-    def run(script, *words):
-        monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
-        monkeypatch.chdir(ROOT)
-        code = 0
-        try:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-        except SystemExit as exit_:
-            code = exit_.code or 0
-        return code, *capfd.readouterr()
-
-    return run
 
 
 def flags(checkpoint, data, out, *more):
@@ -94,10 +76,10 @@ def _plain_loss(directory) -> float:
     model = AutoModelForCausalLM.from_pretrained(directory).eval()
     total, count = 0.0, 0
     for index in range(len(rows)):
-        input_ids, labels = (torch.tensor([values]) for values in rows[index])
+        input_ids, labels = (torch.tensor(values)[None] for values in rows[index][:2])
         with torch.no_grad():
             total += model(input_ids=input_ids, labels=labels, num_items_in_batch=1).loss.item()
-        count += rows.num_targets(index)
+        count += int(rows.num_targets[index])
     return total / count
 
 

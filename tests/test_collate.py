@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -7,18 +8,29 @@ from data_utils.template import IGNORE_INDEX, Row
 
 
 def make_rows(lengths):
-    rows = TokenizedRows()
+    rows = []
     for index, length in enumerate(lengths):
         ids = [100 * (index + 1) + position for position in range(length)]
-        rows.append(Row(ids, [IGNORE_INDEX] * (length // 2) + ids[length // 2 :], [length]), f"row-{index}")
-    return rows
+        rows.append((f"row-{index}", Row(ids, [IGNORE_INDEX] * (length // 2) + ids[length // 2 :], [length], [1.0])))
+    return TokenizedRows.from_rows(rows)
+
+
+def arrays(ids, labels, weights=None):
+    return np.array(ids), np.array(labels), None if weights is None else np.array(weights, dtype=np.float32)
 
 
 def test_padding_and_the_shift_to_the_next_token():
-    batch = collate_rows([([1, 2, 3], [-100, 2, 3]), ([4, 5], [4, -100])])
+    batch = collate_rows([arrays([1, 2, 3], [-100, 2, 3]), arrays([4, 5], [4, -100])])
     assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 5, 0]]
     # The first token of a row is predicted by nothing, so its label 4 is no target.
     assert batch["target_index"].tolist() == [0, 1] and batch["targets"].tolist() == [2, 3]
+
+
+def test_weights_go_with_their_targets():
+    one, other = arrays([1, 2, 3], [-100, 2, 3], [1, 1, 0.5]), arrays([4, 5], [-100, 5])
+    batch = collate_rows([one, other])
+    assert batch["targets"].tolist() == [2, 3, 5] and batch["weights"].tolist() == [1, 0.5, 1]
+    assert "weights" not in collate_rows([other])
 
 
 def test_a_rank_without_rows_runs_a_token_without_target():
@@ -48,7 +60,7 @@ def test_an_epoch_holds_every_row_once_and_evaluation_keeps_their_order():
     rows = make_rows([5, 9, 4, 8, 7])
     dataset = StepDataset(rows, rows_per_step=2, max_tokens=20, seed=3)
     epochs = [[i for step in range(e * 3, e * 3 + 3) for m in dataset[step]["row_ids"] for i in m] for e in range(3)]
-    assert all(sorted(epoch) == rows.ids for epoch in epochs) and len(dataset) == 3
+    assert all(sorted(epoch) == [f"row-{i}" for i in range(5)] for epoch in epochs) and len(dataset) == 3
     assert epochs[0] != epochs[1]
     evaluation = StepDataset(rows, rows_per_step=2, max_tokens=99, seed=None)
     assert [sorted(i for m in evaluation[s]["row_ids"] for i in m) for s in range(3)] == [

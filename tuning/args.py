@@ -22,7 +22,7 @@ class ModelArguments:
     """What is trained."""
 
     model_name_or_path: str = field(metadata={"help": "checkpoint directory or hub name"})
-    cache_dir: str | None = field(default=None, metadata={"help": "where hub downloads are kept"})
+    cache_dir: str | None = field(default=None, metadata={"help": "where hub downloads and tokenised data are kept"})
     trust_remote_code: bool = field(default=False, metadata={"help": "run Python code that comes with the checkpoint"})
     allow_pickle: bool = field(default=False, metadata={"help": "read .bin weights (they can run code when loaded)"})
     pure_bf16: bool = field(
@@ -34,7 +34,7 @@ class ModelArguments:
 class DataArguments:
     """What it is trained on."""
 
-    data_path: list[str] = field(metadata={"help": "training conversations: one or several .json / .jsonl files"})
+    data_path: list[str] = field(metadata={"help": "training data: files, FILE#N (a sample of N rows), directories"})
     eval_data_path: list[str] | None = field(default=None, metadata={"help": "conversations to evaluate on"})
     model_max_length: int = field(
         default=2048, metadata={"help": "tokens a row may have; longer ones lose whole turns"}
@@ -49,6 +49,18 @@ class DataArguments:
     chat_template_kwargs: str | None = field(
         default=None, metadata={"help": "defaults for the template, as JSON: '{\"enable_thinking\": false}'"}
     )
+    data_format: Literal["conversations", "messages", "alpaca", "prompt", "text"] | None = field(
+        default=None, metadata={"help": "format of the rows (default: told by each row's keys)"}
+    )
+    supervise: Literal["all", "last"] = field(default="all", metadata={"help": "assistant turns to train"})
+    on_bad_row: Literal["error", "skip"] = field(
+        default="error", metadata={"help": "list all bad rows and stop, or count them and go on"}
+    )
+    on_long: Literal["drop_turns", "drop", "error"] = field(
+        default="drop_turns",
+        metadata={"help": "rows beyond model_max_length lose turns, are left out, or stop the run"},
+    )
+    no_cache: bool = field(default=False, metadata={"help": "tokenise anew, and keep nothing"})
     lazy_preprocess: bool = field(default=False, metadata={"help": "accepted for older scripts; has no effect"})
 
 

@@ -122,15 +122,18 @@ class TrainingModel(nn.Module):
         """The model's configuration, which training engines look for."""
         return self.causal_lm.config
 
-    def forward(self, input_ids: Tensor, target_index: Tensor, targets: Tensor) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, target_index: Tensor, targets: Tensor, weights: Tensor | None = None
+    ) -> Tensor:
         """Summed cross-entropy of the micro-batch.
 
-        Shapes: input_ids [B, T]; target_index [N], positions in the flattened [B * T]; targets [N]. Returns: scalar.
+        Shapes: input_ids [B, T]; target_index [N], positions in the flattened [B * T]; targets [N]; weights [N] of the
+            targets' losses, or None where all are 1. Returns: scalar.
         """
         causal_lm = self.causal_lm
         hidden = causal_lm.get_decoder()(input_ids=input_ids, use_cache=False)[0]
         supervised = hidden.flatten(0, 1).index_select(0, target_index)
-        return sum_cross_entropy(causal_lm.get_output_embeddings(), supervised, targets)
+        return sum_cross_entropy(causal_lm.get_output_embeddings(), supervised, targets, weights)
 
 
 @torch.no_grad()

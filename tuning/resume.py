@@ -15,7 +15,7 @@ from tuning.training_state import STATE_FILE
 # Settings that change what is computed. Others (how often to log, where rows lie in memory) may change on the way.
 _MATTERS = {
     "model": ["pure_bf16"],
-    "data": ["model_max_length", "system_message", "label_mask", "chat_template_kwargs"],
+    "data": ["model_max_length", "system_message", "label_mask", "chat_template_kwargs", "supervise", "on_long"],
     "lora": [
         "use_lora", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_bias", "use_dora",
         "use_rslora", "loraplus_lr_ratio", "train_embeddings",

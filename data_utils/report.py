@@ -1,0 +1,158 @@
+"""The account of a data set: where every conversation went, and what there is to know before training on it."""
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from data_utils.schema import Conversation
+from data_utils.sources import DataError
+
+SHOWN = 3  # places that are named; the rest is counted
+
+
+class DataErrors(DataError):
+    """Several mistakes, one a line."""
+
+    def __init__(self, messages: Sequence[str], *, limit: int = 100):
+        more = [f"and {len(messages) - limit:,} more"] if len(messages) > limit else []
+        super().__init__("\n".join([*messages[:limit], *more]))
+
+
+@dataclass
+class Account:
+    """What became of the input. Every row read is trained, or counted with a reason and its place (`file:line`).
+
+    files: [{"path", "sha256", "conversations"}]. fingerprint: hash of all tokens and what is trained of them.
+    conversations: rows read. conversations_trained: those with at least one trained turn. rows: training rows.
+    split: conversations that became several rows. shortened: those that lost turns at their end.
+    dropped: reason -> how many turns or conversations; places: reason -> the first of them.
+    problems: rows that could not be read (--on_bad_row skip), as messages.
+    characters: of text by role. lengths: tokens of a row before it was cut: median, 90 %, 99 %, longest.
+    stopped: supervised turns that end with the stop token. duplicates: conversations equal to an earlier one.
+    control_texts: conversations that hold the text of a control token (it stays text).
+    """
+
+    files: list[dict[str, Any]] = field(default_factory=list)
+    fingerprint: str = ""
+    conversations: int = 0
+    conversations_trained: int = 0
+    rows: int = 0
+    split: int = 0
+    shortened: int = 0
+    turns: int = 0
+    turns_trained: int = 0
+    stopped: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    longest_row: int = 0
+    largest_token_id: int = -1
+    too_long: int = 0
+    duplicates: int = 0
+    control_texts: int = 0
+    lengths: dict[str, int] = field(default_factory=dict)
+    characters: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)
+    places: dict[str, list[str]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def note(self, what: str, where: str) -> None:
+        """Remember the first places of something."""
+        places = self.places.setdefault(what, [])
+        if len(places) < SHOWN:
+            places.append(where)
+
+    def drop(self, reason: str, where: str) -> None:
+        """Count one conversation or turn that is not trained."""
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+        self.note(reason, where)
+
+    def describe(self) -> list[str]:
+        """Lines for the log."""
+        lines = [
+            f"{self.conversations:,} conversations: {self.conversations_trained:,} trained, as {self.rows:,} rows with "
+            f"{self.turns_trained:,} supervised turns; {self.tokens:,} tokens, {self.supervised_tokens:,} supervised"
+        ]
+        if self.lengths:
+            named = ", ".join(f"{name} {value:,}" for name, value in self.lengths.items())
+            lines.append(f"tokens a row: {named}")
+        for name, what in (
+            ("split", "became several rows, since the template rewrites what was said before"),
+            ("shortened", "lost turns at their end"),
+            ("duplicates", "are exact duplicates of earlier ones"),
+            ("control_texts", "hold texts that look like control tokens; they stay text"),
+        ):
+            if count := getattr(self, name):
+                lines.append(f"{count:,} of them {what}{self._where(name, count)}")
+        if self.problems:
+            lines.append(f"skipped: {len(self.problems):,} bad rows, the first: {self.problems[0]}")
+        for reason, count in self.dropped.items():
+            lines.append(f"not trained: {count:,} x {reason}{self._where(reason, count)}")
+        return lines
+
+    def describe_fully(self, max_length: int | None) -> list[str]:
+        """Everything there is to know, for `check`."""
+        total = max(1, sum(self.characters.values()))
+        shares = ", ".join(f"{role} {100 * count / total:.0f} %" for role, count in self.characters.items())
+        lines = [*self.describe()]
+        lines.append(f"turns: {self.turns:,}, supervised {self.turns_trained:,}; text by role: {shares}")
+        if max_length is not None:
+            lines.append(f"rows longer than {max_length:,} tokens: {self.too_long:,}")
+        if self.tokens:
+            share = 100 * self.stopped / self.turns_trained
+            lines.append(f"targets that end with the stop token: {share:.4g} %")
+        return lines
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+    def _where(self, what: str, count: int) -> str:
+        places = self.places.get(what, [])
+        more = f" and {count - len(places):,} more" if count > len(places) else ""
+        return f" ({', '.join(places)}{more})" if places else ""
+
+
+class Statistics:
+    """What an account needs of every conversation while the set is read, a few bytes each."""
+
+    def __init__(self, account: Account):
+        self._account = account
+        self._seen: dict[int, None] = {}
+        self._lengths = array("i")
+
+    def add_conversation(self, conversation: Conversation, *, holds_control_text: bool) -> int:
+        """Count a conversation's texts. Returns: a hash of it."""
+        account = self._account
+        account.turns += len(conversation.messages)
+        digest = hashlib.blake2b(digest_size=8)
+        for message in conversation.messages or ({"role": "text", "content": conversation.text},):
+            role, text = message["role"], message["content"] or ""
+            account.characters[role] = account.characters.get(role, 0) + len(text)
+            digest.update(
+                f"{role}\0{text}\0{message.get('tool_calls', '')}{message.get('reasoning_content', '')}".encode()
+            )
+        number = int.from_bytes(digest.digest(), "little", signed=True)
+        if number in self._seen:
+            account.duplicates += 1
+            account.note("duplicates", conversation.where)
+        self._seen[number] = None
+        if holds_control_text:
+            account.control_texts += 1
+            account.note("control_texts", conversation.where)
+        return number
+
+    def add_length(self, tokens: int) -> None:
+        """Count a row's tokens, before it is cut."""
+        self._lengths.append(tokens)
+
+    def finish(self, max_length: int | None) -> None:
+        """Complete the account."""
+        if self._lengths:
+            ordered = sorted(self._lengths)
+            at = {"median": 0.5, "90 %": 0.9, "99 %": 0.99, "longest": 1.0}
+            self._account.lengths = {name: ordered[round(q * (len(ordered) - 1))] for name, q in at.items()}
+            self._account.longest_row = ordered[-1]
+            if max_length is not None:
+                self._account.too_long = sum(length > max_length for length in ordered)

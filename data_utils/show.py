@@ -1,0 +1,103 @@
+"""A row as text, as a page, or as JSON: which tokens are control tokens, which are trained, and why."""
+
+import html
+import json
+from collections.abc import Iterator, Sequence
+
+from rich.console import Console
+from rich.text import Text
+
+from data_utils.template import IGNORE_INDEX, ChatTemplate, Row
+
+_PAGE = """<!doctype html>
+<html><head><meta charset="utf-8"><title>Training rows</title><style>
+body {{ font: 14px/1.5 sans-serif; max-width: 60em; margin: 2em auto; color: #333 }}
+pre {{ white-space: pre-wrap; background: #f6f6f6; padding: 1em; border-radius: 4px }}
+.control {{ color: #888; border: 1px dotted #aaa }} .trained {{ background: #c8eac8 }}
+</style></head><body>
+<p><span class="trained">trained</span> <span class="control">control token</span> context. Hover to see why.</p>
+{rows}
+</body></html>
+"""
+
+
+def as_text(row_id: str | None, row: Row, template: ChatTemplate, *, colour: bool, ids: bool) -> str:
+    """Trained stretches in [[ ]], control tokens in « », and below them why each stretch is trained or not."""
+    text = Text()
+    for trained, pieces in _stretches(row, template):
+        marked = Text("[[" if trained else "")
+        for piece, is_control, piece_ids in pieces:
+            marked.append(f"«{piece}»" if is_control else piece, "dim cyan" if is_control else "")
+            if ids:
+                marked.append(f" {piece_ids} ", "dim")
+        marked.append("]]" if trained else "")
+        if trained:
+            marked.stylize("green")
+        text.append_text(marked)
+    console = Console(force_terminal=colour, no_color=not colour, width=10**6, highlight=False)
+    with console.capture() as capture:
+        console.print(text, soft_wrap=True)
+    why = "\n".join(f"  {start}-{end}: {reason}" for start, end, reason in _reasons(row))
+    return f"{_headline(row_id, row)}\n{capture.get().rstrip()}\n{why}"
+
+
+def as_json(row_id: str | None, row: Row, template: ChatTemplate) -> str:
+    """One JSON object: id, input_ids, labels, pieces (start, end, text, why)."""
+    pieces = [
+        {"start": start, "end": end, "text": template.tokenizer.decode(row.input_ids[start:end]), "why": reason}
+        for start, end, reason in _reasons(row)
+    ]
+    found = {"id": row_id, "input_ids": row.input_ids, "labels": row.labels, "pieces": pieces}
+    return json.dumps(found, ensure_ascii=False)
+
+
+def as_html(rows: Sequence[tuple[str | None, Row]], template: ChatTemplate, *, ids: bool) -> str:
+    """One self-contained page."""
+    parts = []
+    for row_id, row in rows:
+        body, position = "", 0
+        reasons = _reasons(row)
+        for trained, pieces in _stretches(row, template):
+            inner = ""
+            for piece, is_control, piece_ids in pieces:
+                shown = html.escape(piece) + (f" <small>{piece_ids}</small> " if ids else "")
+                inner += f'<span class="control">{shown}</span>' if is_control else shown
+                position += len(piece_ids)
+            why = next((reason for start, end, reason in reasons if start < position <= end), "")
+            body += f'<span{" class=trained" if trained else ""} title="{html.escape(why)}">{inner}</span>'
+        parts.append(f"<h3>{html.escape(_headline(row_id, row))}</h3>\n<pre>{body}</pre>")
+    return _PAGE.format(rows="\n".join(parts))
+
+
+def _headline(row_id: str | None, row: Row) -> str:
+    return f"--- {row_id}: {len(row.input_ids):,} tokens, {row.num_supervised:,} supervised"
+
+
+def _reasons(row: Row) -> list[tuple[int, int, str]]:
+    starts = [0, *(end for end, _ in row.pieces)]
+    return [(start, end, reason) for start, (end, reason) in zip(starts, row.pieces, strict=False)]
+
+
+def _stretches(row: Row, template: ChatTemplate) -> Iterator[tuple[bool, list[tuple[str, bool, list[int]]]]]:
+    """(trained, [(text, whether it is a control token, its ids), ...]) of each stretch."""
+    start = 0
+    for end in range(1, len(row.input_ids) + 1):
+        trained = row.labels[start] != IGNORE_INDEX
+        if end == len(row.input_ids) or (row.labels[end] != IGNORE_INDEX) != trained:
+            yield trained, list(_pieces(row.input_ids[start:end], template))
+            start = end
+
+
+def _pieces(ids: list[int], template: ChatTemplate) -> Iterator[tuple[str, bool, list[int]]]:
+    control = set(template.encoder.control_ids.values())
+    plain: list[int] = []
+    for token_id in ids:
+        if token_id in control:
+            if plain:
+                yield template.tokenizer.decode(plain), False, plain
+            yield template.tokenizer.decode([token_id]), True, [token_id]
+            plain = []
+        else:
+            plain.append(token_id)
+    if plain:
+        yield template.tokenizer.decode(plain), False, plain

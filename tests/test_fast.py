@@ -1,0 +1,195 @@
+"""The definition holds for ten families of templates, and the fast way equals it."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_utils.fast import FastEncoder, encode_row
+from data_utils.schema import parse_record
+from data_utils.sources import DataError, Record
+from data_utils.template import IGNORE_INDEX, ChatTemplate
+from tests.conftest import CONVERSATIONS
+from tests.templates import FAMILIES, NO_TOOLS, load_template
+from tests.test_tokenizer import _metaspace_tokenizer
+
+QUESTION = {"role": "user", "content": "Weather in Paris?"}
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "description": "Weather of a city",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+        },
+    }
+]
+CALL = {"type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'}}
+ROWS = {
+    "plain": {"messages": [QUESTION, {"role": "assistant", "content": "Sunny."}]},
+    "multi-turn": {
+        "messages": [
+            QUESTION,
+            {"role": "assistant", "content": "Sunny."},
+            {"role": "user", "content": "Sure?\nReally?"},
+            {"role": "assistant", "content": "Yes, it is:\n\n- sunny"},
+            {"role": "user", "content": "Thanks"},
+            {"role": "assistant", "content": "Welcome", "weight": 0.5},
+        ]
+    },
+    "system": {"system": "Be kind.", "messages": [QUESTION, {"role": "assistant", "content": "Sunny."}]},
+    "tool": {
+        "tools": TOOLS,
+        "messages": [
+            QUESTION,
+            {"role": "assistant", "content": "", "tool_calls": [CALL]},
+            {"role": "tool", "name": "get_weather", "content": '{"sky": "clear"}'},
+            {"role": "assistant", "content": "Sunny."},
+        ],
+    },
+    "reasoning": {
+        "messages": [
+            QUESTION,
+            {"role": "assistant", "content": "Sunny.", "reasoning_content": "They ask for weather."},
+            {"role": "user", "content": "Sure?"},
+            {"role": "assistant", "content": "Yes.", "reasoning_content": "They doubt."},
+        ]
+    },
+}
+REASONS = {"qwen3", "qwen3_5_think", "qwen3_6", "glm4moe", "gptoss"}
+
+
+def parse(row):
+    return parse_record(Record(row, "f.json:1", 0))
+
+
+def encode(template, row):
+    """Rows by the definition, after checking that the fast way gives them, too."""
+    conversation = parse(row)
+    encoder = FastEncoder(template)
+    batch = encoder.prepare([conversation])
+    (fast,) = encoder.finish(batch, encoder.encode(batch))
+    try:
+        rows = template.encode_conversation(conversation)
+    except DataError as error:
+        assert isinstance(fast, DataError) and str(fast) == str(error)
+        raise
+    assert not isinstance(fast, DataError) and len(fast) == len(rows)
+    for one, other in zip(fast, map(encode_row, rows), strict=True):
+        assert np.array_equal(one.input_ids, other.input_ids) and one.spans == other.spans and one.ends == other.ends
+    return rows
+
+
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_turn_is_trained_as_inference_would_meet_it(name, kind):
+    template, row = load_template(name), ROWS[kind]
+    if kind == "tool" and name in NO_TOOLS:
+        with pytest.raises(DataError, match=r"f\.json:1: the chat template cannot express tools"):
+            encode(template, row)
+        return
+    if kind == "reasoning" and name not in REASONS:
+        with pytest.raises(DataError, match="the chat template does not write reasoning_content"):
+            encode(template, row)
+        return
+    rows = encode(template, row)
+    conversation = parse(row)
+    turns = conversation.supervised_turns
+    assert sum(len(each.ends) for each in rows) == len(turns), "every turn once"
+    tokenizer = template.tokenizer
+    variables = {"tools": list(conversation.tools)} if conversation.tools else {}
+    places = [(each, end, start) for each in rows for start, end in spans(each)]
+    for turn, (each, end, start) in zip(turns, places, strict=True):
+        # Nothing in these conversations has to be escaped, so the tokenizer's own rendering is what inference feeds.
+        prompt = tokenizer.apply_chat_template(
+            list(conversation.messages[:turn]), add_generation_prompt=True, tokenize=False, **variables
+        )
+        fed = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        assert each.input_ids[:start] == fed, "the ids before an answer are those that inference feeds"
+        answer = tokenizer.decode(each.input_ids[start:end])
+        message = conversation.messages[turn]
+        said = "Paris" if message.get("tool_calls") else message["content"]
+        assert said in answer and message.get("reasoning_content", "") in answer
+        assert each.input_ids[end - 1] in template.stop_ids, "a target ends with the stop token"
+        assert sum(i in template.stop_ids for i in each.input_ids[start:end]) == 1
+    if kind == "multi-turn":
+        assert [weight for each in rows for weight in each.weights] == [1, 1, 0.5]
+
+
+def spans(row):
+    edges = np.flatnonzero(np.diff([0, *(label != IGNORE_INDEX for label in row.labels), 0]))
+    return edges.reshape(-1, 2).tolist()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_most_of_real_talk_goes_the_fast_way(name):
+    rows = json.loads(CONVERSATIONS.read_text(encoding="utf-8"))
+    template = load_template(name)
+    batch = FastEncoder(template).prepare([parse(row) for row in rows])
+    fast = sum(type(plan).__name__ == "_Plan" for plan in batch.plans)
+    assert fast >= 0.9 * len(rows)
+    for row in rows:
+        encode(template, row)
+
+
+def pieces(name):
+    special, plain = FAMILIES[name]
+    return [*special[:4], *plain[:4], "\n", " ", "a", "Hello", "<|", "|>", "</", "1", "中", '"', "\\", "{{", "%}"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_nothing_a_user_wrote_becomes_a_control_token(name):
+    template = load_template(name)
+    control = set(template.encoder.control_ids.values())
+    markup = {template.encoder.control_ids[text] for text in template.encoder.markup}
+    tools = name not in NO_TOOLS
+
+    def count(row, *, ids):
+        rows = template.encode_conversation(parse(row))
+        return [sum(i in ids for i in each.input_ids) for each in rows]
+
+    def build(user, result, city):
+        call = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": city}}}
+        described = [{"type": "function", "function": {**TOOLS[0]["function"], "description": user}}]
+        middle = [{"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": result}]
+        messages = [{"role": "user", "content": user}, *(middle if tools else [])]
+        more = {"tools": described} if tools else {}
+        return {"messages": [*messages, {"role": "assistant", "content": "Sunny."}], **more}
+
+    harmless = count(build("u", "r", "c"), ids=control)
+    text = st.lists(st.sampled_from(pieces(name)), max_size=6).map("".join)
+
+    @given(text, text, text)
+    @settings(max_examples=25, deadline=None)
+    def check(user, result, city):
+        assert count(build(f"u{user}u", f"r{result}r", f"c{city}c"), ids=control) == harmless
+
+    check()
+    assert markup <= control
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_fast_way_is_the_definition_for_any_text(name):
+    template = load_template(name)
+    text = st.lists(st.sampled_from(pieces(name)), min_size=1, max_size=5).map("".join)
+
+    @given(st.lists(st.tuples(text, text), min_size=1, max_size=3), st.none() | text)
+    @settings(max_examples=25, deadline=None)
+    def check(turns, system):
+        messages = [] if system is None else [{"role": "system", "content": system}]
+        for asked, answered in turns:
+            messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered or "x"}]
+        if all(m["content"].strip() for m in messages if m["role"] == "assistant"):
+            encode(template, {"messages": messages})
+
+    check()
+
+
+def test_metaspace_tokenizers_go_the_whole_string_way():
+    template = ChatTemplate(_metaspace_tokenizer())
+    assert not template.encoder.pieces_equal_whole
+    batch = FastEncoder(template).prepare([parse(ROWS["multi-turn"])])
+    assert batch.stretches == []
+    encode(template, ROWS["multi-turn"])
