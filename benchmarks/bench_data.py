@@ -120,9 +120,7 @@ def peak_mb() -> float:
     """Most memory this process and its children held at once."""
     import resource
 
-    return (
-        max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
-    )
+    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
 
 
 def run_ours(args: argparse.Namespace, *, warm: bool = False) -> dict[str, float]:
@@ -174,7 +172,9 @@ def run_trl(args: argparse.Namespace) -> dict[str, float]:
         num_key_value_heads=1,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as directory:
-        few = datasets.Dataset.from_list([{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}])
+        few = datasets.Dataset.from_list(
+            [{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}]
+        )
         settings = SFTConfig(
             output_dir=directory, assistant_only_loss=True, dataset_num_proc=2, max_length=None, use_cpu=True,
             report_to="none", bf16=False,

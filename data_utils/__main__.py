@@ -180,10 +180,9 @@ def _conversations(args: argparse.Namespace, template: ChatTemplate) -> Iterator
         for record in read_records(source, seed=args.data_seed):
             if isinstance(record, DataError):
                 raise record
-            conversation = parse_record(record, data_format=args.data_format, supervise=args.supervise)
-            if conversation.id is None:
-                stem = source.path.name.partition(".")[0]
-                conversation = Conversation(**{**vars(conversation), "id": f"{stem}-{record.index}"})
+            conversation = parse_record(
+                record, name=source.name, data_format=args.data_format, supervise=args.supervise
+            )
             chosen = number < args.num or args.all
             if args.index is not None or args.id is not None:
                 chosen = number == args.index or (args.id is not None and conversation.id == args.id)

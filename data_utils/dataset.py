@@ -21,7 +21,7 @@ from data_utils.sources import DataError, Source, find_sources, hash_file, read_
 from data_utils.template import IGNORE_INDEX, ChatTemplate, Row
 
 ROWS_FILE, DROPPED_FILE = "rows.arrow", "dropped.jsonl"
-_CHUNK = 512  # conversations on their way together
+_CHUNK = 2048  # conversations on their way together
 _SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -180,8 +180,8 @@ def build_rows(
         pa.ipc.new_file(sink, _SCHEMA) as writer,
     ):
         keeper = _Keeper(template, options, account, statistics, dropped)
-        for source, batch, encoded in _encode(sources, options, encoder, account):
-            rows = keeper.keep(source, batch, encoder.finish(batch, encoded))
+        for batch, encoded in _encode(sources, options, encoder, account):
+            rows = keeper.keep(batch, encoder.finish(batch, encoded))
             if rows:
                 arrow = _to_arrow(rows)
                 writer.write_batch(arrow)
@@ -200,20 +200,19 @@ def build_rows(
 
 def _encode(
     sources: Sequence[Source], options: DataOptions, encoder: FastEncoder, account: Account
-) -> Iterator[tuple[Source, Batch, list[NDArray[np.int32]]]]:
+) -> Iterator[tuple[Batch, list[NDArray[np.int32]]]]:
     """Read and render in this thread while another one encodes what was rendered before."""
-    waiting: list[tuple[Source, Batch, Future[list[NDArray[np.int32]]]]] = []
+    waiting: list[tuple[Batch, Future[list[NDArray[np.int32]]]]] = []
     with ThreadPoolExecutor(1) as thread:
-        for source in sources:
-            conversations = _read(source, options, account)
-            while chunk := list(itertools.islice(conversations, _CHUNK)):
-                batch = encoder.prepare(chunk)
-                waiting.append((source, batch, thread.submit(encoder.encode, batch)))
-                if len(waiting) > 2:
-                    done = waiting.pop(0)
-                    yield done[0], done[1], done[2].result()
-        for each, batch, future in waiting:
-            yield each, batch, future.result()
+        conversations = itertools.chain.from_iterable(_read(source, options, account) for source in sources)
+        while chunk := list(itertools.islice(conversations, _CHUNK)):
+            batch = encoder.prepare(chunk)
+            waiting.append((batch, thread.submit(encoder.encode, batch)))
+            if len(waiting) > 2:
+                done, future = waiting.pop(0)
+                yield done, future.result()
+        for done, future in waiting:
+            yield done, future.result()
 
 
 def _read(source: Source, options: DataOptions, account: Account) -> Iterator[Conversation]:
@@ -223,14 +222,9 @@ def _read(source: Source, options: DataOptions, account: Account) -> Iterator[Co
             if isinstance(record, DataError):
                 raise record
             account.conversations += 1
-            conversation = parse_record(record, data_format=options.data_format, supervise=options.supervise)
+            yield parse_record(record, name=source.name, data_format=options.data_format, supervise=options.supervise)
         except DataError as error:
             account.problems.append(str(error))
-            continue
-        if conversation.id is None:
-            stem = source.path.name.partition(".")[0]
-            conversation = Conversation(**{**vars(conversation), "id": f"{stem}-{record.index}"})
-        yield conversation
     account.files.append({"path": str(source), "sha256": "", "conversations": account.conversations - before})
 
 
@@ -246,9 +240,7 @@ class _Keeper:
         self._statistics = statistics
         self._dropped = dropped
 
-    def keep(
-        self, source: Source, batch: Batch, encoded: list[list[EncodedRow] | DataError]
-    ) -> list[tuple[str, int, EncodedRow]]:
+    def keep(self, batch: Batch, encoded: list[list[EncodedRow] | DataError]) -> list[tuple[str, int, EncodedRow]]:
         """(id, hash of the conversation, row) of everything that is trained."""
         kept = []
         for conversation, rows in zip(batch.conversations, encoded, strict=True):
@@ -263,7 +255,6 @@ class _Keeper:
 
     def _keep_one(self, conversation: Conversation, rows: list[EncodedRow]) -> list[tuple[str, EncodedRow]]:
         account = self._account
-        assert conversation.id is not None
         parts = [self._shorten(conversation, row, is_first=row is rows[0]) for row in rows]
         kept = [row for part in parts for row in part]
         if not rows:

@@ -1,10 +1,11 @@
 """The fast way to the rows that template.ChatTemplate.encode_conversation defines; tests hold the two equal.
 
 Conversations of one *shape* (roles, and which turns are trained) differ only in their texts. A shape's rendering is
-computed once, with marks in place of the texts: its *skeleton*. A conversation then costs one direct rendering, which
-must equal the filled skeleton, and one encoding of each stretch of text, in batches. Whatever could make a template or
-a tokenizer act on the text itself goes the slow way: tools, variables of a row, texts that hold control tokens or words
-the template looks for, white space at an end, tokenizers whose pieces depend on what stands before.
+computed once, with marks in place of the texts: its *skeleton*. What the template asked about the texts meanwhile is
+known (tracking.py): texts that answer alike fill the skeleton, and each stretch is encoded once, in batches. Whatever
+may come out differently goes the slow way: tools, variables of a row, texts that hold control tokens or words the
+template looks for, white space at an end, tokenizers whose pieces depend on what stands before. Where a template asks
+more than can be known, every filled skeleton is held against a direct rendering; elsewhere the first few of a shape.
 """
 
 import re
@@ -12,17 +13,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import jinja2.nodes
 import numpy as np
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from numpy.typing import NDArray
 
 from data_utils.schema import Conversation
 from data_utils.sources import DataError
 from data_utils.template import IGNORE_INDEX, ChatTemplate, Row
+from data_utils.tracking import TrackedTemplate
 
 _TEXTS = ("content", "reasoning_content", "thinking")
-_MARK = re.compile(r"Zqx(\d+)xqZ")
+# In quotes, brackets and lines, so that a template that escapes or splits texts does not leave it whole.
+_MARK = re.compile(r'Zqx"\\<(\d+)>&\'\nxqZ')
+_CHECKED = 4  # conversations of a shape that are rendered, where a template asks nothing unknown
 _CONTINUATIONS = ("", "a", "A", " a", "1", ".", "\n", "中", "'s", "<")
 Parts = list[str | int]  # literals, and numbers of texts
 
@@ -52,6 +54,9 @@ class _Skeleton:
     check: Parts
     rows: list[list[tuple[Parts, Parts]]]
     cuts: list[tuple[int, str]]
+    looked_for: re.Pattern[str]
+    equals: set[str]
+    checks_left: float
 
 
 @dataclass
@@ -81,8 +86,10 @@ class FastEncoder:
         self._encoder = template.encoder
         self._skeletons: dict[Any, _Skeleton | None] = {}
         self._safe_cuts: dict[tuple[str, str], bool] = {}
-        self._looked_for = _find_looked_for(template.tokenizer.get_chat_template())
-        self._is_fast = template.label_mask == "assistant" and self._encoder.pieces_equal_whole
+        self._tracked = TrackedTemplate(template.tokenizer)
+        self._is_fast = (
+            template.label_mask == "assistant" and self._encoder.pieces_equal_whole and not self._tracked.opaque
+        )
 
     def prepare(self, conversations: Sequence[Conversation]) -> Batch:
         """Plan rows and collect the stretches of text to encode, each once."""
@@ -126,12 +133,14 @@ class FastEncoder:
         if skeleton is None:
             return None
         texts = [messages[index][name] for index, name in skeleton.texts]
-        if not all(map(self._is_harmless, texts)):
+        if not all(self._is_harmless(text, skeleton) for text in texts):
             return None
         if not all(self._is_safe_cut(before, texts[number][0]) for number, before in skeleton.cuts):
             return None
-        if self._render_or_none(messages[: skeleton.num_messages]) != _fill(skeleton.check, texts):
-            return None
+        if skeleton.checks_left > 0:
+            skeleton.checks_left -= 1
+            if self._render_or_none(messages[: skeleton.num_messages]) != _fill(skeleton.check, texts):
+                return None
         return _Plan(
             [
                 [
@@ -143,11 +152,13 @@ class FastEncoder:
             ]
         )
 
-    def _is_harmless(self, text: str) -> bool:
+    def _is_harmless(self, text: str, skeleton: _Skeleton) -> bool:
         """Whether a text is to template and tokenizer like any other."""
         if not text or text[0].isspace() or text[-1].isspace():
             return False
-        return not self._looked_for.search(text) and not self._encoder.holds_control_text(text)
+        if text in skeleton.equals or skeleton.looked_for.search(text):
+            return False
+        return not self._encoder.holds_control_text(text)
 
     def _is_safe_cut(self, before: str, first: str) -> bool:
         """Whether text that begins with this character is encoded alike behind `before` and on its own."""
@@ -172,7 +183,7 @@ class FastEncoder:
             return None
         marked = [dict(message) for message in messages]
         for number, (index, name) in enumerate(texts):
-            marked[index][name] = f"Zqx{number}xqZ"
+            marked[index][name] = f"Zqx\"\\<{number}>&'\nxqZ"
         for message in marked:
             if "thinking" in message:
                 message["thinking"] = message["reasoning_content"]  # one text under two names
@@ -195,14 +206,35 @@ class FastEncoder:
                     so_far = prompt + target
                 rows[-1].append((_split(prompt), _split(target)))
             last = turns[-1] + 1
-            check = _split(self._template.render(marked[:last]))
+            check = self._template.render(marked[:last])
+            words, equals, is_open = self._ask(marked, texts, turns)
         except Exception:  # the slow way says what is wrong, with the text that is
             return None
         for row in rows:
             for turn_parts in row:
                 for parts in turn_parts:
                     parts[:] = [self._encoder.swap(part) if isinstance(part, str) else part for part in parts]
-        return _Skeleton(texts, last, check, rows, cuts)
+        parts = _split(check)
+        unseen = {number for number, (_, name) in enumerate(texts) if name != "thinking"} - set(parts)
+        checks = float("inf") if is_open or unseen else _CHECKED
+        looked_for = re.compile("|".join(map(re.escape, sorted(words))) or r"(?!)")
+        return _Skeleton(texts, last, parts, rows, cuts, looked_for, equals, checks)
+
+    def _ask(
+        self, marked: list[dict[str, Any]], texts: list[tuple[int, str]], turns: tuple[int, ...]
+    ) -> tuple[set[str], set[str], bool]:
+        """What the template asks about texts in any rendering that the skeleton is made of."""
+        words: set[str] = set()
+        equals: set[str] = set()
+        is_open = False
+        for turn in turns:
+            for count, prompts in ((turn, True), (turn + 1, False)):
+                rendered, questions = self._tracked.ask(marked[:count], texts, add_generation_prompt=prompts)
+                words |= questions.words
+                equals |= questions.equals
+                plain = self._template.render(marked[:count], add_generation_prompt=prompts)
+                is_open |= questions.open or rendered != plain
+        return words, equals, is_open
 
     def _find_cut(self, prompt: Parts, target: Parts) -> list[tuple[int, str]] | None:
         """What has to be safe where a target begins, since the row goes on behind it; None where it is not."""
@@ -265,19 +297,3 @@ def _split(text: str) -> Parts:
 
 def _fill(parts: Parts, texts: list[str]) -> str:
     return "".join([texts[part] if isinstance(part, int) else part for part in parts])
-
-
-def _find_looked_for(template: str) -> re.Pattern[str]:
-    """Texts that a template searches for in other texts, or splits or replaces them at."""
-    plain = re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", "", template)  # transformers' own statement
-    tree = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
-    nodes: list[Any] = []
-    for compare in tree.find_all(jinja2.nodes.Compare):
-        if any(operand.op in ("in", "notin") for operand in compare.ops):
-            nodes.append(compare.expr)
-    for call in tree.find_all((jinja2.nodes.Call, jinja2.nodes.Filter, jinja2.nodes.Test)):
-        nodes += call.args  # type: ignore[attr-defined]
-    found = {node.value for node in nodes if isinstance(node, jinja2.nodes.Const) and isinstance(node.value, str)}
-    # White space at the ends is not harmless anyway, and single words such as "content" are names of fields.
-    found = {text for text in found if text.strip() and not text.isalnum() and text.strip() not in ("_", "-")}
-    return re.compile("|".join(map(re.escape, sorted(found))) or r"(?!)")

@@ -119,7 +119,7 @@ class Statistics:
 
     def __init__(self, account: Account):
         self._account = account
-        self._seen: dict[int, None] = {}
+        self._seen: set[int] = set()
         self._lengths = array("i")
 
     def add_conversation(self, conversation: Conversation, *, holds_control_text: bool) -> int:
@@ -137,7 +137,7 @@ class Statistics:
         if number in self._seen:
             account.duplicates += 1
             account.note("duplicates", conversation.where)
-        self._seen[number] = None
+        self._seen.add(number)
         if holds_control_text:
             account.control_texts += 1
             account.note("control_texts", conversation.where)

@@ -44,7 +44,7 @@ _WEIGHTS = ("train", "loss", "loss_weight", "weight")
 class Conversation:
     """One conversation in the form chat templates take.
 
-    id: the row's own `id`, or None.
+    id: the row's own `id`, or the file's name and the row's number.
     messages: [{"role": "system" | "user" | "assistant" | "tool", "content": str}, ...]; an assistant's may have
         "tool_calls" ([{"type": "function", "function": {"name", "arguments": object}}]) and "reasoning_content".
     where: `file:line`, for messages.
@@ -53,7 +53,7 @@ class Conversation:
     text: instead of messages, text of which every token is trained.
     """
 
-    id: str | None
+    id: str
     messages: tuple[dict[str, Any], ...]
     where: str
     weights: dict[int, float] = field(default_factory=dict)
@@ -67,8 +67,12 @@ class Conversation:
         return [index for index, weight in sorted(self.weights.items()) if weight > 0]
 
 
-def parse_record(record: Record, *, data_format: str | None = None, supervise: str = "all") -> Conversation:
+def parse_record(
+    record: Record, *, name: str = "", data_format: str | None = None, supervise: str = "all"
+) -> Conversation:
     """Check one record and turn it into a Conversation.
+
+    name: of the file; a row without an id gets `name-<row number>`.
 
     data_format: a key of FORMATS; None tells it by the row's keys.
     supervise: "all" assistant turns, or only the "last".
@@ -78,16 +82,16 @@ def parse_record(record: Record, *, data_format: str | None = None, supervise: s
     row, where = record.value, record.where
     if not isinstance(row, dict):
         raise DataError(f"{where}: a row must be an object with 'conversations' or 'messages', not {_kind(row)}")
-    name = data_format or _tell_format(row, where)
-    if missing := [key for key in FORMATS[name] if key not in row]:
-        raise DataError(f"{where}: no '{missing[0]}' in the row, which {name} rows have")
+    row_format = data_format or _tell_format(row, where)
+    if missing := [key for key in FORMATS[row_format] if key not in row]:
+        raise DataError(f"{where}: no '{missing[0]}' in the row, which {row_format} rows have")
     for key in ("functions", "weight", "loss", "loss_weight"):
         if row.get(key) not in (None, "", []):
             raise DataError(f"{where}: {key}: not supported in a row; " + _INSTEAD.get(key, "write it into the turns"))
-    row_id = None if row.get("id") is None else _check_text(str(row["id"]), f"{where}: id")
-    if name == "text":
+    row_id = f"{name}-{record.index}" if row.get("id") is None else _check_text(str(row["id"]), f"{where}: id")
+    if row_format == "text":
         return _parse_text(row, row_id, where)
-    turns, first_trained = _TURNS[name](row, where)
+    turns, first_trained = _TURNS[row_format](row, where)
     turns = [turn for turn in turns if turn is not None]
     system = row.get("system")
     if system not in (None, ""):
@@ -126,7 +130,7 @@ def _tell_format(row: dict[str, Any], where: str) -> str:
     return found[0]
 
 
-def _parse_text(row: dict[str, Any], row_id: str | None, where: str) -> Conversation:
+def _parse_text(row: dict[str, Any], row_id: str, where: str) -> Conversation:
     text = _check_text(row["text"], f"{where}: text")
     if not text.strip():
         raise DataError(f"{where}: text: empty")

@@ -38,6 +38,11 @@ class Source:
     path: Path
     sample: int | None = None
 
+    @property
+    def name(self) -> str:
+        """The file's name without what says its format."""
+        return self.path.name.partition(".")[0]
+
     def __str__(self) -> str:
         return str(self.path) if self.sample is None else f"{self.path}#{self.sample}"
 

@@ -165,9 +165,11 @@ class SafeEncoder:
         self._swap_pattern = _any_of(sorted(self._swap, key=len, reverse=True))
         self._twin, self._original_ids = _build_twin(tokenizer, renamed)
         largest = max(self._twin.get_vocab_size(), *self._original_ids, *added)
-        self._id_table = np.arange(largest + 1, dtype=np.int32)
+        table = np.arange(largest + 1, dtype=np.int32)
         for twin_id, token_id in self._original_ids.items():
-            self._id_table[twin_id] = token_id
+            table[twin_id] = token_id
+        is_same = np.array_equal(table, np.arange(len(table)))
+        self._id_table = None if is_same else table
         # A metaspace tokenizer marks the start of a piece: there, pieces must not be encoded apart.
         unsafe = self._find_unsafe(tokenizer)
         if unsafe is not None:
@@ -195,7 +197,8 @@ class SafeEncoder:
     def encode_batch(self, swapped: list[str]) -> list[NDArray[np.int32]]:
         """Ids of texts that went through swap, on all cores."""
         encodings = self._twin.encode_batch_fast(swapped, add_special_tokens=False)
-        return [self._id_table[np.array(encoding.ids, dtype=np.int32)] for encoding in encodings]
+        found = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+        return found if self._id_table is None else [self._id_table[ids] for ids in found]
 
     def holds_control_text(self, text: str) -> bool:
         """Whether the text of a control token stands in it."""

@@ -11,6 +11,7 @@ from data_utils.fast import FastEncoder, encode_row
 from data_utils.schema import parse_record
 from data_utils.sources import DataError, Record
 from data_utils.template import IGNORE_INDEX, ChatTemplate
+from data_utils.tokenizer import load_tokenizer
 from tests.conftest import CONVERSATIONS
 from tests.templates import FAMILIES, NO_TOOLS, load_template
 from tests.test_tokenizer import _metaspace_tokenizer
@@ -193,3 +194,57 @@ def test_metaspace_tokenizers_go_the_whole_string_way():
     batch = FastEncoder(template).prepare([parse(ROWS["multi-turn"])])
     assert batch.stretches == []
     encode(template, ROWS["multi-turn"])
+
+
+# Templates that do unusual things with texts; each must give the definition's rows for texts that matter to it.
+TRICKS = {
+    "length": "{{ '!' if m.content | length > 12 else '' }}{{ m.content }}",
+    "upper": "{{ m.content | upper }}",
+    "first letter": "{{ m.content[0] }}-{{ m.content }}",
+    "equal": "{{ 'same' if m.content == 'magic' else m.content }}",
+    "in a list": "{{ 'listed' if m.content in ['magic', 'word'] else m.content }}",
+    "word": "{{ 'found' if 'magic' in m.content else m.content }}",
+    "joined word": "{% set x = 'a ' ~ m.content %}{{ 'found' if 'a magic' in x else m.content }}",
+    "added word": "{% set x = 'a ' + m.content %}{{ 'found' if 'a magic' in x else m.content }}",
+    "word in a macro": "{% macro f(c) %}{{ c }}{% endmacro %}{{ 'f' if 'magic' in f(m.content) else m.content }}",
+    "word in a block": "{% set x %}<{{ m.content }}>{% endset %}{{ 'f' if '<magic' in x else x }}",
+    "joined list": "{% set x = [m.content, 'b'] | join('-') %}{{ 'f' if 'magic-b' in x else x }}",
+    "json": "{{ m.content | tojson }}",
+    "split lines": "{{ m.content.split('\\n')[-1] }}",
+    "replaced": "{{ m.content.replace('magic', 'trick') }}",
+    "starts": "{{ 'x' if m.content.startswith('magic') else m.content }}",
+    "stripped letters": "{{ m.content.strip('m') }}",
+    "formatted": "{{ '%s!' % m.content }}{{ 'f' if 'magic' in ('%s' % m.content) else '' }}",
+    "number": "{{ m.content | int }}{{ m.content }}",
+    "compared": "{{ 'late' if m.content > 'n' else m.content }}",
+    "letters": "{% for c in m.content %}{{ c }}.{% endfor %}",
+    "last word of the first turn": "{{ messages[0].content.split(' ') | last }}{{ m.content }}",
+    "seen before": "{{ 'again' if loop.index0 > 1 and m.content == messages[0].content else m.content }}",
+}
+
+
+@pytest.mark.parametrize("trick", TRICKS)
+def test_templates_that_ask_about_texts_are_asked_back(checkpoints, trick):
+    tokenizer = load_tokenizer(str(checkpoints["untied"]))
+    macro, mark, body = TRICKS[trick].rpartition("{% endmacro %}")
+    tokenizer.chat_template = (
+        macro
+        + mark
+        + "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% if m.role == 'user' %}"
+        + body
+        + "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}"
+        + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    template = ChatTemplate(tokenizer)
+    encoder = FastEncoder(template)
+    plain = ["one", "two words", "three", "four", "five", "six", "seven"]
+    special = ["magic", "magic word", "a magic", "m", "mm", "zebra", "7", "x" * 40, "a\nb", 'say "hi"', "a\\b", "word"]
+    for text in [*plain, *special, *plain]:
+        answers = [{"role": "assistant", "content": "Yes."}, {"role": "user", "content": text}]
+        talk = {"messages": [{"role": "user", "content": text}, *answers, {"role": "assistant", "content": "No."}]}
+        conversation = parse(talk)
+        batch = encoder.prepare([conversation])
+        (fast,) = encoder.finish(batch, encoder.encode(batch))
+        expected = [encode_row(row) for row in template.encode_conversation(conversation)]
+        assert not isinstance(fast, DataError)
+        assert [row.input_ids.tolist() for row in fast] == [row.input_ids.tolist() for row in expected], text
