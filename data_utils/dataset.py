@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from data_utils.bpe import Differs
 from data_utils.cache import RowCache
 from data_utils.fast import Batch, EncodedRow, FastEncoder, cut_to_length, encode_row
 from data_utils.report import Account, DataErrors, Statistics
@@ -21,7 +22,8 @@ from data_utils.sources import DataError, Source, find_sources, hash_file, read_
 from data_utils.template import IGNORE_INDEX, ChatTemplate, Row
 
 ROWS_FILE, DROPPED_FILE = "rows.arrow", "dropped.jsonl"
-_CHUNK = 2048  # conversations on their way together
+_CHUNK, _WAITING = 1024, 10  # conversations in a batch, and batches on their way
+_POOL_FROM = 1000  # stretches of text, below which other processes cost more than they save
 _SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -171,6 +173,20 @@ def build_rows(
 
     Raises: DataError: all bad rows at once (unless options skip them), or no supervised token in all.
     """
+    try:
+        account = _build_rows(sources, template, options, directory)
+    except Differs:
+        template.encoder.can_be_fast = False
+        account = _build_rows(sources, template, options, directory)
+    if account.problems and options.on_bad_row == "error":
+        raise DataErrors(account.problems)
+    if account.supervised_tokens == 0 and not may_be_empty:
+        reasons = "; ".join(account.describe()[1:]) or "no conversation was left"
+        raise DataError(f"{', '.join(map(str, sources))}: no supervised token in the whole set: {reasons}")
+    return account
+
+
+def _build_rows(sources: Sequence[Source], template: ChatTemplate, options: DataOptions, directory: Path) -> Account:
     account = Account()
     statistics = Statistics(account)
     encoder, digest = FastEncoder(template), hashlib.sha256()
@@ -190,29 +206,30 @@ def build_rows(
                     digest.update(arrow[name].values.buffers()[1])
     account.fingerprint = digest.hexdigest()
     statistics.finish(options.max_length)
-    if account.problems and options.on_bad_row == "error":
-        raise DataErrors(account.problems)
-    if account.supervised_tokens == 0 and not may_be_empty:
-        reasons = "; ".join(account.describe()[1:]) or "no conversation was left"
-        raise DataError(f"{', '.join(map(str, sources))}: no supervised token in the whole set: {reasons}")
     return account
 
 
 def _encode(
     sources: Sequence[Source], options: DataOptions, encoder: FastEncoder, account: Account
 ) -> Iterator[tuple[Batch, list[NDArray[np.int32]]]]:
-    """Read and render in this thread while another one encodes what was rendered before."""
-    waiting: list[tuple[Batch, Future[list[NDArray[np.int32]]]]] = []
-    with ThreadPoolExecutor(1) as thread:
-        conversations = itertools.chain.from_iterable(_read(source, options, account) for source in sources)
-        while chunk := list(itertools.islice(conversations, _CHUNK)):
-            batch = encoder.prepare(chunk)
-            waiting.append((batch, thread.submit(encoder.encode, batch)))
-            if len(waiting) > 2:
+    """Read and render here while what was rendered before is encoded beside."""
+    conversations = itertools.chain.from_iterable(_read(source, options, account) for source in sources)
+    batch = encoder.prepare(list(itertools.islice(conversations, _CHUNK)))
+    if len(batch.stretches) < _POOL_FROM:
+        yield batch, encoder.encode(batch)
+        batch = encoder.prepare(list(itertools.islice(conversations, _CHUNK)))
+        if not batch.conversations:
+            return
+    waiting: list[tuple[Batch, Future[Any]]] = []
+    with encoder.open_pool() as pool:
+        while batch.conversations:
+            waiting.append((batch, encoder.encode_in_pool(pool, batch)))
+            if len(waiting) > _WAITING:
                 done, future = waiting.pop(0)
-                yield done, future.result()
+                yield done, encoder.collect(future)
+            batch = encoder.prepare(list(itertools.islice(conversations, _CHUNK)))
         for done, future in waiting:
-            yield done, future.result()
+            yield done, encoder.collect(future)
 
 
 def _read(source: Source, options: DataOptions, account: Account) -> Iterator[Conversation]:

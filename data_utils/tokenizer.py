@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from data_utils.bpe import ByteLevelBPE, Differs, FastBPE
 from data_utils.sources import DataError
 
 DEFAULT_SYSTEM_MESSAGE = "You are a helpful assistant."
@@ -126,6 +127,7 @@ class SafeEncoder:
     r"""Escape, encode, and the set of control tokens of one tokenizer and its chat template.
 
     control_ids: text -> id of every control token.
+    can_be_fast: whether encode_batch_fast is worth a try.
     template_ids: ids of the control tokens that stand in the template's own text, ascending.
 
     Example: encode("<|im_start|>user\n" + escape("<|im_end|>")) holds the id of <|im_start|> and not of <|im_end|>.
@@ -163,13 +165,16 @@ class SafeEncoder:
         self._user_pattern = _any_of(ordered)
         self._assistant_pattern = _any_of([text for text in ordered if text not in self.markup])
         self._swap_pattern = _any_of(sorted(self._swap, key=len, reverse=True))
-        self._twin, self._original_ids = _build_twin(tokenizer, renamed)
+        self._twin, self._original_ids, self._byte_level = _build_twin(tokenizer, renamed)
         largest = max(self._twin.get_vocab_size(), *self._original_ids, *added)
         table = np.arange(largest + 1, dtype=np.int32)
         for twin_id, token_id in self._original_ids.items():
             table[twin_id] = token_id
         is_same = np.array_equal(table, np.arange(len(table)))
         self._id_table = None if is_same else table
+        self.can_be_fast = self._byte_level is not None
+        self._bpe: FastBPE | None = None
+        self._never_written = {renamed[text] for text in self.control_ids if text not in template}
         # A metaspace tokenizer marks the start of a piece: there, pieces must not be encoded apart.
         unsafe = self._find_unsafe(tokenizer)
         if unsafe is not None:
@@ -196,9 +201,34 @@ class SafeEncoder:
 
     def encode_batch(self, swapped: list[str]) -> list[NDArray[np.int32]]:
         """Ids of texts that went through swap, on all cores."""
-        encodings = self._twin.encode_batch_fast(swapped, add_special_tokens=False)
-        found = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
-        return found if self._id_table is None else [self._id_table[ids] for ids in found]
+        return [self._as_array(ids) for ids in self._encode_plainly(swapped)]
+
+    def encode_batch_fast(self, swapped: list[str]) -> list[NDArray[np.int32]]:
+        """The same through a faster library, on one core.
+
+        Raises: Differs: it does not agree with the tokenizer.
+        """
+        first = self._bpe is None
+        if self._bpe is None:
+            assert self._byte_level is not None
+            self._bpe = self._byte_level.build(self._twin, self._never_written)
+        if (bpe := self._bpe) is None:
+            raise Differs
+        ids = [bpe.encode(text) if bpe.takes(text) else None for text in swapped]
+        # All of the first few are held against the tokenizer, and every 32nd after them.
+        checked = [i for i, each in enumerate(ids) if each is None or i % 32 == 0 or (first and i < 256)]
+        for index, expected in zip(checked, self._encode_plainly([swapped[i] for i in checked]), strict=True):
+            if ids[index] is not None and ids[index] != expected:
+                raise Differs
+            ids[index] = expected
+        return [self._as_array(each) for each in ids]
+
+    def _encode_plainly(self, swapped: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._twin.encode_batch_fast(swapped, add_special_tokens=False)]
+
+    def _as_array(self, ids: Any) -> NDArray[np.int32]:
+        found = np.array(ids, dtype=np.int32)
+        return found if self._id_table is None else self._id_table[found]
 
     def holds_control_text(self, text: str) -> bool:
         """Whether the text of a control token stands in it."""
@@ -224,8 +254,10 @@ class SafeEncoder:
         return self.encode(next(iter(self.control_ids)) + target)[1:]
 
 
-def _build_twin(tokenizer: PreTrainedTokenizerBase, renamed: dict[str, str]) -> tuple[Tokenizer, dict[int, int]]:
-    """The tokenizer with its control tokens renamed, and the map from the twin's ids back to the original's."""
+def _build_twin(
+    tokenizer: PreTrainedTokenizerBase, renamed: dict[str, str]
+) -> tuple[Tokenizer, dict[int, int], ByteLevelBPE | None]:
+    """The tokenizer with its control tokens renamed, the way back to its ids, and what tiktoken needs of it."""
     state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     for token in state["added_tokens"]:
         token["content"] = renamed.get(token["content"], token["content"])
@@ -237,7 +269,8 @@ def _build_twin(tokenizer: PreTrainedTokenizerBase, renamed: dict[str, str]) -> 
     added = tokenizer.added_tokens_decoder.items()
     names = {token_id: renamed.get(token.content, token.content) for token_id, token in added}
     twin_ids = {token_id: twin.token_to_id(name) for token_id, name in names.items()}
-    return twin, {twin_id: token_id for token_id, twin_id in twin_ids.items() if twin_id is not None}
+    original_ids = {twin_id: token_id for token_id, twin_id in twin_ids.items() if twin_id is not None}
+    return twin, original_ids, ByteLevelBPE.find(state)
 
 
 def _render_delimiters(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -110,7 +110,7 @@ BAD_DATA = {
     "empty list": ("[]", "data.json: no rows in it"),
     "invalid JSON": ('[\n{"id" 2}]', "data.json:2:7: invalid JSON"),
     "no list": ('{"conversations": []}', "data.json:1: not a JSON list"),
-    "no conversations": ([{"text": "x"}], "data.json:1: no 'conversations' or 'messages'"),
+    "no conversations": ([{"txt": "x"}], "data.json:1: no 'conversations' or 'messages'"),
     "unknown role": (
         [{"conversations": [USER, {"from": "gpt4", "value": "A"}]}],
         "data.json:1: conversations[1].from: 'gpt4' is not a role (user, human, assistant,",
@@ -216,8 +216,7 @@ def test_show_prints_text_with_the_trained_parts_marked(checkpoints, capsys, mon
     assert main() == 0
     shown = capsys.readouterr()
     assert shown.out.count("--- demo-") == 3
-    assert "<|im_start|>assistant\n[[I am Sparrow, a small model" in shown.out
-    assert "56 conversations: 56 trained" in shown.err
+    assert "«<|im_start|>»assistant\n[[I am Sparrow, a small model" in shown.out and shown.err == ""
     monkeypatch.setattr(sys, "argv", ["data_utils", "show", "absent.json", "--model", str(checkpoints["untied"])])
     assert main() == 2
     assert capsys.readouterr().err.startswith("error: absent.json: no such file")

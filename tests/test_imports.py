@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import ROOT
 
 STANDARD_ONLY = {"sources", "schema", "layout"}
-OPTIONAL = {"deepspeed", "bitsandbytes", "gptqmodel", "mpi4py", "optimum"}
+OPTIONAL = {"deepspeed", "bitsandbytes", "gptqmodel", "mpi4py", "optimum", "tiktoken"}
 
 
 def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
@@ -40,7 +40,9 @@ def test_packages_do_not_know_each_other_nor_an_entry_script(path):
 @pytest.mark.parametrize("name", sorted(STANDARD_ONLY))
 def test_the_first_rooms_need_only_the_standard_library(name):
     foreign = {
-        i for i in imports(ROOT / "data_utils" / f"{name}.py") if i.partition(".")[0] not in sys.stdlib_module_names
+        i
+        for i in imports(ROOT / "data_utils" / f"{name}.py", top_level_only=True)
+        if i.partition(".")[0] not in sys.stdlib_module_names
     }
     assert foreign <= {"data_utils.sources"}
 
