@@ -35,5 +35,5 @@ lint: setup ## ruff and mypy
 
 check: lint test ## lint, then test
 
-bench: setup ## nothing to measure yet: benchmarks come with the speed issue
-	@echo "no benchmarks yet"
+bench: setup ## tokenising speed: make bench DATA="a.json b.json" TOKENIZER=DIR (alpaca files)
+	$(BIN)/python benchmarks/bench_data.py $(DATA) --tokenizer $(TOKENIZER)

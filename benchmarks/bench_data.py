@@ -14,11 +14,13 @@ DATA are alpaca files (instruction, input, output); every answer is made unique,
 import argparse
 import importlib.metadata
 import json
+import os
 import platform
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from datetime import date
 from pathlib import Path
@@ -77,14 +79,14 @@ def report(figures: dict[str, list[dict[str, float]]], args: argparse.Namespace)
     result = {
         "date": date.today().isoformat(),
         "machine": platform.platform(),
-        "cores": len(__import__("os").sched_getaffinity(0)),
+        "cores": len(os.sched_getaffinity(0)),
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "rows": args.rows,
         "repeats": args.repeats,
         "medians": medians,
         "runs": figures,
     }
-    print("| arm | seconds | rows/s | peak RSS MB |\n|---|---|---|---|")
+    print("| arm | seconds | rows/s | peak memory MB |\n|---|---|---|---|")
     for arm, median in medians.items():
         print(f"| {arm} | {median['seconds']} | {median['rows'] / median['seconds']:,.0f} | {median['peak_mb']:,.0f} |")
     if args.out:
@@ -116,12 +118,38 @@ def load_template(path: Path):
     return ChatTemplate(load_tokenizer(str(path), chat_template=str(template)))
 
 
-def peak_mb() -> float:
-    """No less than what this process and its two workers, if it had them, held at once: shared pages count thrice."""
-    import resource
+class PeakMemory:
+    """Most memory that this process and its children held at once, shared pages counted once (Linux: Pss)."""
 
-    own, worker = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return (own + 2 * worker) / 1024
+    def __init__(self) -> None:
+        self.mb = 0.0
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "PeakMemory":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(0.25):
+            self.mb = max(self.mb, sum(map(self._read, [os.getpid(), *self._children(os.getpid())])))
+
+    def _children(self, pid: int) -> list[int]:
+        found = []
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            found += map(int, (task / "children").read_text().split())
+        return found + [grandchild for child in found for grandchild in self._children(child)]
+
+    def _read(self, pid: int) -> float:
+        try:
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        except OSError:  # it has ended
+            return 0.0
+        return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
 
 
 def run_ours(args: argparse.Namespace, *, warm: bool = False) -> dict[str, float]:
@@ -135,10 +163,11 @@ def run_ours(args: argparse.Namespace, *, warm: bool = False) -> dict[str, float
         if warm:
             load_rows([args.work / "rows.jsonl"], template, cache=cache)
         started = time.perf_counter()
-        rows, account = load_rows([args.work / "rows.jsonl"], template, cache=cache)
-        seconds = time.perf_counter() - started
+        with PeakMemory() as peak:
+            rows, account = load_rows([args.work / "rows.jsonl"], template, cache=cache)
+            seconds = time.perf_counter() - started
     assert len(rows) == args.rows
-    return {"seconds": seconds, "rows": len(rows), "tokens": account.tokens, "peak_mb": peak_mb()}
+    return {"seconds": seconds, "rows": len(rows), "tokens": account.tokens, "peak_mb": peak.mb}
 
 
 def run_warm(args: argparse.Namespace) -> dict[str, float]:
@@ -153,10 +182,11 @@ def run_tokenizer(args: argparse.Namespace) -> dict[str, float]:
     texts = [template.render(json.loads(line)["messages"]) for line in lines]
     tokenizer = template.tokenizer.backend_tokenizer
     started = time.perf_counter()
-    encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    seconds = time.perf_counter() - started
+    with PeakMemory() as peak:
+        encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        seconds = time.perf_counter() - started
     tokens = sum(len(each.ids) for each in encoded)
-    return {"seconds": seconds, "rows": len(texts), "tokens": tokens, "peak_mb": peak_mb()}
+    return {"seconds": seconds, "rows": len(texts), "tokens": tokens, "peak_mb": peak.mb}
 
 
 def run_trl(args: argparse.Namespace) -> dict[str, float]:
@@ -182,13 +212,14 @@ def run_trl(args: argparse.Namespace) -> dict[str, float]:
         )  # fmt: skip
         trainer = SFTTrainer(Qwen3ForCausalLM(config), settings, train_dataset=few, processing_class=tokenizer)
         started = time.perf_counter()
-        loaded = datasets.load_dataset(
-            "json", data_files=str(args.work / "rows.jsonl"), split="train", cache_dir=f"{directory}/cache"
-        )
-        prepared = trainer._prepare_dataset(loaded, trainer.processing_class, settings, False, None, "train")
-        seconds = time.perf_counter() - started
+        with PeakMemory() as peak:
+            loaded = datasets.load_dataset(
+                "json", data_files=str(args.work / "rows.jsonl"), split="train", cache_dir=f"{directory}/cache"
+            )
+            prepared = trainer._prepare_dataset(loaded, trainer.processing_class, settings, False, None, "train")
+            seconds = time.perf_counter() - started
         tokens = sum(map(len, prepared["input_ids"]))
-    return {"seconds": seconds, "rows": len(prepared), "tokens": tokens, "peak_mb": peak_mb()}
+    return {"seconds": seconds, "rows": len(prepared), "tokens": tokens, "peak_mb": peak.mb}
 
 
 def run_check(args: argparse.Namespace) -> dict[str, float]:
@@ -206,10 +237,11 @@ def run_check(args: argparse.Namespace) -> dict[str, float]:
             number += 1
     with tempfile.TemporaryDirectory(dir=args.work) as directory:
         started = time.perf_counter()
-        account = build_rows(find_sources([path]), template, DataOptions(max_length=2048), Path(directory))
-        seconds = time.perf_counter() - started
+        with PeakMemory() as peak:
+            account = build_rows(find_sources([path]), template, DataOptions(max_length=2048), Path(directory))
+            seconds = time.perf_counter() - started
     path.unlink()
-    return {"seconds": seconds, "rows": account.conversations, "tokens": account.tokens, "peak_mb": peak_mb()}
+    return {"seconds": seconds, "rows": account.conversations, "tokens": account.tokens, "peak_mb": peak.mb}
 
 
 RUN = {"ours": run_ours, "warm": run_warm, "tokenizer": run_tokenizer, "trl": run_trl, "check": run_check}
