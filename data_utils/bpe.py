@@ -7,6 +7,7 @@ tokenizer, too; one difference, and the set is encoded again without this.
 
 import importlib.util
 import re
+import sys
 import unicodedata
 from typing import Any
 
@@ -50,9 +51,10 @@ class ByteLevelBPE:
 
     @classmethod
     def find(cls, state: dict[str, Any]) -> "ByteLevelBPE | None":
-        """state: of the tokenizer as JSON. None: tiktoken is not installed, or it is more than byte-level BPE."""
+        """state: of the tokenizer as JSON. None: tiktoken is of no use, or it is more than byte-level BPE."""
         pattern = _find_pattern(state)
-        if pattern is None or importlib.util.find_spec("tiktoken") is None:
+        # It pays in forked processes alone (benchmarks/LOG.md), and those are safe on Linux alone.
+        if pattern is None or importlib.util.find_spec("tiktoken") is None or sys.platform != "linux":
             return None
         return cls(pattern, state["model"]["vocab"], state["added_tokens"])
 

@@ -150,7 +150,8 @@ def load_rows(
     sources = find_sources(paths)
     hashes = [hash_file(source.path) for source in sources]
     key = [[str(source), digest] for source, digest in zip(sources, hashes, strict=True)]
-    with cache.entry(key, template, vars(options)) as entry:
+    matters = vars(options) | ({} if any(source.sample for source in sources) else {"seed": None})
+    with cache.entry(key, template, matters) as entry:
         if not entry.complete:
             account = build_rows(sources, template, options, entry.directory)
             for file, digest in zip(account.files, hashes, strict=True):

@@ -43,6 +43,20 @@ def test_every_layout_is_plain_transformers(checkpoints, references, tmp_path, k
     assert_same(runs.measured(trainer), references("untied", kind))
 
 
+def test_weights_scale_the_loss_of_their_tokens_and_not_the_denominator(checkpoints):
+    _, template = runs.example_rows(checkpoints["untied"])
+    model = runs.build(checkpoints["untied"], "full", template)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(10, 900, (2, 12), generator=generator)
+    index, weights = torch.tensor([3, 4, 9, 14, 20]), torch.tensor([1.0, 0.5, 0.0, 2.0, 0.25])
+    targets = ids.roll(-1, 1).flatten()[index]
+    losses = [model(ids, index[i : i + 1], targets[i : i + 1]).item() for i in range(len(index))]
+    weighted = model(ids, index, targets, weights)
+    assert weighted.item() == pytest.approx(sum(x * w for x, w in zip(losses, weights.tolist(), strict=True)), rel=1e-5)
+    weighted.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 @pytest.mark.parametrize("kind", ["full", "tokens"])
 def test_tied_matrices_too(checkpoints, references, tmp_path, kind):
     rows, template = runs.example_rows(checkpoints["tied"])

@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from examples import alpaca_to_conversations
 from tests.conftest import SHARED, build_model, run_python
 
 
@@ -15,8 +14,7 @@ def test_four_hundred_real_conversations(real_tokenizer_path, tmp_path, capsys):
     sources = [SHARED / "data" / name for name in ("alpaca_en.json", "alpaca_zh.json")]
     if not all(source.is_file() for source in sources):
         pytest.skip("the real data are not beside the project")
-    data = tmp_path / "real.json"
-    alpaca_to_conversations.main(str(data), *(f"{source}#200" for source in sources))
+    data = [f"{source}#200" for source in sources]
     base, out, merged = tmp_path / "base", tmp_path / "out", tmp_path / "merged"
     tokenizer = AutoTokenizer.from_pretrained(real_tokenizer_path)
     changes = {"vocab_size": 151_936, "hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
@@ -24,7 +22,7 @@ def test_four_hundred_real_conversations(real_tokenizer_path, tmp_path, capsys):
     tokenizer.save_pretrained(base)
 
     trained = run_python(
-        *("finetune.py", "--model_name_or_path", base, "--data_path", data, "--output_dir", out, "--use_lora"),
+        *("finetune.py", "--model_name_or_path", base, "--data_path", *data, "--output_dir", out, "--use_lora"),
         *("--train_embeddings", "full"),
         *("--num_train_epochs", 1, "--per_device_train_batch_size", 8, "--model_max_length", 512),
         *("--learning_rate", 3e-3, "--lr_scheduler_type", "cosine", "--logging_steps", 10, "--save_strategy", "no"),
