@@ -59,9 +59,9 @@ def _build_parser() -> argparse.ArgumentParser:
     show.add_argument("--html", type=Path, help="write a page instead")
     show.set_defaults(command=_show)
 
+    check.add_argument("--model_max_length", type=int, help="tokens a row may have (default: no limit)")
+    check.add_argument("--on_long", choices=["drop_turns", "drop", "error"], default="drop_turns")
     for command in (check, show):
-        command.add_argument("--model_max_length", type=int, help="tokens a row may have (default: no limit)")
-        command.add_argument("--on_long", choices=["drop_turns", "drop", "error"], default="drop_turns")
         command.add_argument("--data_format", choices=list(FORMATS), help="default: told by each row's keys")
         command.add_argument("--supervise", choices=["all", "last"], default="all", help="assistant turns to train")
         command.add_argument("--system_message", help="system turn for conversations without one")
@@ -101,6 +101,8 @@ def _options(args: argparse.Namespace) -> DataOptions:
 
 
 def _check(args: argparse.Namespace) -> int:
+    if args.model_max_length is not None and args.model_max_length < 2:
+        raise DataError(f"--model_max_length {args.model_max_length}: must be at least 2")
     template = _load_template(args) if args.model else None
     account, seen = _account_for(args.data, args, template)
     problems = list(account.problems)
@@ -165,7 +167,10 @@ def _show(args: argparse.Namespace) -> int:
         if not rows:
             print(f"--- {conversation.id}: no supervised turn", file=sys.stderr)
     if args.html:
-        args.html.write_text(as_html(pages, template, ids=args.ids), encoding="utf-8")
+        try:
+            args.html.write_text(as_html(pages, template, ids=args.ids), encoding="utf-8")
+        except OSError as error:
+            raise DataError(f"--html {args.html}: cannot be written: {error.strerror}") from None
         print(f"{args.html}: {len(pages):,} rows")
     return 0
 
@@ -175,6 +180,8 @@ def _conversations(args: argparse.Namespace, template: ChatTemplate) -> Iterator
 
     Raises: DataError: the first bad row among those before the last one shown, or none that was asked for.
     """
+    if args.num < 1 or (args.index or 0) < 0:
+        raise DataError("--num: at least 1; --index: counts from 0")
     number = found = 0
     for source in find_sources(args.data):
         for record in read_records(source, seed=args.data_seed):

@@ -36,9 +36,14 @@ class FastBPE:
         """Whether ids of this text are sure to be the tokenizer's."""
         return text.isascii() or (not _UNCOMMON.search(text) and unicodedata.is_normalized("NFC", text))
 
-    def encode(self, text: str) -> list[int]:
-        """Ids; added tokens in the text are parsed."""
-        return self._encode(text, allowed_special=self._special, disallowed_special=())
+    def encode(self, text: str) -> list[int] | None:
+        """Ids, where they are sure to be the tokenizer's; added tokens in the text are parsed."""
+        if not self.takes(text):
+            return None
+        try:
+            return self._encode(text, allowed_special=self._special, disallowed_special=())
+        except ValueError:  # a million spaces are too much for its regular expressions
+            return None
 
 
 class ByteLevelBPE:

@@ -14,6 +14,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,10 @@ class Entry:
     def complete(self) -> bool:
         """Whether all of it is there."""
         try:
-            sizes = self._read()["sizes"]
-        except (OSError, ValueError, KeyError):
+            found = self._read()
+            sizes = found["sizes"]
+            found["account"]["files"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return False
         return all(
             (self.directory / name).is_file() and (self.directory / name).stat().st_size == size
@@ -78,7 +81,7 @@ class RowCache:
             return
         directory = self._root / _hash([data, _describe_template(template), options, _describe_code()])
         try:
-            directory.mkdir(parents=True, exist_ok=True)
+            self._root.mkdir(parents=True, exist_ok=True)
             lock = FileLock(directory.with_suffix(".lock"))
             lock.acquire()
         except OSError as error:
@@ -89,8 +92,8 @@ class RowCache:
         try:
             entry = Entry(directory)
             if not entry.complete:
-                shutil.rmtree(directory)
-                directory.mkdir()
+                shutil.rmtree(directory, ignore_errors=True)
+                directory.mkdir(exist_ok=True)
             yield entry
         finally:
             lock.release()
@@ -110,6 +113,7 @@ def _describe_template(template: ChatTemplate) -> list[Any]:
         tokenizer.special_tokens_map,
         template.system_message,
         template.label_mask,
+        date.today().isoformat() if "strftime_now" in tokenizer.get_chat_template() else None,  # it writes the date
     ]
 
 

@@ -24,6 +24,7 @@ from data_utils.template import IGNORE_INDEX, ChatTemplate, Row
 ROWS_FILE, DROPPED_FILE = "rows.arrow", "dropped.jsonl"
 _CHUNK, _WAITING = 1024, 10  # conversations in a batch, and batches on their way
 _POOL_FROM = 1000  # stretches of text, below which other processes cost more than they save
+_TOO_LONG = "; --on_long drop_turns or drop goes on without them"
 _SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -175,12 +176,16 @@ def build_rows(
     Raises: DataError: all bad rows at once (unless options skip them), or no supervised token in all.
     """
     try:
-        account = _build_rows(sources, template, options, directory)
-    except Differs:
-        template.encoder.can_be_fast = False
-        account = _build_rows(sources, template, options, directory)
-    if account.problems and options.on_bad_row == "error":
-        raise DataErrors(account.problems)
+        try:
+            account = _build_rows(sources, template, options, directory)
+        except Differs:
+            template.encoder.can_be_fast = False
+            account = _build_rows(sources, template, options, directory)
+    except OSError as error:
+        raise DataError(f"{directory}: cannot write tokenised rows: {error.strerror or error}; make room") from None
+    problems = [each for each in account.problems if options.on_bad_row == "error" or each.endswith(_TOO_LONG)]
+    if problems and not may_be_empty:
+        raise DataErrors(problems)
     if account.supervised_tokens == 0 and not may_be_empty:
         reasons = "; ".join(account.describe()[1:]) or "no conversation was left"
         raise DataError(f"{', '.join(map(str, sources))}: no supervised token in the whole set: {reasons}")
@@ -279,7 +284,7 @@ class _Keeper:
             has_answer = any(message["role"] == "assistant" for message in conversation.messages)
             self._drop(conversation, "no supervised turn" if has_answer else "no assistant turn")
         account.conversations_trained += bool(kept)
-        account.split += len(kept) > 1
+        account.split += len(kept) > 1 and conversation.text is None
         account.rows += len(kept)
         stops = self._template.stop_ids
         for row in kept:
@@ -299,13 +304,14 @@ class _Keeper:
             return [row]
         where = f"in {limit} tokens (--model_max_length)"
         if conversation.text is not None:
-            return [_slice(row, start, min(start + limit, length)) for start in range(0, length, limit)]
+            return [_slice(row, start, min(start + limit, length), length) for start in range(0, length, limit)]
         if self._options.on_long == "error":
-            self._account.problems.append(
-                f"{conversation.where}: {length:,} tokens do not fit {where}; --on_long says more"
-            )
+            self._account.problems.append(f"{conversation.where}: {length:,} tokens do not fit {where}{_TOO_LONG}")
             return []
-        short = cut_to_length(row, limit) if self._options.on_long == "drop_turns" else None
+        if self._options.on_long == "drop":
+            self._drop(conversation, f"row does not fit {where}")
+            return []
+        short = cut_to_length(row, limit)
         first_lost = short is None and is_first
         for _ in range(len(row.ends) - (len(short.ends) if short else 0)):  # one entry a turn
             self._drop(conversation, f"{'first' if first_lost else 'later'} turn does not fit {where}")
@@ -327,8 +333,8 @@ def _only(part: list[EncodedRow]) -> EncodedRow | None:
     return part[0] if part else None
 
 
-def _slice(row: EncodedRow, start: int, end: int) -> EncodedRow:
-    return EncodedRow(row.input_ids[start:end], [(0, end - start, 1.0)], [end - start])
+def _slice(row: EncodedRow, start: int, end: int, length: int) -> EncodedRow:
+    return EncodedRow(row.input_ids[start:end], [(0, end - start, 1.0)], [end - start] if end == length else [])
 
 
 def _count_targets(row: EncodedRow) -> int:

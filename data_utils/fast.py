@@ -93,7 +93,10 @@ class FastEncoder:
         self._safe_cuts: dict[tuple[str, str], bool] = {}
         self._tracked = TrackedTemplate(template.tokenizer)
         self._is_fast = (
-            template.label_mask == "assistant" and self._encoder.pieces_equal_whole and not self._tracked.opaque
+            template.label_mask == "assistant"
+            and self._encoder.pieces_equal_whole
+            and not self._encoder.strips
+            and not self._tracked.opaque
         )
 
     def prepare(self, conversations: Sequence[Conversation]) -> Batch:
@@ -269,8 +272,8 @@ class FastEncoder:
         if isinstance(before, int):
             return None
         tail = self._encoder.after_last_control(before)
-        if tail is None:
-            return None  # no control token between a text and the cut
+        if tail is None or (tail and not tail.endswith("\n")):
+            return None  # no control token or no end of a line, behind which texts begin anew
         if not tail:
             return []
         first = target[0]
@@ -299,14 +302,15 @@ def _encode_here(stretches: list[str]) -> tuple[NDArray[np.int32], NDArray[np.in
 
 def encode_row(row: Row) -> EncodedRow:
     """The stored form of a row."""
-    labels = np.array(row.labels)
-    trained = np.concatenate([[False], labels != IGNORE_INDEX, [False]])
-    edges = np.flatnonzero(trained[1:] != trained[:-1]).reshape(-1, 2).tolist()
-    spans, weights = [], iter(row.weights)
-    if len(edges) == len(row.ends) == len(row.weights):
-        spans = [(start, end, weight) for (start, end), weight in zip(edges, weights, strict=True)]
-    else:  # the original recipe trains more than answers, and all alike
-        spans = [(start, end, 1.0) for start, end in edges]
+    if len(row.pieces) == 2 * len(row.ends):  # each turn's context, and the turn
+        edges = [(row.pieces[i][0], row.pieces[i + 1][0]) for i in range(0, len(row.pieces), 2)]
+    else:
+        trained = np.concatenate([[False], np.array(row.labels) != IGNORE_INDEX, [False]])
+        pairs = np.flatnonzero(trained[1:] != trained[:-1]).reshape(-1, 2)
+        edges = [(int(start), int(end)) for start, end in pairs]
+    # The original recipe trains more than answers, and all alike.
+    weights = row.weights if len(edges) == len(row.weights) else [1.0] * len(edges)
+    spans = [(start, end, weight) for (start, end), weight in zip(edges, weights, strict=True)]
     return EncodedRow(np.array(row.input_ids, dtype=np.int32), spans, list(row.ends))
 
 

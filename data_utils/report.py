@@ -125,7 +125,7 @@ class Statistics:
     def add_conversation(self, conversation: Conversation, *, holds_control_text: bool) -> int:
         """Count a conversation's texts. Returns: a hash of it."""
         account = self._account
-        account.turns += len(conversation.messages)
+        account.turns += len(conversation.messages) or 1
         digest = hashlib.blake2b(digest_size=8)
         for message in conversation.messages or ({"role": "text", "content": conversation.text},):
             role, text = message["role"], message["content"] or ""
@@ -133,6 +133,7 @@ class Statistics:
             digest.update(
                 f"{role}\0{text}\0{message.get('tool_calls', '')}{message.get('reasoning_content', '')}".encode()
             )
+        digest.update(repr((conversation.tools, conversation.template_kwargs)).encode())
         number = int.from_bytes(digest.digest(), "little", signed=True)
         if number in self._seen:
             account.duplicates += 1

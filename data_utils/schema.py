@@ -256,8 +256,9 @@ def _parse_weight(turn: dict[str, Any], role: str, at: str) -> float | None:
     value = turn[key]
     if key == "train" and not isinstance(value, bool):
         raise DataError(f"{at}.train: expected true or false, found {_kind(value)}")
-    if not isinstance(value, bool | int | float) or not 0 <= value < float("inf"):
-        raise DataError(f"{at}.{key}: expected a number, at least 0; found {value!r}")
+    if not isinstance(value, bool | int | float) or not (value == 0 or 1e-6 <= value <= 1000):
+        shown = repr(value) if isinstance(value, float) or not isinstance(value, int) else "a larger one"
+        raise DataError(f"{at}.{key}: expected 0, or a number up to 1000 and not below 1e-6; found {shown:.40}")
     if role != "assistant" and value:
         raise DataError(f"{at}.{key}: only assistant turns are trained; remove it")
     return float(value)
@@ -351,6 +352,8 @@ def _check_strings(value: Any, at: str) -> None:
     elif isinstance(value, list):
         for index, inner in enumerate(value):
             _check_strings(inner, f"{at}[{index}]")
+    elif value is not None and not isinstance(value, bool | int | float):
+        raise DataError(f"{at}: a {type(value).__name__} is no JSON value; write it as text or a number")
 
 
 def _kind(value: Any) -> str:

@@ -52,13 +52,21 @@ def find_sources(paths: Sequence[str | Path]) -> list[Source]:
 
     Raises: DataError: nothing there, an unknown format, or a directory without a data file.
     """
-    return [source for path in paths for source in _find_sources(str(path))]
+    found = []
+    for path in paths:
+        try:
+            found += _find_sources(str(path))
+        except OSError as error:
+            raise DataError(f"{str(path)[:100]}: cannot be read: {error.strerror}") from None
+    return found
 
 
 def read_records(source: Source, *, seed: int = 0) -> Iterator[Record | DataError]:
     """Yield the rows of a file, and a DataError in the place of each one that cannot be read.
 
     seed: of the sample, which keeps the file's order.
+
+    Raises: DataError: a sample of more rows than there are.
     """
     rows = _read_rows(source.path)
     if source.sample is None:
@@ -76,7 +84,7 @@ def read_records(source: Source, *, seed: int = 0) -> Iterator[Record | DataErro
         elif (place := chance.randrange(seen)) < source.sample:
             kept[place] = row
     if seen < source.sample:
-        yield DataError(f"{source}: the file has only {seen:,} rows; name it without #{source.sample}")
+        raise DataError(f"{source}: the file has only {seen:,} rows; name it without #{source.sample}")
     yield from sorted(kept, key=lambda record: record.index)
 
 
@@ -106,7 +114,7 @@ def _find_sources(text: str) -> list[Source]:
     path, sample = Path(text), None
     name, mark, number = text.rpartition("#")
     if mark and not path.exists():
-        if not number.isascii() or not number.isdigit() or int(number) < 1:
+        if not number.isascii() or not number.isdigit() or len(number) > 12 or int(number) < 1:
             raise DataError(f"{text}: after # stands how many rows to take, such as {name}#5000")
         path, sample = Path(name), int(number)
     if path.is_dir():

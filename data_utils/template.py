@@ -64,6 +64,12 @@ class ChatTemplate:
         self.stop, self._appends_stop = self._find_stop({"content": PROBE}, [_QUESTION])
         self.stop_id = self.encoder.control_ids[self.stop]
         self.stop_ids = {self.stop_id, *({eos} if (eos := tokenizer.eos_token_id) is not None else ())}
+        reasoned = {
+            "role": "assistant",
+            "content": PROBE,
+            **dict.fromkeys(("reasoning_content", "thinking"), f"{PROBE}_r"),
+        }
+        self.writes_reasoning = self._writes([_QUESTION, reasoned], "_r")
         called = {"content": "", "tool_calls": [_CALL]}
         self.writes_calls = self._writes([_QUESTION, {"role": "assistant", **called}], "_name", "_key", "_value")
         result = {"role": "tool", "name": f"{PROBE}_name", "content": f"{PROBE}_result"}
@@ -109,9 +115,9 @@ class ChatTemplate:
         added = len(messages) - len(conversation.messages)
         self._check_expressible(conversation)
         weights = {turn + added: conversation.weights[turn] for turn in conversation.supervised_turns}
-        messages = self.escape_messages(messages)
-        variables = self._variables(conversation)
         try:
+            messages = self.escape_messages(messages)
+            variables = self._variables(conversation)
             if self.label_mask == "qwen":
                 return self._encode_like_qwen(messages, conversation) if weights else []
             rows: list[Row] = []
@@ -120,7 +126,7 @@ class ChatTemplate:
                 self._add_turn(rows, prompt, target, weight)
                 self._explain_turn(rows[-1], messages, turn, weights)
             return rows
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
             if isinstance(error, DataError):
                 raise
             raise DataError(f"{conversation.where}: the chat template refuses this conversation: {error}") from None
@@ -140,18 +146,32 @@ class ChatTemplate:
         target = rendered[len(prompt) :]
         calls = bool(messages[turn].get("tool_calls"))
         stop, appends = (self._call_stop, self._appends_call_stop) if calls else (self.stop, self._appends_stop)
+        self._check_written(messages[turn], target, f"{where}: turn {turn}", rendered)
         if appends:
             return prompt, target + stop
         end = target.find(stop)
         if end < 0:
             raise DataError(f"{where}: turn {turn}: the chat template writes no {stop} after this turn")
-        reasoning = messages[turn].get("reasoning_content", "").strip()
-        if reasoning not in target:
-            raise DataError(
-                f"{where}: turn {turn}: the chat template does not write reasoning_content; remove it, or write it "
-                "into the content as the model should"
-            )
         return prompt, target[: end + len(stop)]
+
+    def _check_written(self, message: Message, target: str, at: str, rendered: str) -> None:
+        """Raises: DataError: something of the turn is not in what would be trained."""
+        reasoning, content = message.get("reasoning_content", "").strip(), message["content"].strip()
+        if reasoning and not (self.writes_reasoning and reasoning in target):
+            raise DataError(
+                f"{at}: the chat template does not write reasoning_content; remove it, or write it into the content as "
+                "the model should"
+            )
+        names = [call["function"]["name"] for call in message.get("tool_calls", ())]
+        if any(target.count(name) < names.count(name) for name in names):
+            raise DataError(f"{at}: the chat template does not write all {len(names)} calls; make turns of them")
+        if names and content and content not in target:
+            raise DataError(f"{at}: the chat template does not write content beside tool_calls; make two turns of it")
+        if self.encoder.has_mangled_escape(rendered):
+            raise DataError(
+                f"{at}: the chat template writes the text of a control token in an escaped form; take it out of the "
+                "tools or arguments"
+            )
 
     def _add_turn(self, rows: list[Row], prompt: str, target: str, weight: float) -> None:
         prompt_ids = self.encoder.encode(prompt)
@@ -277,13 +297,14 @@ class ChatTemplate:
     def _find_stop(self, answer: Message, following: list[Message]) -> tuple[str, bool]:
         """The control token after an answer, and whether it has to be appended since the template writes none."""
         answered = [_QUESTION, {"role": "assistant", **answer}]
+        calls = bool(answer.get("tool_calls"))
         try:
             for messages, appends in ((answered, False), ([*answered, *following], True)):
-                _, written, tail = self.render(messages).rpartition(
-                    PROBE if not answer.get("tool_calls") else PROBE + "_value"
-                )
-                if appends and written and answer.get("tool_calls"):
+                _, written, tail = self.render(messages).rpartition(f"{PROBE}_value" if calls else PROBE)
+                if calls and appends:
                     tail = tail.partition(f"{PROBE}_result")[0]
+                if calls and not appends and self.stop in tail:  # what closes a call may be a control token, too
+                    return self.stop, False
                 if not written:
                     raise DataError("the chat template does not write the text of an answer; use one for text chats")
                 found = [

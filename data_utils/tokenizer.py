@@ -158,6 +158,9 @@ class SafeEncoder:
         }
 
         nonce = "".join(chr(_PRIVATE_USE + secrets.randbelow(0xFFF0)) for _ in range(8))
+        self._mangled = (repr(nonce[0])[1:-1], json.dumps(nonce[0])[1:-1])
+        # White space beside them is theirs, so that pieces are not encoded as wholes are.
+        self.strips = any(token.lstrip or token.rstrip or token.single_word for token in added.values())
         ordered = sorted(self.control_ids, key=len, reverse=True)
         self._escaped = {text: f"{nonce}{chr(_PRIVATE_USE + index)}" for index, text in enumerate(ordered)}
         renamed = {text: f"{nonce[::-1]}{chr(_PRIVATE_USE + index)}" for index, text in enumerate(ordered)}
@@ -214,7 +217,7 @@ class SafeEncoder:
             self._bpe = self._byte_level.build(self._twin, self._never_written)
         if (bpe := self._bpe) is None:
             raise Differs
-        ids = [bpe.encode(text) if bpe.takes(text) else None for text in swapped]
+        ids = [bpe.encode(text) for text in swapped]
         # All of the first few are held against the tokenizer, and every 32nd after them.
         checked = [i for i, each in enumerate(ids) if each is None or i % 32 == 0 or (first and i < 256)]
         for index, expected in zip(checked, self._encode_plainly([swapped[i] for i in checked]), strict=True):
@@ -229,6 +232,10 @@ class SafeEncoder:
     def _as_array(self, ids: Any) -> NDArray[np.int32]:
         found = np.array(ids, dtype=np.int32)
         return found if self._id_table is None else self._id_table[found]
+
+    def has_mangled_escape(self, rendered: str) -> bool:
+        """Whether an escaped text was written in yet another escaped form (of JSON, say), which nothing turns back."""
+        return any(form in rendered for form in self._mangled)
 
     def holds_control_text(self, text: str) -> bool:
         """Whether the text of a control token stands in it."""

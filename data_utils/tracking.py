@@ -6,7 +6,7 @@ whether a word stands in them, whether they equal one. Anything else it may do w
 leaves the question open, and says so.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from jinja2 import nodes
@@ -67,7 +67,9 @@ class _Text(str):
     def __ne__(self, other: object) -> bool:
         return not self == other
 
-    __hash__ = str.__hash__
+    def __hash__(self) -> int:
+        self.questions.open = True  # a key that is looked for
+        return str.__hash__(self)
 
     def startswith(self, *args: Any) -> bool:
         self._ask(args[0])
@@ -124,7 +126,7 @@ _define_the_rest()
 _FILTERS = {
     "capitalize", "count", "d", "default", "dictsort", "first", "items", "join", "last", "length", "list",
     "lower", "map", "reject", "rejectattr", "replace", "reverse", "safe", "select", "selectattr", "sort",
-    "string", "title", "tojson", "trim", "unique", "upper",
+    "string", "title", "tojson", "trim", "upper",
 }  # fmt: skip
 
 
@@ -143,12 +145,15 @@ class TrackedTemplate:
             **environment.filters,
             "join": lambda value, d="", attribute=None: _join_by(value, d, attribute, environment),
             "safe": lambda value: value,
+            **{name: _open_filter(environment.filters[name]) for name in ("tojson", "string")},
         }
         tree = environment.parse(source)
         self.opaque = _is_opaque(tree)
-        tree = _TrackConcatenation().visit(tree)
+        tree = _TrackOperators().visit(tree)
         self._template = environment.template_class.from_code(
-            environment, environment.compile(tree), environment.make_globals({_JOIN_NAME: lambda *parts: _join(parts)})
+            environment,
+            environment.compile(tree),
+            environment.make_globals({_JOIN_NAME: lambda *parts: _join(parts), _IN_NAME: _is_in}),
         )
 
     def ask(
@@ -166,11 +171,19 @@ class TrackedTemplate:
         return str.__str__(rendered), questions
 
 
-_JOIN_NAME = "join_tracked_texts"
+_JOIN_NAME, _IN_NAME = "join_tracked_texts", "is_in_tracked"
 
 
-class _TrackConcatenation(NodeTransformer):
-    """`a ~ b` joins outside of everything that can be tracked; here it becomes a call."""
+class _TrackOperators(NodeTransformer):
+    """`a ~ b` and `a in b` work outside of everything that can be tracked; here they become calls."""
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
+        self.generic_visit(node)
+        if len(node.ops) != 1 or node.ops[0].op not in ("in", "notin"):
+            return node
+        name = nodes.Name(_IN_NAME, "load")
+        call = nodes.Call(name, [node.expr, node.ops[0].expr], [], None, None, lineno=node.lineno)
+        return call if node.ops[0].op == "in" else nodes.Not(call, lineno=node.lineno)
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
@@ -181,7 +194,40 @@ def _is_opaque(tree: nodes.Template) -> bool:
     filters = {node.name for node in tree.find_all(nodes.Filter)}
     formats = any(isinstance(node.left, nodes.Const) for node in tree.find_all(nodes.Mod))
     methods = {node.attr for node in tree.find_all(nodes.Getattr)} & {"join", "format", "format_map"}
-    return bool(filters - _FILTERS or formats or methods)
+    chained = any(len(node.ops) > 1 for node in tree.find_all(nodes.Compare))
+    of_constants = any(isinstance(node.node, nodes.Const) for node in tree.find_all(nodes.Getattr))
+    tests = any(
+        isinstance(arg, nodes.Const) and arg.value == "in" for node in tree.find_all(nodes.Filter) for arg in node.args
+    )
+    return bool(filters - _FILTERS or formats or methods or chained or of_constants or tests)
+
+
+def _is_in(value: Any, container: Any) -> bool:
+    if type(value) is _Text and not isinstance(container, list | tuple):
+        value.questions.open = True
+    return value in container
+
+
+def _open_filter(function: Any) -> Any:
+    def asked(*args: Any, **options: Any) -> Any:
+        for text in _texts_in(args):
+            text.questions.open = True
+        return function(*args, **options)
+
+    for name, value in vars(function).items():  # jinja's marks: pass_context and the like
+        setattr(asked, name, value)
+    return asked
+
+
+def _texts_in(value: Any) -> Iterator[_Text]:
+    if type(value) is _Text:
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _texts_in(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts_in(inner)
 
 
 def _join(pieces: Iterable[Any]) -> str:

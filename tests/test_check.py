@@ -92,6 +92,9 @@ def test_mistakes_of_the_command_line(run_main, checkpoints):
         (["show", CONVERSATIONS, "--model", checkpoints["untied"], "--index", 99], "--index 99: no such conversation"),
         (["show", CONVERSATIONS, "--model", checkpoints["untied"], "--id", "x"], "--id x: no such conversation"),
         (["show", CONVERSATIONS, "--num", 1, "--all"], "not allowed with"),
+        (["show", CONVERSATIONS, "--model", checkpoints["untied"], "--num", 0], "--num: at least 1"),
+        (["show", CONVERSATIONS, "--model", checkpoints["untied"], "--html", "/nowhere/x.html"], "cannot be written"),
+        (["check", CONVERSATIONS, "--model", checkpoints["untied"], "--model_max_length", 0], "must be at least 2"),
     ):
         code, _, stderr = run_main(*words)
         assert code == 2 and message in stderr and stderr.count("\n") == 1

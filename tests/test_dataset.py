@@ -162,15 +162,18 @@ def test_long_rows_lose_turns_or_go_or_stop_the_run(template, write_json):
         "first turn does not fit",
     ]
     rows, account = load("drop")
-    assert len(rows) == 1 and sum(account.dropped.values()) == 3 and account.shortened == 0
+    assert len(rows) == 1 and list(account.dropped.values()) == [2] and account.shortened == 0
     with pytest.raises(DataError) as error:
         load("error")
     assert str(error.value).count("do not fit in 60 tokens (--model_max_length)") == 2
+    with pytest.raises(DataError, match="do not fit in 60 tokens"):
+        load_rows([path], template, DataOptions(max_length=60, on_long="error", on_bad_row="skip"))
 
 
 def test_plain_text_is_trained_to_its_end_and_split_where_it_is_long(template, write_json):
     rows, account = load_rows([write_json([{"text": "word " * 50}])], template, DataOptions(max_length=20))
-    assert len(rows) > 1 and account.split == 1 and max(rows.lengths) == 20
+    assert len(rows) > 1 and max(rows.lengths) == 20
+    assert (account.split, account.turns, account.turns_trained, account.stopped) == (0, 1, 1, 1)
     ids = np.concatenate([rows[i][0] for i in range(len(rows))])
     assert template.tokenizer.decode(ids[:-1]) == "word " * 50 and ids[-1] == template.tokenizer.eos_token_id
     assert all((rows[i][1] == rows[i][0]).all() for i in range(len(rows))) and rows.row_id(1) == "data-0#2"

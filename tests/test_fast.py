@@ -219,6 +219,13 @@ TRICKS = {
     "compared": "{{ 'late' if m.content > 'n' else m.content }}",
     "letters": "{% for c in m.content %}{{ c }}.{% endfor %}",
     "last word of the first turn": "{{ messages[0].content.split(' ') | last }}{{ m.content }}",
+    "in a text": "{{ 'part' if m.content in 'magic words' else m.content }}",
+    "key": "{{ {'magic': 'k'}.get(m.content, m.content) }}",
+    "in keys": "{{ 'k' if m.content in {'magic': 1} else m.content }}",
+    "word in json": "{{ 'f' if 'magic' in (m.content | tojson) else m.content }}",
+    "word in all": "{{ 'f' if 'magic' in (m | string) else m.content }}",
+    "of a constant": "{{ 'f' if 'magic words'.startswith(m.content) else m.content }}",
+    "selected": "{{ messages | selectattr('content', 'in', 'magic words') | list | length }}{{ m.content }}",
     "seen before": "{{ 'again' if loop.index0 > 1 and m.content == messages[0].content else m.content }}",
 }
 
@@ -248,3 +255,75 @@ def test_templates_that_ask_about_texts_are_asked_back(checkpoints, trick):
         expected = [encode_row(row) for row in template.encode_conversation(conversation)]
         assert not isinstance(fast, DataError)
         assert [row.input_ids.tolist() for row in fast] == [row.input_ids.tolist() for row in expected], text
+
+
+def chatml(*, special=(), strips=False, answer="{{ m.content }}", prompt="<|im_start|>assistant\\n"):
+    from tokenizers import AddedToken
+
+    from examples.tiny_model import build_tokenizer, read_texts
+
+    tokenizer = build_tokenizer(read_texts(), vocabulary_size=1024)
+    tokens = [AddedToken(text, special=True, rstrip=strips) for text in ("<|im_start|>", "<|im_end|>", *special)]
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}" + answer + "{{ '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '" + prompt + "' }}{% endif %}"
+    )
+    return ChatTemplate(tokenizer)
+
+
+CALLS = (
+    "{{ m.content }}{% for c in m.tool_calls or [] %}<|call|>{{ c.function.name }}"
+    "{{ c.function.arguments | tojson }}<|end_call|>{% endfor %}"
+)
+
+
+def test_a_call_ends_where_the_turn_ends_not_where_the_call_is_closed():
+    template = chatml(special=("<|call|>", "<|end_call|>"), answer=CALLS)
+    calls = [CALL, {"function": {"name": "other", "arguments": {}}}]
+    row = {"messages": [QUESTION, {"role": "assistant", "content": "", "tool_calls": calls}]}
+    (encoded,) = encode(template, row)
+    assert template.tokenizer.decode(encoded.input_ids).count("<|end_call|>") == 2
+    assert encoded.input_ids[encoded.ends[0] - 1] == template.stop_id
+
+
+def test_what_a_template_leaves_out_of_a_turn_is_an_error():
+    one_call = CALLS.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]")
+    called = {"role": "assistant", "content": "Let me see.", "tool_calls": [CALL, {"name": "other", "arguments": {}}]}
+    for answer, message, what in (
+        (one_call, called, "does not write all 2 calls"),
+        (
+            CALLS.replace("{{ m.content }}", "{{ '' if m.tool_calls else m.content }}"),
+            called,
+            "content beside tool_calls",
+        ),
+        ("{{ m.content }}", {**called, "tool_calls": None, "reasoning_content": "see"}, "write reasoning_content"),
+        (
+            CALLS.replace("| tojson", "| string"),
+            {**called, "tool_calls": [{"name": "f", "arguments": {"c": ["<|im_end|>"]}}]},
+            "in an escaped form",
+        ),
+    ):
+        with pytest.raises(DataError, match=what):
+            encode(chatml(special=("<|call|>", "<|end_call|>"), answer=answer), {"messages": [QUESTION, message]})
+
+
+def test_weights_of_turns_that_touch():
+    template = chatml(answer="{{ m.content }}", prompt="")
+    template.tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}{% else %}{{ m.content }}<|im_end|>"
+        "{% endif %}{% endfor %}"
+    )
+    template = ChatTemplate(template.tokenizer)
+    answers = [{"role": "assistant", "content": text, "weight": weight} for text, weight in (("A", 0.5), ("B", 0.25))]
+    (row,) = encode(template, {"messages": [QUESTION, *answers]})
+    assert [weight for *_, weight in encode_row(row).spans] == [0.5, 0.25]
+
+
+def test_tokens_that_take_white_space_with_them_and_cuts_inside_a_line_go_the_slow_way():
+    talk = {"messages": [QUESTION, {"role": "assistant", "content": "UIControl"}] * 2}
+    in_line = chatml(prompt="<|im_start|>assistant:").tokenizer
+    in_line.chat_template = in_line.chat_template.replace("m.role + '\\n'", "m.role + ':'")
+    for template in (chatml(strips=True), ChatTemplate(in_line)):
+        encode(template, talk)
+        assert not FastEncoder(template).prepare([parse(talk)]).stretches

@@ -1,4 +1,5 @@
 import json
+from decimal import Decimal
 
 import pytest
 from hypothesis import given, settings
@@ -132,7 +133,9 @@ def test_a_format_can_be_forced():
         ({"messages": [{**QUESTION, "mood": "x"}]}, "messages[0].mood: not supported in a turn"),
         ({"messages": [{**QUESTION, "weight": 1}]}, "messages[0].weight: only assistant turns are trained"),
         ({"messages": [QUESTION, {**ANSWER, "train": 1}]}, "messages[1].train: expected true or false"),
-        ({"messages": [QUESTION, {**ANSWER, "weight": -1}]}, "messages[1].weight: expected a number, at least 0"),
+        ({"messages": [QUESTION, {**ANSWER, "weight": -1}]}, "messages[1].weight: expected 0, or a number up to 1000"),
+        ({"messages": [QUESTION, {**ANSWER, "weight": 10**400}]}, "messages[1].weight: expected 0, or a number up to"),
+        ({"messages": [QUESTION, ANSWER], "tools": [{"name": "f", "x": Decimal(1)}]}, "x: a Decimal is no JSON value"),
         ({"messages": [QUESTION, {**ANSWER, "weight": 1, "loss": 1}]}, "messages[1].weight: says the same as 'loss'"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "content[0]: image_url: only parts of"),
         ({"messages": [QUESTION, {**ANSWER, "tool_calls": [{"function": {"arguments": {}}}]}]}, "expected a call with"),

@@ -100,6 +100,8 @@ def test_missing_files_directories_and_other_encodings(tmp_path):
         ("empty", "no data file in this directory"),
         ("rows.json#many", "after # stands how many rows"),
         ("rows.json#0", "after # stands how many rows"),
+        ("rows.json#" + "9" * 200, "after # stands how many rows"),
+        ("x" * 300 + ".json", "File name too long"),
     ):
         (tmp_path / "d.csv").write_text("a,b")
         (tmp_path / "empty").mkdir(exist_ok=True)
@@ -122,7 +124,8 @@ def test_directories_hold_many_files_and_samples_are_seeded(tmp_path):
     assert len(sample) == 10 and sample == sorted(sample)
     assert sample == [r.value["a"] for r in read(f"{tmp_path}/a.jsonl#10", seed=1)]
     assert sample != [r.value["a"] for r in read(f"{tmp_path}/a.jsonl#10", seed=2)]
-    assert "has only 50 rows" in problems(f"{tmp_path}/a.jsonl#51")[0]
+    with pytest.raises(DataError, match="has only 50 rows"):
+        read(f"{tmp_path}/a.jsonl#51")
     (tmp_path / "odd#name.jsonl").write_text('{"a": 1}')
     assert len(read(tmp_path / "odd#name.jsonl")) == 1
 
