@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from data_utils.dataset import DataOptions, TokenizedRows, build_rows
+from data_utils.dataset import DataOptions, TokenizedRows, build_rows, read_conversations
 from data_utils.report import Account, Statistics
 from data_utils.schema import FORMATS, Conversation, parse_record
 from data_utils.show import as_html, as_json, as_text
@@ -134,15 +134,7 @@ def _account_for(paths: list[str], args: argparse.Namespace, template: ChatTempl
     statistics = Statistics(account)
     seen = set()
     for source in sources:
-        for record in read_records(source, seed=options.seed):
-            try:
-                if isinstance(record, DataError):
-                    raise record
-                account.conversations += 1
-                conversation = parse_record(record, data_format=args.data_format, supervise=args.supervise)
-            except DataError as error:
-                account.problems.append(str(error))
-                continue
+        for conversation in read_conversations(source, options, account):
             account.conversations_trained += bool(conversation.supervised_turns) or conversation.text is not None
             account.turns_trained += len(conversation.supervised_turns)
             seen.add(statistics.add_conversation(conversation, holds_control_text=False))

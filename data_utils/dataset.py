@@ -219,7 +219,7 @@ def _encode(
     sources: Sequence[Source], options: DataOptions, encoder: FastEncoder, account: Account
 ) -> Iterator[tuple[Batch, list[NDArray[np.int32]]]]:
     """Read and render here while what was rendered before is encoded beside."""
-    conversations = itertools.chain.from_iterable(_read(source, options, account) for source in sources)
+    conversations = itertools.chain.from_iterable(read_conversations(source, options, account) for source in sources)
     batch = encoder.prepare(list(itertools.islice(conversations, _CHUNK)))
     if len(batch.stretches) < _POOL_FROM:
         yield batch, encoder.encode(batch)
@@ -238,7 +238,8 @@ def _encode(
             yield done, encoder.collect(future)
 
 
-def _read(source: Source, options: DataOptions, account: Account) -> Iterator[Conversation]:
+def read_conversations(source: Source, options: DataOptions, account: Account) -> Iterator[Conversation]:
+    """The conversations of a file; what cannot be read is noted in the account, and the file, when it ends."""
     before = account.conversations
     for record in read_records(source, seed=options.seed):
         try:

@@ -119,7 +119,7 @@ class ChatTemplate:
             messages = self.escape_messages(messages)
             variables = self._variables(conversation)
             if self.label_mask == "qwen":
-                return self._encode_like_qwen(messages, conversation) if weights else []
+                return self._encode_like_qwen(messages, conversation, variables) if weights else []
             rows: list[Row] = []
             for turn, weight in weights.items():
                 prompt, target = self.place_turn(messages, turn, conversation.where, variables)
@@ -210,7 +210,9 @@ class ChatTemplate:
         ids.append(self.stop_id if eos is None else eos)
         return Row(ids, list(ids), [len(ids)], [1.0], [(len(ids), "trained: plain text, up to its end")])
 
-    def _encode_like_qwen(self, messages: list[Message], conversation: Conversation) -> list[Row]:
+    def _encode_like_qwen(
+        self, messages: list[Message], conversation: Conversation, variables: dict[str, Any]
+    ) -> list[Row]:
         """The original recipe: one row of the whole rendering; role names and other roles' contents are not trained.
 
         Source: QwenLM/Qwen finetune.py `preprocess`.
@@ -223,7 +225,7 @@ class ChatTemplate:
             )
         start, end = (self.encoder.control_ids[token] for token in ("<|im_start|>", "<|im_end|>"))
         newline = self.encoder.encode("\n")
-        rendered = self.render(messages, **self._variables(conversation))
+        rendered = self.render(messages, **variables)
         before, *blocks = rendered.split("<|im_start|>")
         row = Row(self.encoder.encode(before), [], [])
         row.labels = [IGNORE_INDEX] * len(row.input_ids)

@@ -1,6 +1,11 @@
 """Errors that users see as one line."""
 
 
+def name_rows(row_ids: list[str]) -> str:
+    """The first rows by their ids, and how many more there are."""
+    return ", ".join(row_ids[:8]) + (f" and {len(row_ids) - 8} more" if len(row_ids) > 8 else "")
+
+
 class SettingsError(ValueError):
     """A setting that cannot work or would be ignored. The message names it and the way out."""
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tuning.errors import SettingsError
+from tuning.errors import SettingsError, name_rows
 
 
 def describe_device(device: torch.device) -> str:
@@ -80,5 +80,4 @@ def describe_out_of_memory(micro_batch: Any, row_ids: list[str], *, checkpointin
         first = "lower --model_max_length" if checkpointing else "pass --gradient_checkpointing True"
     elif not checkpointing:
         first += ", or pass --gradient_checkpointing True"
-    shown = ", ".join(row_ids[:8]) + (f" and {len(row_ids) - 8} more" if len(row_ids) > 8 else "")
-    return f"out of memory in a micro-batch of {rows} rows x {width} tokens (rows {shown}); {first}"
+    return f"out of memory in a micro-batch of {rows} rows x {width} tokens (rows {name_rows(row_ids)}); {first}"

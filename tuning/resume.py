@@ -32,13 +32,12 @@ _MATTERS = {
 class StartingPoint:
     """Where a run begins.
 
-    checkpoint: to go on from; None is the beginning. step: of the checkpoint.
+    checkpoint: to go on from; None is the beginning.
     rows_per_step: of the checkpoint, which wins over the settings; None at the beginning.
     finished: there is nothing to do. notes: lines for the log.
     """
 
     checkpoint: Path | None = None
-    step: int = 0
     rows_per_step: int | None = None
     finished: bool = False
     notes: list[str] = field(default_factory=list)
@@ -80,7 +79,7 @@ def find_starting_point(wanted: str | None, output_dir: Path, facts: dict[str, A
             manifest = read_manifest(output_dir)
             if not _check_changes(output_dir, manifest, facts, force=force and start.checkpoint is not None):
                 line = f"{output_dir}: this run is finished ({manifest['step']:,} steps); there is nothing to do"
-                return StartingPoint(step=manifest["step"], finished=True, notes=[line])
+                return StartingPoint(finished=True, notes=[line])
     if start.checkpoint is None:
         if (output_dir / MANIFEST_FILE).is_file() or any(not find_fault(path) for path in list_checkpoints(output_dir)):
             raise SettingsError(
@@ -91,7 +90,7 @@ def find_starting_point(wanted: str | None, output_dir: Path, facts: dict[str, A
         return start
     manifest = read_manifest(start.checkpoint)
     changes = _check_changes(start.checkpoint, manifest, facts, force=force)
-    start.step, start.rows_per_step = manifest["step"], manifest["rows_per_step"]
+    start.rows_per_step = manifest["rows_per_step"]
     start.notes.append(f"going on from {start.checkpoint}; {start.rows_per_step:,} rows a step, as there")
     start.notes += [f"  in spite of: {change}" for change in changes]
     if other := list_changes(manifest["versions"], facts["versions"]):
@@ -127,7 +126,7 @@ def _newest(output_dir: Path) -> StartingPoint:
             start.notes.append(f"passed over {path}: {fault}")
         else:
             start.checkpoint = path
-            return start
+            break
     return start
 
 

@@ -83,15 +83,16 @@ def load_optimizer(directory: Path, model: nn.Module, optimizer: torch.optim.Opt
 
     Raises: SettingsError: it is the state of another kind of optimizer.
     """
-    kind, saved = type(getattr(optimizer, "optimizer", optimizer)).__name__, read_counters(directory)["optimizer_kind"]
-    if kind != saved:
+    kind, saved = type(getattr(optimizer, "optimizer", optimizer)).__name__, read_counters(directory)
+    if kind != saved["optimizer_kind"]:
         raise SettingsError(
-            f"{directory}: holds the state of {saved}, and this run has {kind}; give it the same --optim"
+            f"{directory}: holds the state of {saved['optimizer_kind']}, and this run has {kind}; "
+            "give it the same --optim"
         )
     # Not load_state_dict: it casts to the parameter's dtype, which loses what Adafactor keeps in float32.
     parameters = trained_parameters(model)
     groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
-    for name, values in read_counters(directory)["optimizer"].items():
+    for name, values in saved["optimizer"].items():
         optimizer.state[parameters[name]].update(values)
     for key, name, value in _read_tensors(directory):
         if key == _WEIGHT:

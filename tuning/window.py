@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tuning.errors import name_rows
+
 
 class StepWindow:
     """Steps since the last log line. Nothing here waits for the GPU until it is asked.
@@ -52,8 +54,7 @@ class StepWindow:
             bad = next((index for index, value in enumerate(values) if not math.isfinite(value)), None)
             if bad is not None:
                 number, rows, _ = entries[bad]
-                shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
-                found.append((number, f"the {kind} is {values[bad]} at step {number} (rows {shown})"))
+                found.append((number, f"the {kind} is {values[bad]} at step {number} (rows {name_rows(rows)})"))
         return min(found)[1] if found else None
 
     def rates(self) -> dict[str, float]:
