@@ -25,6 +25,7 @@ from data_utils.tokenizer import load_tokenizer
 from tuning import checkpoint, record
 from tuning.adapters import build_training_model
 from tuning.args import Arguments, describe_settings, parse_arguments
+from tuning.attention import enable_packing
 from tuning.errors import MachineError, SettingsError
 from tuning.machine import check_device, check_reporters, describe_device
 from tuning.model import check_loss_path, choose_dtypes, count_parameters, identify_checkpoint, load_model
@@ -121,11 +122,19 @@ def main(argv: list[str] | None = None) -> int:
     trainable, total = count_parameters(training_model)
     say(f"model: {evidence.describe()}")
     say(f"       {trainable:,} of {total:,} parameters train; computing in {str(compute_dtype).removeprefix('torch.')}")
+    longest = max(int(lengths.lengths.max()) for lengths in (rows, eval_rows) if lengths is not None)
+    obstacle = enable_packing(training_model, max_length=longest, dtype=compute_dtype)
+    say(
+        "layout: rows are packed"
+        if obstacle is None
+        else f"layout: rows are padded; this model cannot pack: {obstacle}"
+    )
     generation = checkpoint.align_stop_token(model, tokenizer, stop_id=template.stop_id, is_base=evidence.is_base)
 
     # ---- training ----
-    train_steps = build_steps(arguments, rows, training=True, rows_per_step=start.rows_per_step)
-    eval_steps = build_steps(arguments, eval_rows, training=False) if eval_rows else None
+    packed = obstacle is None
+    train_steps = build_steps(arguments, rows, training=True, packed=packed, rows_per_step=start.rows_per_step)
+    eval_steps = build_steps(arguments, eval_rows, training=False, packed=packed) if eval_rows else None
     facts["rows_per_step"] = train_steps.rows_per_step
     writer = checkpoint.ResultWriter(training_model, tokenizer, generation, base=base, dtype=compute_dtype, facts=facts)
     run: dict[str, Any] = {
@@ -208,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def build_steps(
-    arguments: Arguments, rows: TokenizedRows, *, training: bool, rows_per_step: int | None = None
+    arguments: Arguments, rows: TokenizedRows, *, training: bool, packed: bool, rows_per_step: int | None = None
 ) -> StepDataset:
     """This rank's share of every step.
 
@@ -221,6 +230,7 @@ def build_steps(
         rows,
         rows_per_step=rows_per_step or batch * accumulation * run.world_size,
         max_tokens=batch * arguments.data.model_max_length,
+        packed=packed,
         seed=(run.seed if run.data_seed is None else run.data_seed) if training else None,
         rank=run.process_index,
         num_ranks=run.world_size,

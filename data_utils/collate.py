@@ -1,6 +1,7 @@
 """Rows to tensors: one item is one rank's whole optimizer step."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NotRequired, TypedDict
 
 import numpy as np
@@ -10,38 +11,50 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data_utils.dataset import TokenizedRows
-from data_utils.layout import count_steps, order_rows, plan_step
+from data_utils.layout import Layout
 from data_utils.template import IGNORE_INDEX
 
 
 class MicroBatch(TypedDict):
     """Inputs of one forward.
 
-    input_ids: [B, T], padded on the right. No mask goes with them: in a causal model no token sees what is after it.
-    target_index: [N], positions in the flattened [B * T] whose next token is supervised.
+    input_ids: [1, T], rows one behind the other; or [B, T], padded on the right. No mask goes with them: packed rows
+        are kept apart by their lengths, and in a causal model no token sees the padding after it.
+    target_index: [N], positions in the flattened input_ids whose next token is supervised.
     targets: [N], those next tokens.
     weights: [N] float32, of the loss of each target; left out where all are 1.
+    Packed only: position_ids [1, T], starting anew in every row; lengths, tokens of each of the R rows (on the host);
+    row_starts [R + 1] int32, where each begins, and T.
     """
 
     input_ids: Tensor
     target_index: Tensor
     targets: Tensor
     weights: NotRequired[Tensor]
+    position_ids: NotRequired[Tensor]
+    lengths: NotRequired[list[int]]
+    row_starts: NotRequired[Tensor]
 
 
 class Step(TypedDict):
-    """One rank's share of an optimizer step. num_targets and num_tokens count over all ranks, without padding."""
+    """One rank's share of an optimizer step.
+
+    Over all ranks: num_targets, num_tokens (without padding), num_positions (with it) and num_pairs, the sum of the
+    rows' squared lengths, which the cost of attention goes by.
+    """
 
     micro_batches: list[MicroBatch]
     row_ids: list[list[str]]
     num_targets: int
     num_tokens: int
+    num_positions: int
+    num_pairs: int
 
 
 TokenizedRow = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32] | None]
 
 
-def collate_rows(rows: Sequence[TokenizedRow]) -> MicroBatch:
+def pad_rows(rows: Sequence[TokenizedRow]) -> MicroBatch:
     """Pad rows of (input_ids, labels, weights) to the longest one; no rows give one padding token without a target.
 
     Padding is token 0, which every model has: no token sees it and nothing of it is trained.
@@ -50,27 +63,49 @@ def collate_rows(rows: Sequence[TokenizedRow]) -> MicroBatch:
         targets [2]
     """
     width = max((len(ids) for ids, *_ in rows), default=1)
-    input_ids = torch.zeros((max(len(rows), 1), width), dtype=torch.long)
-    labels = torch.full((max(len(rows), 1), width + 1), IGNORE_INDEX, dtype=torch.long)
-    weights = torch.ones((max(len(rows), 1), width + 1))
-    for index, (ids, row_labels, row_weights) in enumerate(rows):
-        input_ids[index, : len(ids)] = torch.from_numpy(ids)
-        labels[index, : len(ids)] = torch.from_numpy(row_labels)
+    return _collate(rows, shape=(max(len(rows), 1), width), starts=[index * width for index in range(len(rows))])
+
+
+def pack_rows(rows: Sequence[TokenizedRow]) -> MicroBatch:
+    """Lay rows of (input_ids, labels, weights) one behind the other; no rows give one token without a target.
+
+    Example: [([1, 2], [-100, 2], None), ([3], [-100], None)] -> input_ids [[1, 2, 3]], position_ids [[0, 1, 0]],
+        lengths [2, 1], row_starts [0, 2, 3], target_index [0], targets [2]
+    """
+    lengths = [len(ids) for ids, *_ in rows] or [1]
+    starts = list(accumulate(lengths, initial=0))
+    batch = _collate(rows, shape=(1, starts[-1]), starts=starts[:-1])
+    batch["position_ids"] = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
+    batch["lengths"] = lengths
+    batch["row_starts"] = torch.tensor(starts, dtype=torch.int32)
+    return batch
+
+
+def _collate(rows: Sequence[TokenizedRow], *, shape: tuple[int, int], starts: list[int]) -> MicroBatch:
+    input_ids = np.zeros(shape[0] * shape[1], dtype=np.int64)
+    targets = np.full(len(input_ids), IGNORE_INDEX, dtype=np.int64)
+    weights = np.ones(len(input_ids), dtype=np.float32)
+    for (ids, labels, row_weights), start in zip(rows, starts, strict=False):
+        end = start + len(ids)
+        input_ids[start:end] = ids
+        targets[start : end - 1] = labels[1:]  # of the next token; the first one of a row is predicted by nothing
         if row_weights is not None:
-            weights[index, : len(ids)] = torch.from_numpy(row_weights)
-    next_labels = labels[:, 1:].flatten()
-    target_index = (next_labels != IGNORE_INDEX).nonzero().flatten()
-    batch: MicroBatch = {"input_ids": input_ids, "target_index": target_index, "targets": next_labels[target_index]}
+            weights[start : end - 1] = row_weights[1:]
+    (index,) = np.nonzero(targets != IGNORE_INDEX)
+    batch: MicroBatch = {
+        "input_ids": torch.from_numpy(input_ids).view(shape),
+        "target_index": torch.from_numpy(index),
+        "targets": torch.from_numpy(targets[index]),
+    }
     if any(row_weights is not None for *_, row_weights in rows):
-        batch["weights"] = weights[:, 1:].flatten()[target_index]
+        batch["weights"] = torch.from_numpy(weights[index])
     return batch
 
 
 class StepDataset(Dataset[Step]):
     """Item number s is optimizer step s of the whole run, counted over epochs: a pure function of s and the seed.
 
-    len() is the steps of one epoch. Rows keep their order where seed is None (evaluation).
-    max_tokens: token budget of a micro-batch, padding included.
+    len() is the steps of one epoch. rows_per_step, num_ranks, max_tokens, packed, seed: as in Layout.
     """
 
     def __init__(
@@ -79,39 +114,40 @@ class StepDataset(Dataset[Step]):
         *,
         rows_per_step: int,
         max_tokens: int,
+        packed: bool,
         seed: int | None,
         rank: int = 0,
         num_ranks: int = 1,
     ):
         self.rows = rows
         self.rows_per_step = rows_per_step
-        self.max_tokens = max_tokens
-        self.seed = seed
         self.rank = rank
-        self.num_ranks = num_ranks
-        self._order: tuple[int, list[int]] | None = None
+        self.layout = Layout(
+            rows.lengths,
+            rows_per_step=rows_per_step,
+            num_ranks=num_ranks,
+            max_tokens=max_tokens,
+            packed=packed,
+            seed=seed,
+        )
 
     def __len__(self) -> int:
-        return count_steps(len(self.rows), self.rows_per_step)
+        return self.layout.steps_per_epoch
 
     def __getitem__(self, step: int) -> Step:
-        indices = self._step_rows(step)
-        lengths = [int(self.rows.lengths[index]) for index in indices]
-        plan = plan_step(lengths, num_ranks=self.num_ranks, max_tokens=self.max_tokens)
-        mine = [[indices[position] for position in micro_batch] for micro_batch in plan[self.rank]]
+        plan = self.layout.plan(step)
+        collate = pack_rows if self.layout.packed else pad_rows
+        indices = [index for rank in plan for micro_batch in rank for index in micro_batch]
+        lengths = self.rows.lengths[indices].astype(np.int64)
         return {
-            "micro_batches": [collate_rows([self.rows[i] for i in micro_batch]) for micro_batch in mine],
-            "row_ids": [[self.rows.row_id(i) for i in micro_batch] for micro_batch in mine],
+            "micro_batches": [collate([self.rows[index] for index in micro_batch]) for micro_batch in plan[self.rank]],
+            "row_ids": [[self.rows.row_id(index) for index in micro_batch] for micro_batch in plan[self.rank]],
             "num_targets": int(self.rows.num_targets[indices].sum()),
-            "num_tokens": sum(lengths),
+            "num_tokens": int(lengths.sum()),
+            "num_positions": sum(self._count_positions(micro_batch) for rank in plan for micro_batch in rank),
+            "num_pairs": int((lengths**2).sum()),
         }
 
-    def _step_rows(self, step: int) -> list[int]:
-        epoch, position = divmod(step, len(self))
-        start = position * self.rows_per_step
-        stop = min(start + self.rows_per_step, len(self.rows))
-        if self.seed is None:
-            return list(range(start, stop))
-        if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, order_rows(len(self.rows), self.seed, epoch))
-        return self._order[1][start:stop]
+    def _count_positions(self, micro_batch: list[int]) -> int:
+        lengths = [int(self.rows.lengths[index]) for index in micro_batch] or [1]
+        return sum(lengths) if self.layout.packed else len(lengths) * max(lengths)

@@ -13,11 +13,12 @@ from data_utils.tokenizer import load_tokenizer
 from tests.conftest import CONVERSATIONS
 from tuning.adapters import adapter_state, add_lora
 from tuning.args import RunArguments
+from tuning.attention import enable_packing
 from tuning.model import TrainingModel, load_model
 from tuning.trainer import StepTrainer
 
 MAX_LENGTH = 160
-LEARNING_RATES = {"full": 1e-3, "lora": 3e-3, "tokens": 3e-3}
+LEARNING_RATES = {"full": 1e-3, "lora": 3e-3, "tokens": 3e-3, "matrices": 1e-3}
 
 
 def example_rows(checkpoint: Path) -> tuple[TokenizedRows, ChatTemplate]:
@@ -46,9 +47,11 @@ def train(
     batch: int,
     accumulation: int,
     steps: int = 6,
+    packed: bool = True,
     **options,
 ) -> StepTrainer:
     """Train with StepTrainer; the layout's ranks come from the process group, if there is one."""
+    assert not packed or enable_packing(training_model, max_length=MAX_LENGTH, dtype=torch.float32) is None
     args = RunArguments(
         output_dir=str(output),
         max_steps=steps,
@@ -66,6 +69,7 @@ def train(
         rows,
         rows_per_step=batch * accumulation * args.world_size,
         max_tokens=batch * MAX_LENGTH,
+        packed=packed,
         seed=args.seed,
         rank=args.process_index,
         num_ranks=args.world_size,
@@ -99,7 +103,7 @@ def reference(
         assert isinstance(model, PeftModel)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATES[kind], weight_decay=0.0)
-    everything = StepDataset(rows, rows_per_step=8, max_tokens=8 * MAX_LENGTH, seed=42)
+    everything = StepDataset(rows, rows_per_step=8, max_tokens=8 * MAX_LENGTH, packed=False, seed=42)
     by_id = {rows.row_id(index): rows[index] for index in range(len(rows))}
     results = []
     for step in range(steps):

@@ -34,12 +34,13 @@ def references(checkpoints):
     return get
 
 
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize(("batch", "accumulation"), LAYOUTS)
 @pytest.mark.parametrize("kind", ["full", "lora", "tokens"])
-def test_every_layout_is_plain_transformers(checkpoints, references, tmp_path, kind, batch, accumulation):
+def test_every_layout_is_plain_transformers(checkpoints, references, tmp_path, kind, batch, accumulation, packed):
     rows, template = runs.example_rows(checkpoints["untied"])
     model = runs.build(checkpoints["untied"], kind, template)
-    trainer = runs.train(model, rows, tmp_path, kind=kind, batch=batch, accumulation=accumulation)
+    trainer = runs.train(model, rows, tmp_path, kind=kind, batch=batch, accumulation=accumulation, packed=packed)
     assert_same(runs.measured(trainer), references("untied", kind))
 
 
@@ -57,12 +58,14 @@ def test_weights_scale_the_loss_of_their_tokens_and_not_the_denominator(checkpoi
     assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.parametrize("kind", ["full", "tokens"])
-def test_tied_matrices_too(checkpoints, references, tmp_path, kind):
-    rows, template = runs.example_rows(checkpoints["tied"])
-    model = runs.build(checkpoints["tied"], kind, template)
+@pytest.mark.parametrize(
+    ("name", "kind"), [("tied", "full"), ("tied", "tokens"), ("tied", "matrices"), ("untied", "matrices")]
+)
+def test_tied_and_whole_matrices_too(checkpoints, references, tmp_path, name, kind):
+    rows, template = runs.example_rows(checkpoints[name])
+    model = runs.build(checkpoints[name], kind, template)
     trainer = runs.train(model, rows, tmp_path, kind=kind, batch=4, accumulation=2)
-    assert_same(runs.measured(trainer), references("tied", kind))
+    assert_same(runs.measured(trainer), references(name, kind))
 
 
 def test_gradient_checkpointing_and_workers_change_nothing(checkpoints, references, tmp_path):

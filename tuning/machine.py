@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import resource
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,14 @@ def check_device(device: torch.device) -> None:
         )
 
 
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory so far: allocated on the GPU, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, kilobytes elsewhere
+
+
 def check_reporters(names: list[str]) -> None:
     """Raises: SettingsError: --report_to names something that is not installed."""
     packages = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
@@ -74,10 +84,15 @@ def describe_lost_process(error: BaseException) -> str | None:
 
 def describe_out_of_memory(micro_batch: Any, row_ids: list[str], *, checkpointing: bool) -> str:
     """Which micro-batch did not fit, and what to change first."""
-    rows, width = micro_batch["input_ids"].shape
+    if "lengths" in micro_batch:
+        rows, tokens = len(micro_batch["lengths"]), micro_batch["input_ids"].numel()
+        size = f"{rows} rows, {tokens} tokens"
+    else:
+        rows, width = micro_batch["input_ids"].shape
+        size = f"{rows} rows x {width} tokens"
     first = "lower --per_device_train_batch_size (and raise --gradient_accumulation_steps to keep the step)"
     if rows == 1:
         first = "lower --model_max_length" if checkpointing else "pass --gradient_checkpointing True"
     elif not checkpointing:
         first += ", or pass --gradient_checkpointing True"
-    return f"out of memory in a micro-batch of {rows} rows x {width} tokens (rows {name_rows(row_ids)}); {first}"
+    return f"out of memory in a micro-batch of {size} (rows {name_rows(row_ids)}); {first}"

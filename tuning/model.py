@@ -2,8 +2,9 @@
 
 import hashlib
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import cached_file
 
+from tuning.attention import describe_packing
 from tuning.errors import SettingsError
-from tuning.loss import sum_cross_entropy
+from tuning.loss import OutputHead
+
+if TYPE_CHECKING:
+    from tuning.token_rows import TokenRows
 
 
 def load_model(
@@ -104,13 +109,16 @@ class TrainingModel(nn.Module):
     """What DDP, DeepSpeed and FSDP wrap: a causal language model whose forward returns the loss sum.
 
     model: the transformers model, or the peft model around it. Its parameter names stay as they are.
-    token_rows: trained rows of the embedding and output matrices (adapters.TokenRows), or None.
+    token_rows: trained rows of the embedding and output matrices, or None.
+
+    Raises: SettingsError: see loss.OutputHead.
     """
 
-    def __init__(self, model: nn.Module, token_rows: nn.Module | None = None):
+    def __init__(self, model: nn.Module, token_rows: "TokenRows | None" = None):
         super().__init__()
         self.model: Any = model
         self.token_rows = token_rows
+        self._head = OutputHead(self.causal_lm.get_output_embeddings(), token_rows)
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -123,17 +131,38 @@ class TrainingModel(nn.Module):
         return self.causal_lm.config
 
     def forward(
-        self, input_ids: Tensor, target_index: Tensor, targets: Tensor, weights: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        target_index: Tensor,
+        targets: Tensor,
+        weights: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        lengths: Sequence[int] | None = None,
+        row_starts: Tensor | None = None,
     ) -> Tensor:
         """Summed cross-entropy of the micro-batch.
 
         Shapes: input_ids [B, T]; target_index [N], positions in the flattened [B * T]; targets [N]; weights [N] of the
-            targets' losses, or None where all are 1. Returns: scalar.
+            targets' losses, or None where all are 1. Packed rows (see attention.py): input_ids and position_ids [1, T],
+            lengths of the R rows, row_starts [R + 1] int32. Returns: scalar.
         """
-        causal_lm = self.causal_lm
-        hidden = causal_lm.get_decoder()(input_ids=input_ids, use_cache=False)[0]
+        hidden = self.hidden_states(input_ids, position_ids, lengths, row_starts)
         supervised = hidden.flatten(0, 1).index_select(0, target_index)
-        return sum_cross_entropy(causal_lm.get_output_embeddings(), supervised, targets, weights)
+        return self._head.sum_loss(supervised, targets, weights)
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        lengths: Sequence[int] | None = None,
+        row_starts: Tensor | None = None,
+    ) -> Tensor:
+        """What the output layer sees, [B, T, H]; inputs as in forward."""
+        packed: dict[str, Any] = {}
+        if lengths is not None:
+            packed = describe_packing(input_ids, position_ids, lengths, row_starts)
+        hidden: Tensor = self.causal_lm.get_decoder()(input_ids=input_ids, use_cache=False, **packed)[0]
+        return hidden
 
 
 @torch.no_grad()

@@ -54,9 +54,15 @@ class TokenRows(nn.Module):
             if self._scale is not None:
                 rows = rows * torch.as_tensor(self._scale).to(rows)
             return torch.where((row >= 0).unsqueeze(-1), rows, result)
-        weight = self.embedding if self.output is None else self.output
-        columns = F.linear(inputs, weight.to(inputs.dtype))
+        if not result.ndim:  # the loss, which took the rows into account (OutputHead)
+            return result
+        columns = F.linear(inputs, self.output_rows.to(inputs.dtype))
         return result.index_copy_(-1, self.token_ids, columns.to(result.dtype))
+
+    @property
+    def output_rows(self) -> Tensor:
+        """The rows of the output matrix, [R, H]."""
+        return self.embedding if self.output is None else self.output
 
     def state_in_peft_format(self) -> dict[str, Tensor]:
         """Absolute rows under peft's names; tied matrices have the embedding's only."""

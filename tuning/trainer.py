@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import signal
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -12,17 +11,19 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import DistributedType
 from peft.optimizers import create_loraplus_optimizer
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
 from tuning.checkpoint import ResultWriter
 from tuning.errors import MachineError
-from tuning.machine import describe_lost_process, describe_out_of_memory, is_out_of_memory
+from tuning.flops import count_flops, measure_matmul_flops
+from tuning.machine import describe_lost_process, describe_out_of_memory, is_out_of_memory, peak_memory_gib
 from tuning.model import TrainingModel
 from tuning.processes import raise_together
 from tuning.record import append_metrics
 from tuning.resumable_trainer import ResumableTrainer
+from tuning.step_loader import StepSampler, build_loader, move_micro_batch
 from tuning.stopping import GO_ON
 from tuning.window import StepWindow
 
@@ -31,9 +32,9 @@ class StepTrainer(ResumableTrainer):
     """Trains a TrainingModel on steps.
 
     train_dataset, eval_dataset: item s is this rank's share of step s of the run, counted over epochs:
-        {"micro_batches": [inputs of the model's forward, ...], "row_ids": [[...], ...], "num_targets": supervised
-        tokens of the step on all ranks, "num_tokens": likewise without padding}; len() is the steps of one epoch.
-        Every rank has the same number of micro-batches.
+        {"micro_batches": [inputs of the model's forward, ...], "row_ids": [[...], ...], "num_targets", "num_tokens",
+        "num_positions", "num_pairs"} (data_utils.collate.Step); len() is the steps of one epoch. Every rank has the
+        same number of micro-batches.
     writer: writes what was trained into a directory (on rank 0).
     """
 
@@ -75,29 +76,16 @@ class StepTrainer(ResumableTrainer):
         self._saved_window: dict[str, Any] | None = None
         self._num_tokens_seen = self._num_targets_seen = 0
         self._train_s = 0.0  # before _began
+        self._flops = count_flops(model)
+        self._peak_flops_per_s: float | None = None
         self._began = time.perf_counter()
 
     # ---- data ----
 
     def get_train_dataloader(self) -> DataLoader:
         """Steps of the epoch that the state stands in."""
-        sampler = _StepSampler(lambda: self.state.global_step, self.steps_per_epoch)
-        return self._build_dataloader(self.train_dataset, sampler)
-
-    def _build_dataloader(self, dataset: Dataset[Any], sampler: Sampler[int] | None) -> DataLoader:
-        # batch_size=1, not None: accelerate's skip_first_batches needs a batch sampler.
-        workers = self.args.dataloader_num_workers
-        return DataLoader(
-            dataset,
-            batch_size=1,
-            sampler=sampler,
-            collate_fn=_only_item,
-            worker_init_fn=_ignore_signals,
-            num_workers=workers,
-            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
-            persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
-            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
-        )
+        sampler = StepSampler(lambda: self.state.global_step, self.steps_per_epoch)
+        return build_loader(self.train_dataset, self.args, sampler)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple:
         """One item, which is a whole step, and its number of supervised tokens over all ranks."""
@@ -140,9 +128,10 @@ class StepTrainer(ResumableTrainer):
             self._saved_window = None
         scale = self.args.world_size / num_items_in_batch
         losses = []
-        last = len(inputs["micro_batches"]) - 1
+        micro_batches = [move_micro_batch(micro_batch, self.args.device) for micro_batch in inputs["micro_batches"]]
+        last = len(micro_batches) - 1
         options = {"scale_wrt_gas": False} if self.accelerator.distributed_type == DistributedType.DEEPSPEED else {}
-        for index, micro_batch in enumerate(inputs["micro_batches"]):
+        for index, micro_batch in enumerate(micro_batches):
             self._seed_micro_batch(index)
             self.accelerator.gradient_state._set_sync_gradients(index == last)
             synchronises = index == last or options
@@ -156,7 +145,7 @@ class StepTrainer(ResumableTrainer):
         return self._window.add(self.state.global_step + 1, inputs, losses)
 
     def _run_micro_batch(self, model: Any, micro_batch: Any, scale: float, options: dict[str, Any]) -> torch.Tensor:
-        loss = model(**self._prepare_input(micro_batch)) * scale
+        loss = model(**micro_batch) * scale
         self.accelerator.backward(loss, **options)
         return loss.detach()
 
@@ -196,12 +185,12 @@ class StepTrainer(ResumableTrainer):
         model.eval()
         sums, num_targets = [], 0
         with torch.no_grad():
-            for step in self._build_dataloader(dataset, None):
+            for step in build_loader(dataset, self.args):
                 if self.is_in_train and (signal_number := self.stop.agreed()):
                     self.stop_evaluating(signal_number)
                     return {}
                 for micro_batch in step["micro_batches"]:
-                    sums.append(model(**self._prepare_input(micro_batch)))
+                    sums.append(model(**move_micro_batch(micro_batch, self.args.device)))
                 num_targets += step["num_targets"]
         total = torch.stack(sums).sum()
         if self.args.world_size > 1:
@@ -228,7 +217,8 @@ class StepTrainer(ResumableTrainer):
             loss_sums = self._gather_loss_sums(self._window)
             self._check_finite(self._window, loss_sums)
             logs["loss"] = self._window.mean_loss(loss_sums)
-            logs.update(self._window.rates())
+            logs.update(self._window.rates(self._flops, self._peak_flops_per_s))
+            logs["peak_gib"] = round(peak_memory_gib(self.args.device), 3)
             self._window = None
         # The Trainer's summary counts steps as samples; run.json has the right one.
         if self.is_world_process_zero() and "train_runtime" not in logs:
@@ -255,6 +245,11 @@ class StepTrainer(ResumableTrainer):
         # from_pretrained leaves the model in eval mode inside a wrapper that says it trains: no dropout of its own,
         # no gradient checkpointing.
         self.model.train()
+        device, half = self.args.device, {"bf16": torch.bfloat16, "fp16": torch.float16}
+        if device.type == "cuda" and self._flops:
+            dtype = half.get(self.accelerator.mixed_precision, torch.float32)
+            self._peak_flops_per_s = measure_matmul_flops(device, dtype, size=8192) * self.args.world_size
+            torch.cuda.reset_peak_memory_stats(device)
         self._began = time.perf_counter()
         with self.stop:
             try:
@@ -278,6 +273,7 @@ class StepTrainer(ResumableTrainer):
             "supervised_tokens_trained": self._num_targets_seen,
             "train_s": round(self._train_s, 1),
             "tokens_per_s": round(self._num_tokens_seen / self._train_s, 1),
+            "peak_gib": round(peak_memory_gib(self.args.device), 3),
             "loss": {"first": losses[0], "last": losses[-1]} if losses else None,
             "eval_loss": evaluations[-1] if evaluations else None,
             "best": {"step": self.state.best_global_step, "eval_loss": self.state.best_metric} if evaluations else None,
@@ -314,28 +310,3 @@ class StepTrainer(ResumableTrainer):
         self._saved_window = saved["window"]
         self._num_tokens_seen, self._num_targets_seen = saved["tokens_seen"], saved["targets_seen"]
         self._train_s = saved["train_s"]
-
-
-class _StepSampler(Sampler[int]):
-    """Numbers of the steps of the current epoch, counted over the whole run."""
-
-    def __init__(self, global_step: Callable[[], int], steps_per_epoch: int):
-        self._global_step = global_step
-        self._steps_per_epoch = steps_per_epoch
-
-    def __iter__(self) -> Iterator[int]:
-        epoch = self._global_step() // self._steps_per_epoch
-        return iter(range(epoch * self._steps_per_epoch, (epoch + 1) * self._steps_per_epoch))
-
-    def __len__(self) -> int:
-        return self._steps_per_epoch
-
-
-def _only_item(items: list[Any]) -> Any:
-    return items[0]
-
-
-def _ignore_signals(_worker: int) -> None:
-    # A Ctrl-C or a scheduler's SIGTERM reaches workers, too; they end when the process they work for does.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

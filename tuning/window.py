@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from tuning.errors import name_rows
+from tuning.flops import StepFlops
+
+_COUNTS = ("num_targets", "num_tokens", "num_positions", "num_pairs")  # of a step
 
 
 class StepWindow:
@@ -17,13 +20,12 @@ class StepWindow:
     """
 
     def __init__(self, device: torch.device, *, saved: dict[str, Any] | None, rank: int, num_ranks: int):
-        saved = saved or {"steps": 0, "tokens": 0, "targets": 0, "elapsed_s": 0.0, "loss_sums": [0.0]}
+        saved = saved or {"steps": 0, "counts": dict.fromkeys(_COUNTS, 0), "elapsed_s": 0.0, "loss_sums": [0.0]}
         sums = saved["loss_sums"]
         mine = sums[rank] if len(sums) == num_ranks else math.fsum(sums) / len(sums)
         self.loss_sum = torch.tensor(mine, device=device)
         self._num_steps = saved["steps"]
-        self._num_tokens = saved["tokens"]
-        self._num_targets = saved["targets"]
+        self._counts = dict(saved["counts"])
         self._started = time.perf_counter() - saved["elapsed_s"]
         self._losses: list[tuple[int, list[str], Tensor]] = []
         self._gradient_norms: list[tuple[int, list[str], Tensor]] = []
@@ -34,8 +36,8 @@ class StepWindow:
         total = torch.stack(losses).sum()
         self.loss_sum += total
         self._num_steps += 1
-        self._num_tokens += step["num_tokens"]
-        self._num_targets += step["num_targets"]
+        for name in _COUNTS:
+            self._counts[name] += step[name]
         self._losses += [(number, rows, loss) for rows, loss in zip(step["row_ids"], losses, strict=True)]
         self._rows = [row for rows in step["row_ids"] for row in rows]
         return total
@@ -57,14 +59,22 @@ class StepWindow:
                 found.append((number, f"the {kind} is {values[bad]} at step {number} (rows {name_rows(rows)})"))
         return min(found)[1] if found else None
 
-    def rates(self) -> dict[str, float]:
-        """Tokens and rates over all ranks, without the time that was excluded."""
+    def rates(self, flops: StepFlops | None, peak_flops_per_s: float | None) -> dict[str, float]:
+        """Tokens, rates over all ranks without the time that was excluded, and the share of padding.
+
+        flops, peak_flops_per_s: what a step costs and all devices can do; None where that is not known.
+        """
         elapsed_s = time.perf_counter() - self._started
-        return {
-            "supervised_tokens": float(self._num_targets),
-            "tokens_per_s": round(self._num_tokens / elapsed_s, 1),
-            "supervised_tokens_per_s": round(self._num_targets / elapsed_s, 1),
+        counts = self._counts
+        rates = {
+            "supervised_tokens": float(counts["num_targets"]),
+            "tokens_per_s": round(counts["num_tokens"] / elapsed_s, 1),
+            "supervised_tokens_per_s": round(counts["num_targets"] / elapsed_s, 1),
+            "padding_share": round(1 - counts["num_tokens"] / counts["num_positions"], 4),
         }
+        if flops and peak_flops_per_s:
+            rates["matmul_share"] = round(flops.of(counts) / elapsed_s / peak_flops_per_s, 4)
+        return rates
 
     def mean_loss(self, loss_sums: list[float]) -> float:
         """Mean over ranks and steps of the ranks' loss_sum."""
@@ -74,8 +84,7 @@ class StepWindow:
         """What a checkpoint keeps; loss_sums: of all ranks."""
         return {
             "steps": self._num_steps,
-            "tokens": self._num_tokens,
-            "targets": self._num_targets,
+            "counts": self._counts,
             "elapsed_s": time.perf_counter() - self._started,
             "loss_sums": loss_sums,
         }

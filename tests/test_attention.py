@@ -1,0 +1,241 @@
+"""Packed rows never see each other; models that cannot keep them apart are padded."""
+
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers import (
+    FalconMambaConfig,
+    FalconMambaForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
+
+from tests.conftest import build_model
+from tuning import attention
+from tuning.attention import NAME, attend, enable_packing
+from tuning.model import TrainingModel, enable_gradient_checkpointing
+
+SMALL = dict(
+    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.2, pad_token_id=0, bos_token_id=1,
+    eos_token_id=2,
+)  # fmt: skip
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+
+
+def make(config_class, model_class, **changes):
+    torch.manual_seed(0)
+    return TrainingModel(model_class(config_class(**{**SMALL, **changes})).eval())
+
+
+def pack(lengths):
+    return {
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "lengths": lengths,
+        "row_starts": torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32),
+    }
+
+
+PACKABLE = {
+    "qwen2": lambda: make(Qwen2Config, Qwen2ForCausalLM),
+    "qwen3-moe": lambda: make(Qwen3MoeConfig, Qwen3MoeForCausalLM, head_dim=8, **EXPERTS),
+    "llama": lambda: make(LlamaConfig, LlamaForCausalLM),
+    "phi3": lambda: make(Phi3Config, Phi3ForCausalLM),
+    "mistral, window of 100": lambda: make(MistralConfig, MistralForCausalLM, sliding_window=100),
+    "gemma3, window of 100": lambda: make(Gemma3TextConfig, Gemma3ForCausalLM, head_dim=8, sliding_window=100),
+    "gpt2": lambda: TrainingModel(GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4)).eval()),
+}
+
+
+@pytest.mark.parametrize("name", PACKABLE)
+def test_packed_rows_give_the_hidden_states_and_gradients_of_rows_alone(name):
+    model = PACKABLE[name]()
+    lengths = [5, 1, 17, 30]
+    rows = [torch.randint(0, 64, (length,), generator=torch.Generator().manual_seed(length)) for length in lengths]
+    alone = torch.cat([model.hidden_states(row[None]) for row in rows], 1)
+    direction = torch.randn(alone.shape, generator=torch.Generator().manual_seed(0))
+    (alone * direction).sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    assert enable_packing(model, max_length=64, dtype=torch.float32) is None
+    packed = model.hidden_states(torch.cat(rows)[None], **pack(lengths))
+    assert (packed - alone).abs().max() <= 1e-5 * alone.abs().max()
+    (packed * direction).sum().backward()
+    for key, gradient in expected.items():
+        difference = (dict(model.named_parameters())[key].grad - gradient).norm()
+        assert difference <= 1e-4 * gradient.norm() + 1e-6, key
+
+
+PADDED = {
+    "sliding window": (lambda: make(MistralConfig, MistralForCausalLM, sliding_window=40), "reaches back 40 tokens"),
+    "window in some layers": (
+        lambda: make(Gemma3TextConfig, Gemma3ForCausalLM, head_dim=8, sliding_window=40),
+        "reaches back 40 tokens",
+    ),
+    "linear attention": (
+        lambda: make(Qwen3NextConfig, Qwen3NextForCausalLM, head_dim=8, num_hidden_layers=4, **EXPERTS),
+        "layers of linear_attention",
+    ),
+    "state space": (
+        lambda: make(FalconMambaConfig, FalconMambaForCausalLM, state_size=4),
+        "",
+    ),
+    "sinks": (
+        lambda: make(GptOssConfig, GptOssForCausalLM, head_dim=8, sliding_window=100, num_local_experts=4),
+        "s_aux",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_models_that_cannot_keep_rows_apart_are_left_as_they_were(name):
+    build, reason = PADDED[name]
+    model = build()
+    before = model.causal_lm.config._attn_implementation
+    ids = torch.arange(24)[None]
+    with torch.no_grad():
+        expected = model.causal_lm(input_ids=ids).logits
+        obstacle = enable_packing(model, max_length=64, dtype=torch.float32)
+        assert obstacle is not None and reason in obstacle
+        assert model.causal_lm.config._attn_implementation == before
+        assert torch.equal(model.causal_lm(input_ids=ids).logits, expected)
+
+
+def test_a_model_that_only_the_trial_finds_out_is_padded(tokenizer, monkeypatch):
+    model = TrainingModel(build_model(tokenizer, tied=False).eval())
+    # As a model that drops the arguments it does not know.
+    forward = model.causal_lm.model.forward
+    model.causal_lm.model.forward = lambda input_ids, use_cache, **_: forward(input_ids=input_ids, use_cache=use_cache)
+    obstacle = enable_packing(model, max_length=64, dtype=torch.float32)
+    assert obstacle is not None and "logits differ" in obstacle
+
+
+def test_packing_survives_gradient_checkpointing(tokenizer):
+    gradients = []
+    for checkpointing in (False, True):
+        model = TrainingModel(build_model(tokenizer, tied=False))
+        assert enable_packing(model, max_length=64, dtype=torch.float32) is None
+        model.train()
+        if checkpointing:
+            enable_gradient_checkpointing(model.causal_lm)
+        hidden = model.hidden_states(torch.arange(24)[None], **pack([9, 15]))
+        hidden.cumsum(-1).sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+def test_a_packed_model_generates_and_saves_as_before(tokenizer, tmp_path):
+    plain, packed = (build_model(tokenizer, tied=False).eval() for _ in range(2))
+    assert enable_packing(TrainingModel(packed), max_length=64, dtype=torch.float32) is None
+    # Two prompts, padded on the left: a mask is needed.
+    ids = torch.tensor([[0, 0, 5, 6, 7], [8, 9, 10, 11, 12]])
+    options = {"attention_mask": (ids > 0).long(), "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(plain.generate(ids, **options), packed.generate(ids, **options))
+    packed.save_pretrained(tmp_path)
+    assert NAME not in (tmp_path / "config.json").read_text()
+
+
+class _Module(nn.Module):
+    is_causal = True
+
+
+@settings(max_examples=30)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.sampled_from([1, 2, 4]), st.integers(0, 99))
+def test_attention_within_rows_equals_a_block_mask(lengths, key_heads, seed):
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(lengths)
+    query, key, value = (torch.randn(1, heads, total, 8, generator=generator) for heads in (4, key_heads, key_heads))
+    row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    mask = (row[:, None] == row[None]).tril()
+    repeated = (states.repeat_interleave(4 // key_heads, 1) for states in (key, value))
+    expected = F.scaled_dot_product_attention(query, *repeated, attn_mask=mask, scale=0.3).transpose(1, 2)
+    actual, _ = attend(_Module(), query, key, value, None, scaling=0.3, packed_lengths=lengths)
+    assert torch.allclose(actual, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{"softcap": 30.0}, {"s_aux": torch.zeros(4)}, {"sliding_window": 4}, {"is_causal": False}], ids=str
+)
+def test_what_attention_would_ignore_it_refuses(options):
+    states = torch.randn(1, 4, 10, 8)
+    with pytest.raises(NotImplementedError):
+        attend(_Module(), states, states, states, None, packed_lengths=[5, 5], **options)
+
+
+def _varlen(window_size=None, is_causal=None, scale=None, enable_gqa=False):
+    """What torch's kernel is meant to compute, for the arguments that its versions take."""
+
+    def compute(query, key, value, starts, keys, longest, longest_key):
+        assert torch.equal(starts, keys) and longest == longest_key == starts.diff().max()
+        assert window_size in (None, (-1, 0)) and is_causal in (None, True)
+        rows = [
+            F.scaled_dot_product_attention(
+                *(x[a:b].transpose(0, 1)[None] for x in (query, key, value)),
+                scale=scale, is_causal=True, enable_gqa=enable_gqa,
+            )[0].transpose(0, 1)
+            for a, b in zip(starts.tolist(), starts.tolist()[1:], strict=False)
+        ]  # fmt: skip
+        return torch.cat(rows)
+
+    return compute
+
+
+def newer(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+    compute = _varlen(window_size=window_size, scale=scale, enable_gqa=enable_gqa)
+    return compute(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k)
+
+
+def older(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):
+    assert key.shape == query.shape
+    return _varlen(is_causal=is_causal)(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k)
+
+
+@pytest.mark.parametrize("kernel", [newer, older], ids=["torch 2.13", "torch 2.10"])
+def test_the_kernel_is_called_as_its_version_takes_it(kernel, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", types.SimpleNamespace(varlen_attn=kernel))
+    monkeypatch.setattr(attention, "_kernel_takes", lambda *_: True)
+    query, key, value = (torch.randn(1, heads, 12, 8) for heads in (4, 2, 2))
+    starts = torch.tensor([0, 5, 12], dtype=torch.int32)
+    options = {"scaling": 0.3, "packed_lengths": [5, 7]}
+    by_kernel, _ = attend(_Module(), query, key, value, None, packed_starts=starts, **options)
+    by_rows, _ = attend(_Module(), query, key, value, None, **options)
+    assert torch.allclose(by_kernel, by_rows, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_kernel_equals_rows_alone_on_a_gpu():
+    query, key, value = (
+        torch.randn(1, heads, 300, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2)
+    )
+    starts = torch.tensor([0, 100, 101, 300], dtype=torch.int32, device="cuda")
+    results = []
+    for packed_starts in (starts, None):
+        output, _ = attend(
+            _Module(), query, key, value, None, packed_lengths=[100, 1, 199], packed_starts=packed_starts
+        )
+        results.append([output, *torch.autograd.grad(output.float().square().sum(), (query, key, value))])
+    for one, other in zip(*results, strict=True):
+        assert (one - other).float().norm() <= 1e-2 * other.float().norm()

@@ -1,0 +1,195 @@
+"""The chunked loss against the slow obvious one: all logits at once, by autograd, in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from tests.conftest import build_model
+from tuning import loss as loss_module
+from tuning.errors import SettingsError
+from tuning.loss import OutputHead, sum_cross_entropy
+from tuning.model import TrainingModel
+
+V, H, R = 37, 8, 3
+# Relative to the largest entry: rounding of the dtype that products are computed in.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setitem(loss_module._CHUNK_LOGITS, "cpu", 5 * V)
+
+
+def make_inputs(num_rows, *, dtype=torch.float32, seed=0, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return (torch.randn(shape, generator=generator) * scale).to(dtype).requires_grad_()
+
+    return {
+        "hidden": draw(num_rows, H),
+        "weight": draw(V, H),
+        "bias": draw(V),
+        "weights": torch.rand(num_rows, generator=generator) * 2,
+        "rows": (torch.tensor([4, 0, 30]), draw(R, H)),
+        "low_rank": (draw(num_rows, 2), draw(V, 2)),
+        "targets": torch.randint(0, V, (num_rows,), generator=generator),
+    }
+
+
+def reference(hidden, weight, targets, *, bias=None, weights=None, rows=None, low_rank=None):
+    logits = hidden @ weight.T
+    if bias is not None:
+        logits = logits + bias
+    if rows is not None:
+        logits = logits.index_copy(1, rows[0], hidden @ rows[1].T)
+    if low_rank is not None:
+        logits = logits + low_rank[0] @ low_rank[1].T
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    return (losses if weights is None else losses * weights).sum()
+
+
+def trained(inputs):
+    """Every tensor that may get a gradient, by name."""
+    flat = {"hidden": inputs["hidden"], "weight": inputs["weight"], "bias": inputs.get("bias")}
+    flat["rows"] = (inputs.get("rows") or (None, None))[1]
+    flat["low_input"], flat["low_weight"] = inputs.get("low_rank") or (None, None)
+    return {name: value for name, value in flat.items() if value is not None}
+
+
+def in_double(inputs):
+    def convert(value):
+        if isinstance(value, tuple):
+            return tuple(convert(each) for each in value)
+        if not value.is_floating_point():
+            return value
+        return value.detach().double().requires_grad_(value.requires_grad)
+
+    return {name: convert(value) for name, value in inputs.items()}
+
+
+def assert_equal_to_reference(inputs, *, scale=1.0, tolerance=1e-5):
+    expected_inputs = in_double(inputs)
+    expected = reference(**expected_inputs)
+    actual = sum_cross_entropy(**inputs)
+    assert actual.dtype == torch.float32
+    assert actual.item() == pytest.approx(expected.item(), rel=tolerance, abs=1e-6)
+    (expected * scale).backward()
+    (actual * scale).backward()
+    for (name, value), reference_value in zip(trained(inputs).items(), trained(expected_inputs).values(), strict=True):
+        if not value.requires_grad:
+            assert value.grad is None, name
+            continue
+        assert value.grad.dtype == value.dtype
+        largest = reference_value.grad.abs().max().item() if value.numel() else 0.0
+        difference = (value.grad.double() - reference_value.grad).abs().max().item() if value.numel() else 0.0
+        assert difference <= tolerance * largest + 1e-12, (name, difference, largest)
+
+
+@settings(max_examples=60)
+@given(
+    st.integers(0, 23),
+    st.sets(st.sampled_from(["bias", "weights", "rows", "low_rank"])),
+    st.sets(st.sampled_from(["hidden", "weight", "bias", "rows", "low_input", "low_weight"]), min_size=1),
+    st.integers(0, 99),
+    st.sampled_from([1.0, 1e-4, 65536.0]),
+)
+def test_loss_and_gradients_equal_the_reference(num_rows, options, trains, seed, scale):
+    inputs = make_inputs(num_rows, seed=seed)
+    for name in {"bias", "weights", "rows", "low_rank"} - options:
+        del inputs[name]
+    values = trained(inputs)
+    if not trains & set(values):
+        trains = {"hidden"}
+    for name, value in values.items():
+        value.requires_grad_(name in trains)
+    assert_equal_to_reference(inputs, scale=scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_rounds_products_and_nothing_else(dtype):
+    assert_equal_to_reference(make_inputs(23, dtype=dtype), tolerance=TOLERANCE[dtype])
+
+
+def test_fp16_gradients_do_not_vanish_where_the_step_is_large():
+    inputs = make_inputs(23, dtype=torch.float16)
+    scaled = 65536.0 / 1e6  # a loss scale over a step's tokens
+    tiny = sum_cross_entropy(inputs["hidden"] * 1.0, inputs["weight"] * 1e-3, inputs["targets"]) * scaled
+    (gradient,) = torch.autograd.grad(tiny, inputs["hidden"])
+    full = inputs["hidden"].detach().float().requires_grad_()
+    expected = sum_cross_entropy(full, (inputs["weight"] * 1e-3).float(), inputs["targets"]) * scaled
+    (expected_gradient,) = torch.autograd.grad(expected, full)
+    assert (gradient - expected_gradient).norm() / expected_gradient.norm() < 5e-3
+
+
+def test_autocast_computes_in_its_dtype_and_gives_gradients_in_the_parameters():
+    inputs = make_inputs(23)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_equal_to_reference(inputs, tolerance=TOLERANCE[torch.bfloat16])
+
+
+def test_certain_and_hopeless_targets_are_finite():
+    hidden, weight = torch.eye(4) * 200, torch.eye(4).requires_grad_()
+    targets = torch.tensor([0, 0, 2, 3])  # certain, off by 200, certain, certain
+    value = sum_cross_entropy(hidden, weight, targets)
+    assert value.item() == pytest.approx(200.0)
+    value.backward()
+    assert weight.grad.isfinite().all()
+
+
+def test_many_logits_add_up_exactly():
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(6, 16, generator=generator), torch.randn(150_000, 16, generator=generator)
+    targets = torch.randint(0, 150_000, (6,), generator=generator)
+    expected = reference(hidden.double(), weight.double(), targets)
+    assert sum_cross_entropy(hidden, weight, targets).item() == pytest.approx(expected.item(), rel=1e-7)
+
+
+def test_no_logits_are_kept_and_none_are_differentiated_without_grad():
+    inputs = make_inputs(23)
+    inputs["weight"].requires_grad_(False)
+    value = sum_cross_entropy(inputs["hidden"], inputs["weight"], inputs["targets"])
+    kept = [tuple(gradient.shape) for gradient in value.grad_fn.gradients if gradient is not None]
+    assert kept == [(23, H)]
+    with torch.no_grad():
+        again = sum_cross_entropy(inputs["hidden"], inputs["weight"], inputs["targets"])
+    assert again.item() == value.item() and again.grad_fn is None
+
+
+# LoRA on a tied output layer corrupts the embedding when merged: refused elsewhere.
+@pytest.mark.parametrize(
+    ("kind", "tied"), [("plain", True), ("plain", False), ("whole", True), ("whole", False), ("lora", False)]
+)
+def test_the_output_head_is_the_cross_entropy_of_its_layers_logits(tokenizer, kind, tied):
+    model = build_model(tokenizer, tied=tied)
+    if kind == "lora":
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False))
+    if kind == "whole":
+        names = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
+        config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=names, ensure_weight_tying=tied)
+        model = get_peft_model(model, config)
+    training_model = TrainingModel(model)
+    layer = training_model.causal_lm.get_output_embeddings()
+    hidden = torch.randn(9, 32, generator=torch.Generator().manual_seed(0))
+    targets = torch.arange(9)
+    expected = F.cross_entropy(layer(hidden), targets, reduction="sum")
+    actual = training_model._head.sum_loss(hidden, targets, None)
+    assert actual.item() == pytest.approx(expected.item(), rel=1e-5)
+    parameters = [p for p in layer.parameters() if p.requires_grad]
+    assert bool(parameters)
+    for one, other in zip(
+        torch.autograd.grad(actual, parameters), torch.autograd.grad(expected, parameters), strict=True
+    ):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_output_layers_that_it_would_compute_wrongly_are_refused(tokenizer):
+    config = LoraConfig(r=2, target_modules=["lm_head"], use_dora=True)
+    with pytest.raises(SettingsError, match="DoRA"):
+        TrainingModel(get_peft_model(build_model(tokenizer, tied=False), config))
+    with pytest.raises(SettingsError, match="Identity"):
+        OutputHead(nn.Identity(), None)

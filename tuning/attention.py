@@ -1,0 +1,185 @@
+"""Attention for packed rows: rows lie one behind the other, and none attends to another.
+
+Registered with transformers under one name, so that every model that goes through its attention interface can use it.
+Whether a model does, and gives the same result, is tried before training; models that cannot are padded.
+"""
+
+import functools
+import inspect
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+if TYPE_CHECKING:
+    from tuning.model import TrainingModel
+
+NAME = "packed_rows"
+# What some models ask of attention beside causality; here it would be ignored.
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias", "head_mask")
+
+
+def describe_packing(
+    input_ids: Tensor, position_ids: Tensor | None, lengths: Sequence[int], row_starts: Tensor | None
+) -> dict[str, Any]:
+    """Arguments of a decoder's forward that say where rows begin."""
+    return {
+        "position_ids": position_ids,
+        "packed_lengths": lengths,
+        "packed_starts": row_starts,
+        # transformers leaves a mask of four dimensions as it is. Without one it would look for packed rows in
+        # position_ids, which waits for the GPU, and build a T x T mask that packed attention does not look at.
+        "attention_mask": input_ids.new_zeros((1, 1, 1, 1), dtype=torch.bool),
+    }
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    packed_lengths: Sequence[int] | None = None,
+    packed_starts: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each packed row; rows that are not packed go to transformers' sdpa.
+
+    Shapes: query [1, heads, T, D], key [1, key heads, T, D], value [1, key heads, T, D']; packed_lengths of the R rows;
+        packed_starts [R + 1] int32, where each begins, and T. Returns: [1, T, heads, D'].
+    Raises: NotImplementedError: the model asks for what would be ignored.
+    """
+    if packed_lengths is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+        )
+    if asked := [name for name in _UNSUPPORTED if options.get(name) is not None]:
+        raise NotImplementedError(f"its attention uses {asked[0]}")
+    if not getattr(module, "is_causal", True) or options.get("is_causal") is False:
+        raise NotImplementedError("its attention is not causal")
+    window = options.get("sliding_window")
+    if window is not None and max(packed_lengths) > window:
+        raise NotImplementedError(f"its attention reaches back {window} tokens")
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if packed_starts is not None and _kernel_takes(query, value, dropout):
+        return _attend_varlen(query, key, value, packed_starts, max(packed_lengths), scaling), None
+    shares_keys = key.shape[1] != query.shape[1]
+    lengths = list(packed_lengths)
+    outputs = [
+        F.scaled_dot_product_attention(
+            *row, dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=shares_keys
+        ).transpose(1, 2)
+        for row in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    ]
+    return torch.cat(outputs, 1), None
+
+
+def _kernel_takes(query: Tensor, value: Tensor, dropout: float) -> bool:
+    """Whether torch's kernel for rows of different lengths can be used: half precision on recent NVIDIA GPUs."""
+    return (
+        query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and dropout == 0.0
+        and query.shape[-1] == value.shape[-1] <= 256
+        and query.shape[-1] % 8 == 0
+        and _has_kernel(query.device)
+    )
+
+
+@functools.cache
+def _has_kernel(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _attend_varlen(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, scaling: float | None
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    parameters = inspect.signature(varlen_attn).parameters  # they differ between torch 2.10 and 2.13
+    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in parameters else {"is_causal": True}
+    if "scale" in parameters:
+        options["scale"] = scaling
+    elif scaling is not None:
+        query = query * (scaling * query.shape[-1] ** 0.5)
+    if key.shape[1] != query.shape[1]:
+        if "enable_gqa" in parameters:
+            options["enable_gqa"] = True
+        else:
+            repeats = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
+    output = varlen_attn(query, key, value, starts, starts, longest, longest, **options)
+    assert isinstance(output, Tensor)
+    return output.unsqueeze(0)
+
+
+def enable_packing(training_model: "TrainingModel", *, max_length: int, dtype: torch.dtype) -> str | None:
+    """Switch a model to attention that keeps packed rows apart, if it passes the test.
+
+    max_length: tokens of the longest row. dtype: of the computation in training.
+
+    Returns: None, or why its rows must be padded (the model is then left as it was).
+    """
+    if obstacle := _find_obstacle(training_model, max_length):
+        return obstacle
+    causal_lm = training_model.causal_lm
+    before = causal_lm.config._attn_implementation
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, sdpa_mask)  # for rows that are not packed: generating samples, say
+    try:
+        with torch.autocast(causal_lm.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            alone = _try_rows(training_model, packed=False)
+            causal_lm.set_attn_implementation(NAME)
+            packed = _try_rows(training_model, packed=True)
+    except (NotImplementedError, TypeError, ValueError, RuntimeError, KeyError) as error:
+        obstacle = str(error).strip().splitlines()[0]
+    else:
+        difference = (alone - packed).abs().max().item() / alone.abs().max().item()
+        limit = 1e-4 if dtype == torch.float32 else 3e-2
+        if not difference <= limit:
+            obstacle = f"packed, its logits differ by {difference:.1g} of the largest one"
+    if obstacle:
+        causal_lm.set_attn_implementation(before)
+    return obstacle
+
+
+def _find_obstacle(training_model: "TrainingModel", max_length: int) -> str | None:
+    """What two short rows would not show: attention that reaches back less far than max_length."""
+    config = training_model.config.get_text_config()
+    if getattr(config, "is_encoder_decoder", False):
+        return "it has an encoder"
+    windows = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+    kinds = set(getattr(config, "layer_types", None) or [])
+    if other := sorted(kinds - {"full_attention", *windows}):
+        return f"it has layers of {other[0]}"
+    reaches = [getattr(config, name, None) for kind, name in windows.items() if kind in kinds or not kinds]
+    reaches += [getattr(module, "sliding_window", None) for module in training_model.causal_lm.modules()]
+    short = [reach for reach in reaches if isinstance(reach, int) and reach < max_length]
+    return f"its attention reaches back {min(short)} tokens, and rows may have {max_length}" if short else None
+
+
+@torch.no_grad()
+def _try_rows(training_model: "TrainingModel", *, packed: bool) -> Tensor:
+    """Logits of two rows, [16, V]."""
+    causal_lm = training_model.eval().causal_lm
+    device = causal_lm.get_input_embeddings().weight.device
+    rows = torch.arange(1, 8, device=device), torch.arange(8, 17, device=device) % 11
+    lengths = [len(row) for row in rows]
+    if packed:
+        starts = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32, device=device)
+        position_ids = torch.cat([torch.arange(length, device=device) for length in lengths])
+        hidden = training_model.hidden_states(torch.cat(rows)[None], position_ids[None], lengths, starts)
+    else:
+        hidden = torch.cat([training_model.hidden_states(row[None]) for row in rows], 1)
+    logits: Tensor = causal_lm.get_output_embeddings()(hidden)
+    return logits[0].float()

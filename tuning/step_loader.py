@@ -1,0 +1,78 @@
+"""Steps on their way to the trainer: built ahead of time, pinned, moved to the device without waiting for it."""
+
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import TrainingArguments
+
+
+def build_loader(dataset: Dataset[Any], args: TrainingArguments, sampler: Sampler[int] | None = None) -> DataLoader:
+    """Loader whose items are those of the dataset: in processes where --dataloader_num_workers says so, else ahead."""
+    workers = args.dataloader_num_workers
+    return DataLoader(
+        dataset if workers else _Ahead(dataset),
+        batch_size=1,  # not None: accelerate's skip_first_batches needs a batch sampler
+        sampler=sampler,
+        collate_fn=_only_item,
+        worker_init_fn=_ignore_signals,
+        num_workers=workers,
+        pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+        persistent_workers=args.dataloader_persistent_workers and workers > 0,
+        prefetch_factor=args.dataloader_prefetch_factor if workers else None,
+    )
+
+
+def move_micro_batch(micro_batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Its tensors on the device; from pinned memory without waiting for what the device is doing."""
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in micro_batch.items()
+    }
+
+
+class StepSampler(Sampler[int]):
+    """Numbers of the steps of the current epoch, counted over the whole run."""
+
+    def __init__(self, global_step: Callable[[], int], steps_per_epoch: int):
+        self._global_step = global_step
+        self._steps_per_epoch = steps_per_epoch
+
+    def __iter__(self) -> Iterator[int]:
+        epoch = self._global_step() // self._steps_per_epoch
+        return iter(range(epoch * self._steps_per_epoch, (epoch + 1) * self._steps_per_epoch))
+
+    def __len__(self) -> int:
+        return self._steps_per_epoch
+
+
+class _Ahead(Dataset[Any]):
+    """The dataset, with the item after the one asked for under way in a thread. Items are functions of their number."""
+
+    def __init__(self, dataset: Dataset[Any]):
+        self._dataset = dataset
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="steps")
+        self._next: tuple[int, Future[Any]] | None = None
+
+    def __len__(self) -> int:
+        return len(self._dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Any:
+        number, future = self._next or (-1, None)
+        item = future.result() if future is not None and number == index else self._dataset[index]
+        self._next = index + 1, self._thread.submit(self._dataset.__getitem__, index + 1)
+        return item
+
+
+def _only_item(items: list[Any]) -> Any:
+    return items[0]
+
+
+def _ignore_signals(_worker: int) -> None:
+    # A Ctrl-C or a scheduler's SIGTERM reaches workers, too; they end when the process they work for does.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
