@@ -149,12 +149,15 @@ def _run(request: dict, rank: int, port: int) -> None:
 
 def _hook(plan: dict):
     """Count events, and act at one. Returns: a function that says how many there were."""
+    import torch
+
     from tuning import resumable_trainer
+    from tuning import trainer as trainer_module
     from tuning.trainer import StepTrainer
 
     fsync, rotate = os.fsync, resumable_trainer.rotate_checkpoints
     step, micro_batch = StepTrainer.training_step, StepTrainer._run_micro_batch
-    prepare = StepTrainer._prepare_input
+    move = trainer_module.move_micro_batch
     count = 0
     again = getattr(signal, plan["again"]) if "again" in plan else None
     current: list = []
@@ -179,10 +182,10 @@ def _hook(plan: dict):
         event("backward")
         return loss
 
-    def prepare_input(self, *args):
-        if not self.model_wrapped.training:
+    def move_micro_batch(*args):
+        if not torch.is_grad_enabled():
             event("evaluate")
-        return prepare(self, *args)
+        return move(*args)
 
     def slow_fsync(descriptor):
         event("fsync")
@@ -196,7 +199,7 @@ def _hook(plan: dict):
 
     StepTrainer.training_step = training_step
     StepTrainer._run_micro_batch = run_micro_batch
-    StepTrainer._prepare_input = prepare_input
+    trainer_module.move_micro_batch = move_micro_batch
     resumable_trainer.rotate_checkpoints = rotate_checkpoints
     os.fsync = slow_fsync
     return lambda: count

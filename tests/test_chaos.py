@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import CONVERSATIONS
 from tests.runs import MAX_LENGTH, probe_logits
 
-TIMINGS = {"tokens_per_s", "supervised_tokens_per_s", "eval_runtime", "train_s", "elapsed_s"}
+TIMINGS = {"tokens_per_s", "supervised_tokens_per_s", "eval_runtime", "train_s", "elapsed_s", "peak_gib"}
 
 
 def words(checkpoint, out, kind, *, steps, rows_per_process=8, dropout=0.1, save_steps=2):

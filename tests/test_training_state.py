@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers.optimization import Adafactor
 
+from tuning.flops import StepFlops
 from tuning.training_state import (
     load_optimizer,
     load_weights,
@@ -128,7 +129,7 @@ def window(saved=None, rank=0, num_ranks=1):
 
 
 def step(*rows):
-    return {"row_ids": [list(rows)], "num_tokens": 10, "num_targets": 4}
+    return {"row_ids": [list(rows)], "num_tokens": 10, "num_targets": 4, "num_positions": 16, "num_pairs": 50}
 
 
 def test_a_window_that_a_checkpoint_cut_gives_the_same_line():
@@ -142,7 +143,11 @@ def test_a_window_that_a_checkpoint_cut_gives_the_same_line():
         second.add(1, step("a"), [loss])
     sums = [[each.loss_sum.item()] for each in (whole, second)]
     assert whole.mean_loss(sums[0]) == second.mean_loss(sums[1]) == pytest.approx(0.7)
-    assert second.rates()["supervised_tokens"] == 12
+    flops = StepFlops(per_token=2, per_target=3, per_pair=1)
+    rates = second.rates(flops, 1e-3)
+    assert rates["supervised_tokens"] == 12 and rates["padding_share"] == 1 - 10 / 16
+    assert rates["matmul_share"] == pytest.approx((2 * 30 + 3 * 12 + 150) / 30 * rates["tokens_per_s"] * 1e3, rel=1e-2)
+    assert "matmul_share" not in second.rates(flops, None)
     halves = [window(saved=first.state([0.5, 1.5]), rank=rank, num_ranks=3) for rank in range(3)]
     assert [each.loss_sum.item() for each in halves] == [1.0, 1.0, 1.0], "another number of processes: the mean"
 

@@ -16,6 +16,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from tuning.machine import is_out_of_memory
+
 if TYPE_CHECKING:
     from tuning.model import TrainingModel
 
@@ -142,6 +144,8 @@ def enable_packing(training_model: "TrainingModel", *, max_length: int, dtype: t
             causal_lm.set_attn_implementation(NAME)
             packed = _try_rows(training_model, packed=True)
     except (NotImplementedError, TypeError, ValueError, RuntimeError, KeyError) as error:
+        if is_out_of_memory(error):
+            raise
         obstacle = str(error).strip().splitlines()[0]
     else:
         difference = (alone - packed).abs().max().item() / alone.abs().max().item()

@@ -82,16 +82,14 @@ def describe_lost_process(error: BaseException) -> str | None:
     return None
 
 
-def describe_out_of_memory(micro_batch: Any, row_ids: list[str], *, checkpointing: bool) -> str:
-    """Which micro-batch did not fit, and what to change first."""
+def describe_out_of_memory(micro_batch: Any, row_ids: list[str], *, batch_size: int, checkpointing: bool) -> str:
+    """Which micro-batch did not fit, and what to change first. batch_size: --per_device_train_batch_size."""
+    rows, width = micro_batch["input_ids"].shape
+    size = f"{rows} rows x {width} tokens"
     if "lengths" in micro_batch:
-        rows, tokens = len(micro_batch["lengths"]), micro_batch["input_ids"].numel()
-        size = f"{rows} rows, {tokens} tokens"
-    else:
-        rows, width = micro_batch["input_ids"].shape
-        size = f"{rows} rows x {width} tokens"
+        size = f"{len(micro_batch['lengths'])} rows, {width} tokens"
     first = "lower --per_device_train_batch_size (and raise --gradient_accumulation_steps to keep the step)"
-    if rows == 1:
+    if batch_size == 1:
         first = "lower --model_max_length" if checkpointing else "pass --gradient_checkpointing True"
     elif not checkpointing:
         first += ", or pass --gradient_checkpointing True"

@@ -154,7 +154,10 @@ class StepTrainer(ResumableTrainer):
         if not is_out_of_memory(error):
             return error
         checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
-        return MachineError(describe_out_of_memory(micro_batch, row_ids, checkpointing=checkpointing))
+        batch_size = self.args.per_device_train_batch_size
+        return MachineError(
+            describe_out_of_memory(micro_batch, row_ids, batch_size=batch_size, checkpointing=checkpointing)
+        )
 
     def _seed_micro_batch(self, index: int) -> None:
         # Dropout's random numbers follow from (seed, step, rank, micro-batch), so a resumed run repeats them.
