@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from tuning.args import LoraArguments
 from tuning.base_model import BaseModelEvidence, judge_base_model
 from tuning.errors import SettingsError
+from tuning.lora_linear import speed_up_lora
 from tuning.model import TrainingModel, enable_gradient_checkpointing, find_module_name, hide_gptqmodel, is_tied
 from tuning.record import MANIFEST_FILE, check_manifest, read_manifest
 from tuning.token_rows import PEFT_SUFFIX, TokenRows
@@ -201,6 +202,7 @@ def add_lora(
         raise SettingsError(
             "--train_embeddings full: peft cannot keep this model's tied matrices tied; use tokens or off"
         )
+    speed_up_lora(peft_model)
     if bias != "none" and not any("bias" in name for name, p in peft_model.named_parameters() if p.requires_grad):
         raise SettingsError(f"--lora_bias {bias}: the model has no biases")
     return peft_model, rows
@@ -240,6 +242,7 @@ def load_lora(model: PreTrainedModel, directory: Path) -> tuple[PeftModel, Token
         result = set_peft_model_state_dict(peft_model, {n: v for n, v in state.items() if n not in row_state})
     except (KeyError, RuntimeError) as error:
         raise SettingsError(f"{directory}: the adapter does not fit this model: {str(error).splitlines()[0]}") from None
+    speed_up_lora(peft_model)
     absent = [key for key in result.missing_keys if "lora_" in key or "modules_to_save" in key]
     if result.unexpected_keys or absent:
         odd = [*result.unexpected_keys, *absent][0]
