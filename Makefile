@@ -1,9 +1,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := output/demo
+DATA ?= ../shared/data/alpaca_en.json ../shared/data/alpaca_zh.json
+TOKENIZER ?= ../shared/qwen_tokenizer/hf
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint check bench
+.PHONY: help setup demo test test-all lint check bench bench-data
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 18
@@ -35,5 +37,8 @@ lint: setup ## ruff and mypy
 
 check: lint test ## lint, then test
 
-bench: setup ## tokenising speed: make bench DATA="a.json b.json" TOKENIZER=DIR (alpaca files)
+bench: setup ## training speed on CPU, an hour; DATA="a.json b.json" (alpaca files) TOKENIZER=DIR
+	$(BIN)/python benchmarks/bench_train.py $(DATA) --tokenizer $(TOKENIZER) --out benchmarks/results/train_cpu.json
+
+bench-data: setup ## tokenising speed, 15 minutes; DATA and TOKENIZER as above
 	$(BIN)/python benchmarks/bench_data.py $(DATA) --tokenizer $(TOKENIZER)

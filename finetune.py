@@ -25,11 +25,11 @@ from data_utils.tokenizer import load_tokenizer
 from tuning import checkpoint, record
 from tuning.adapters import build_training_model
 from tuning.args import Arguments, describe_settings, parse_arguments
-from tuning.attention import enable_packing
+from tuning.attention import describe_rotary_switch, enable_packing
 from tuning.errors import MachineError, SettingsError
 from tuning.machine import check_device, check_reporters, describe_device
 from tuning.model import check_loss_path, choose_dtypes, count_parameters, identify_checkpoint, load_model
-from tuning.processes import on_first
+from tuning.processes import find_anywhere, on_first
 from tuning.progress import LOSS_PLOT_FILE, ProgressCallback, SampleCallback
 from tuning.resume import describe_trajectory, find_starting_point
 from tuning.stopping import GO_ON
@@ -123,12 +123,14 @@ def main(argv: list[str] | None = None) -> int:
     say(f"model: {evidence.describe()}")
     say(f"       {trainable:,} of {total:,} parameters train; computing in {str(compute_dtype).removeprefix('torch.')}")
     longest = max(int(lengths.lengths.max()) for lengths in (rows, eval_rows) if lengths is not None)
-    obstacle = enable_packing(training_model, max_length=longest, dtype=compute_dtype)
+    obstacle = find_anywhere(enable_packing(training_model, max_length=longest, dtype=compute_dtype))
     say(
         "layout: rows are packed"
         if obstacle is None
         else f"layout: rows are padded; this model cannot pack: {obstacle}"
     )
+    if warning := describe_rotary_switch(model.config, longest):
+        say(f"layout: {warning}")
     generation = checkpoint.align_stop_token(model, tokenizer, stop_id=template.stop_id, is_base=evidence.is_base)
 
     # ---- training ----
@@ -147,6 +149,7 @@ def main(argv: list[str] | None = None) -> int:
         "eval_data": eval_account.to_json() if eval_account else None,
         "parameters": {"trainable": trainable, "total": total},
         "rows_per_step": train_steps.rows_per_step,
+        "layout": {"packed": packed, "padded_because": obstacle},
         "processes": run_args.world_size,
     }
 

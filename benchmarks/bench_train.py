@@ -37,7 +37,10 @@ sys.path.insert(0, str(ROOT))
 SHAPES = {
     "small": {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2},
     "large": {"hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8, "num_key_value_heads": 4},
+    # To try the benchmark itself.
+    "tiny": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2},
 }
+VOCABULARY = {"tiny": 4096}  # else the real one's
 TIMED = ("ours", "trl_packing", "trl_default", "pad_to_max", "reference", "matmul")
 CHECKED = ("padded",)
 ROWS_PER_STEP = 8
@@ -52,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokenizer", required=True, type=Path)
     parser.add_argument("--rows", type=int, default=80)
     parser.add_argument("--max_length", type=int, default=1024)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["small", "large"])
     parser.add_argument("--arms", nargs="+", choices=[*TIMED, *CHECKED], default=[*TIMED, *CHECKED])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
@@ -62,6 +65,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.arm:
         print(json.dumps(run_here(args)))
         return
+    for path in (*args.data, args.tokenizer):
+        if not path.exists():
+            parser.error(f"{path}: not there; name alpaca files, and a directory with a tokenizer")
     with tempfile.TemporaryDirectory() as directory:
         args.work = Path(directory)
         prepare_rows(args)
@@ -192,13 +198,11 @@ def build_model(args: argparse.Namespace):
     torch.manual_seed(0)
     settings = SHAPES[shape]
     width, heads = settings["hidden_size"], settings["num_attention_heads"]
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=151_936, intermediate_size=3 * width, head_dim=width // heads, max_position_embeddings=4096,
-            tie_word_embeddings=False, **settings,
-        )
+    config = Qwen3Config(
+        vocab_size=VOCABULARY.get(shape, 151_936), intermediate_size=3 * width, head_dim=width // heads,
+        max_position_embeddings=4096, tie_word_embeddings=False, **settings,
     )  # fmt: skip
-    return model
+    return Qwen3ForCausalLM(config)
 
 
 def lora_config():

@@ -49,11 +49,13 @@ class Layout:
     def rows_of(self, step: int) -> list[int]:
         """Row indices of a step, counted over epochs."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        if self._order[0] != epoch:
+        known, order = self._order  # read once: another thread may ask for another epoch
+        if known != epoch:
             num_rows = len(self.lengths)
-            self._order = (epoch, range(num_rows) if self.seed is None else order_rows(num_rows, self.seed, epoch))
+            order = range(num_rows) if self.seed is None else order_rows(num_rows, self.seed, epoch)
+            self._order = (epoch, order)
         start = position * self.rows_per_step
-        return list(self._order[1][start : start + self.rows_per_step])
+        return list(order[start : start + self.rows_per_step])
 
     def plan(self, step: int) -> list[list[list[int]]]:
         """For each rank its micro-batches of a step, counted over epochs, each a list of row indices."""

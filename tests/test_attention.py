@@ -98,10 +98,7 @@ PADDED = {
         lambda: make(Qwen3NextConfig, Qwen3NextForCausalLM, head_dim=8, num_hidden_layers=4, **EXPERTS),
         "layers of linear_attention",
     ),
-    "state space": (
-        lambda: make(FalconMambaConfig, FalconMambaForCausalLM, state_size=4),
-        "",
-    ),
+    "state space": (lambda: make(FalconMambaConfig, FalconMambaForCausalLM, state_size=4), "linear_attention"),
     "sinks": (
         lambda: make(GptOssConfig, GptOssForCausalLM, head_dim=8, sliding_window=100, num_local_experts=4),
         "s_aux",
@@ -123,13 +120,59 @@ def test_models_that_cannot_keep_rows_apart_are_left_as_they_were(name):
         assert torch.equal(model.causal_lm(input_ids=ids).logits, expected)
 
 
-def test_a_model_that_only_the_trial_finds_out_is_padded(tokenizer, monkeypatch):
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_model_that_drops_what_it_does_not_know_is_padded(tokenizer, dtype):
     model = TrainingModel(build_model(tokenizer, tied=False).eval())
-    # As a model that drops the arguments it does not know.
     forward = model.causal_lm.model.forward
     model.causal_lm.model.forward = lambda input_ids, use_cache, **_: forward(input_ids=input_ids, use_cache=use_cache)
+    obstacle = enable_packing(model, max_length=64, dtype=dtype)
+    assert obstacle is not None and "a row changes the logits of the next" in obstacle
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_weak_influence_of_a_row_on_the_next_is_found(tokenizer, dtype):
+    model = TrainingModel(build_model(tokenizer, tied=False).eval())
+
+    def look_back(_module, _inputs, output):  # as a short convolution would
+        return output + 0.02 * output.roll(1, 1)
+
+    model.causal_lm.model.layers[0].mlp.register_forward_hook(look_back)
+    obstacle = enable_packing(model, max_length=64, dtype=dtype)
+    assert obstacle is not None and "a row changes the logits of the next" in obstacle
+
+
+def test_positions_that_do_not_start_anew_are_found(tokenizer):
+    model = TrainingModel(build_model(tokenizer, tied=False).eval())
+    rotary = model.causal_lm.model.rotary_emb.forward
+    model.causal_lm.model.rotary_emb.forward = lambda x, ids: rotary(x, torch.arange(ids.shape[1])[None] ** 2 / 4)
     obstacle = enable_packing(model, max_length=64, dtype=torch.float32)
-    assert obstacle is not None and "logits differ" in obstacle
+    assert obstacle is not None and "its logits differ" in obstacle
+
+
+@pytest.mark.parametrize("error", [AttributeError("no such thing"), NotImplementedError()], ids=repr)
+def test_whatever_breaks_in_the_trial_the_model_is_as_before(tokenizer, error):
+    model = TrainingModel(build_model(tokenizer, tied=False).eval())
+
+    def break_down(_module, _inputs, options):
+        if "packed_lengths" in options:
+            raise error
+
+    model.causal_lm.model.layers[1].register_forward_pre_hook(break_down, with_kwargs=True)
+    assert enable_packing(model, max_length=64, dtype=torch.float32) == (str(error) or "NotImplementedError")
+    assert model.causal_lm.config._attn_implementation == "sdpa"
+
+
+def test_rotary_embeddings_that_switch_with_the_longest_row_are_said():
+    def config(**rope):
+        return LlamaConfig(**SMALL, rope_parameters={"rope_theta": 1e4, **rope})
+
+    assert attention.describe_rotary_switch(config(rope_type="default"), 10_000) is None
+    dynamic = config(rope_type="dynamic", factor=2.0)
+    assert attention.describe_rotary_switch(dynamic, 256) is None
+    assert "beyond 256 tokens" in str(attention.describe_rotary_switch(dynamic, 257))
 
 
 def test_packing_survives_gradient_checkpointing(tokenizer):
@@ -176,12 +219,22 @@ def test_attention_within_rows_equals_a_block_mask(lengths, key_heads, seed):
 
 
 @pytest.mark.parametrize(
-    "options", [{"softcap": 30.0}, {"s_aux": torch.zeros(4)}, {"sliding_window": 4}, {"is_causal": False}], ids=str
+    "options",
+    [
+        {"softcap": 30.0},
+        {"s_aux": torch.zeros(4)},
+        {"sliding_window": 4},
+        {"is_causal": False},
+        {"indices": torch.zeros(1)},
+        {"mask": torch.zeros(1, 4, 10, 10)},
+    ],
+    ids=lambda options: next(iter(options)),
 )
 def test_what_attention_would_ignore_it_refuses(options):
     states = torch.randn(1, 4, 10, 8)
+    mask = options.pop("mask", None)
     with pytest.raises(NotImplementedError):
-        attend(_Module(), states, states, states, None, packed_lengths=[5, 5], **options)
+        attend(_Module(), states, states, states, mask, packed_lengths=[5, 5], **options)
 
 
 def _varlen(window_size=None, is_causal=None, scale=None, enable_gqa=False):
@@ -215,6 +268,7 @@ def older(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):
 @pytest.mark.parametrize("kernel", [newer, older], ids=["torch 2.13", "torch 2.10"])
 def test_the_kernel_is_called_as_its_version_takes_it(kernel, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", types.SimpleNamespace(varlen_attn=kernel))
+    monkeypatch.setattr(attention, "_load_kernel", attention._load_kernel.__wrapped__)
     monkeypatch.setattr(attention, "_kernel_takes", lambda *_: True)
     query, key, value = (torch.randn(1, heads, 12, 8) for heads in (4, 2, 2))
     starts = torch.tensor([0, 5, 12], dtype=torch.int32)

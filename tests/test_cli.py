@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from transformers import MistralConfig, MistralForCausalLM
 
 from tests.conftest import CONVERSATIONS, run_python
 from tests.runs import MAX_LENGTH
@@ -44,8 +45,11 @@ def test_a_run_leaves_a_whole_result(run_script, checkpoints, tmp_path):
     assert run["settings"]["run"]["gradient_accumulation_steps"] == 2 and run["versions"]["torch"]
     assert run["base_model"]["path"] == str(checkpoints["untied"]) and run["stop_token"]["text"] == "<|im_end|>"
 
+    assert "layout: rows are packed" in stdout and run["layout"]["packed"]
+
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in metrics if "loss" in m] == [1, 2, 3, 4]
+    assert {m["padding_share"] for m in metrics if "loss" in m} == {0.0}
     assert [m["step"] for m in metrics if "eval_loss" in m] == [2, 4]
     assert sum(m["supervised_tokens"] for m in metrics if "loss" in m) == run["supervised_tokens_trained"]
     saved, last = (load_file(directory / "adapter_model.safetensors") for directory in (out, out / "checkpoint-4"))
@@ -64,6 +68,25 @@ def test_a_run_leaves_a_whole_result(run_script, checkpoints, tmp_path):
     assert code == 0
     assert not (out / "adapter_config.json").exists() and (out / "model.safetensors").exists()
     assert not (out / "checkpoint-3").exists()
+
+
+def test_a_model_that_cannot_be_packed_is_padded_and_says_so(run_script, tokenizer, tmp_path):
+    config = MistralConfig(
+        vocab_size=len(tokenizer) + 8, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=24, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    MistralForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    out = tmp_path / "out"
+    code, stdout, stderr = run_script("finetune.py", *flags(tmp_path / "model", CONVERSATIONS, out, "--use_lora"))
+    assert code == 0, stderr
+    run = json.loads((out / "run.json").read_text())
+    reason = run["layout"]["padded_because"]
+    assert reason.startswith("its attention reaches back 24 tokens, and rows may have ")
+    assert f"layout: rows are padded; this model cannot pack: {reason}" in stdout
+    assert run["layout"]["packed"] is False and run["peak_gib"] > 0
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < entry["padding_share"] < 1 for entry in metrics if "loss" in entry)
 
 
 def _plain_loss(directory) -> float:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from tuning.model import TrainingModel
 
@@ -31,25 +32,31 @@ class StepFlops:
 def count_flops(training_model: TrainingModel) -> StepFlops | None:
     """Two operations a weight forward, two for the gradient of its input, two more where it trains.
 
-    None for a mixture of experts, where a token sees only some of the weights.
+    None where that is not the cost: a mixture of experts, where a token sees only some of the weights, and models
+    without attention heads.
     """
     causal_lm = training_model.causal_lm
-    if any("expert" in name for name, _ in causal_lm.named_parameters()):
-        return None
-    output = causal_lm.get_output_embeddings()
-    inside = {id(module) for module in output.modules()}
-    linear = [module for module in causal_lm.modules() if isinstance(module, nn.Linear)]
     config = causal_lm.config.get_text_config()
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads, layers = getattr(config, "num_attention_heads", None), getattr(config, "num_hidden_layers", None)
+    if not heads or not layers or any("expert" in name for name, _ in causal_lm.named_parameters()):
+        return None
+    inside = {id(module) for module in causal_lm.get_output_embeddings().modules()}
+    # Beside a whole matrix that trains peft keeps the original, which computes nothing.
+    linear = [
+        module
+        for name, module in causal_lm.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and not name.endswith("original_module")
+    ]
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     return StepFlops(
         per_token=sum(_per_input(module) for module in linear if id(module) not in inside),
         per_target=sum(_per_input(module) for module in linear if id(module) in inside),
         # Two products forward and four backward, two operations each, of which causality needs half.
-        per_pair=6 * config.num_hidden_layers * config.num_attention_heads * head_size,
+        per_pair=6 * layers * heads * head_size,
     )
 
 
-def _per_input(linear: nn.Linear) -> int:
+def _per_input(linear: nn.Linear | Conv1D) -> int:
     return linear.weight.numel() * (6 if linear.weight.requires_grad else 4)
 
 

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from tuning.token_rows import TokenRows
 
 # Logits that exist at a time. On CPU 256 MB of fp32; more make no faster product (benchmarks/LOG.md).
-_CHUNK_LOGITS = {"cpu": 2**26, "other": 2**28}
+_CHUNK_LOGITS = {"cpu": 2**26, "other": 2**27}
+
+
+_FP16_SCALE = 1024.0
 
 
 class OutputHead:
@@ -161,6 +164,8 @@ class _SumCrossEntropy(torch.autograd.Function):
                 continue
             # d loss / d logits = (p - onehot * sums) * scale. The scale goes to the small factors of each product.
             p.scatter_add_(1, target, -sums)
+            if dtype == torch.float16:  # where the tail of 150,000 probabilities would vanish
+                p, scale = p.mul_(_FP16_SCALE), scale / _FP16_SCALE
             d_logits = p if p.dtype == dtype else logits.copy_(p)
             scaled = hidden_part * scale.to(dtype)
             if d_bias is not None:

@@ -33,11 +33,16 @@ def on_first(function: Callable[[], T]) -> T:
     return outcome[0]
 
 
+def find_anywhere(value: T | None) -> T | None:
+    """The value of the first process that has one, on all processes. All must call this."""
+    values: list[T | None] = [value]
+    if dist.is_initialized():
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return next((each for each in values if each is not None), None)
+
+
 def raise_together(message: str | None) -> None:
     """Raise MachineError on all processes if one of them has a message. All must call this."""
-    messages = [message]
-    if dist.is_initialized():
-        messages = [None] * dist.get_world_size()
-        dist.all_gather_object(messages, message)
-    if first := next((each for each in messages if each is not None), None):
+    if first := find_anywhere(message):
         raise MachineError(first, agreed=True)

@@ -76,7 +76,7 @@ class StepTrainer(ResumableTrainer):
         self._saved_window: dict[str, Any] | None = None
         self._num_tokens_seen = self._num_targets_seen = 0
         self._train_s = 0.0  # before _began
-        self._flops = count_flops(model)
+        self._training_model, self._flops = model, count_flops(model)
         self._peak_flops_per_s: float | None = None
         self._began = time.perf_counter()
 
@@ -250,7 +250,7 @@ class StepTrainer(ResumableTrainer):
         self.model.train()
         device, half = self.args.device, {"bf16": torch.bfloat16, "fp16": torch.float16}
         if device.type == "cuda" and self._flops:
-            dtype = half.get(self.accelerator.mixed_precision, torch.float32)
+            dtype = half.get(self.accelerator.mixed_precision, self._training_model.causal_lm.dtype)
             self._peak_flops_per_s = measure_matmul_flops(device, dtype, size=8192) * self.args.world_size
             torch.cuda.reset_peak_memory_stats(device)
         self._began = time.perf_counter()
