@@ -18,10 +18,10 @@ from tuning.errors import SettingsError
 if TYPE_CHECKING:
     from tuning.token_rows import TokenRows
 
-# Logits that exist at a time. On CPU 256 MB of fp32; more make no faster product (benchmarks/LOG.md).
+# Logits that exist at a time: 256 MB of fp32 on a CPU, where half as many are slower and twice as many cost memory
+# (benchmarks/LOG.md). On other devices not measured yet.
 _CHUNK_LOGITS = {"cpu": 2**26, "other": 2**27}
-
-
+# On gradients of logits in fp16, whose smallest number is 6e-8.
 _FP16_SCALE = 1024.0
 
 
@@ -164,7 +164,7 @@ class _SumCrossEntropy(torch.autograd.Function):
                 continue
             # d loss / d logits = (p - onehot * sums) * scale. The scale goes to the small factors of each product.
             p.scatter_add_(1, target, -sums)
-            if dtype == torch.float16:  # where the tail of 150,000 probabilities would vanish
+            if dtype == torch.float16:  # the tail of 150,000 probabilities would vanish
                 p, scale = p.mul_(_FP16_SCALE), scale / _FP16_SCALE
             d_logits = p if p.dtype == dtype else logits.copy_(p)
             scaled = hidden_part * scale.to(dtype)
