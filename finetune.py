@@ -25,10 +25,10 @@ from data_utils.tokenizer import load_tokenizer
 from tuning import checkpoint, record
 from tuning.adapters import build_training_model
 from tuning.args import Arguments, describe_settings, parse_arguments
-from tuning.attention import describe_rotary_switch, enable_packing
 from tuning.errors import MachineError, SettingsError
 from tuning.machine import check_device, check_reporters, describe_device
 from tuning.model import check_loss_path, choose_dtypes, count_parameters, identify_checkpoint, load_model
+from tuning.packing import describe_rotary_switch, enable_packing
 from tuning.processes import find_anywhere, on_first
 from tuning.progress import LOSS_PLOT_FILE, ProgressCallback, SampleCallback
 from tuning.resume import describe_trajectory, find_starting_point

@@ -252,9 +252,9 @@ def run_ours(args: argparse.Namespace, *, packed: bool = True) -> Figures:
 
     from tuning.adapters import add_lora
     from tuning.args import RunArguments
-    from tuning.attention import enable_packing
     from tuning.flops import count_flops
     from tuning.model import TrainingModel
+    from tuning.packing import enable_packing
     from tuning.trainer import StepTrainer
 
     _, steps = load_steps(args, packed=packed)

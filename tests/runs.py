@@ -13,8 +13,8 @@ from data_utils.tokenizer import load_tokenizer
 from tests.conftest import CONVERSATIONS
 from tuning.adapters import adapter_state, add_lora
 from tuning.args import RunArguments
-from tuning.attention import enable_packing
 from tuning.model import TrainingModel, load_model
+from tuning.packing import enable_packing
 from tuning.trainer import StepTrainer
 
 MAX_LENGTH = 160

@@ -34,8 +34,9 @@ from transformers import (
 
 from tests.conftest import build_model
 from tuning import attention
-from tuning.attention import NAME, attend, enable_packing
+from tuning.attention import NAME, attend
 from tuning.model import TrainingModel, enable_gradient_checkpointing
+from tuning.packing import describe_rotary_switch, enable_packing
 
 SMALL = dict(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -169,10 +170,10 @@ def test_rotary_embeddings_that_switch_with_the_longest_row_are_said():
     def config(**rope):
         return LlamaConfig(**SMALL, rope_parameters={"rope_theta": 1e4, **rope})
 
-    assert attention.describe_rotary_switch(config(rope_type="default"), 10_000) is None
+    assert describe_rotary_switch(config(rope_type="default"), 10_000) is None
     dynamic = config(rope_type="dynamic", factor=2.0)
-    assert attention.describe_rotary_switch(dynamic, 256) is None
-    assert "beyond 256 tokens" in str(attention.describe_rotary_switch(dynamic, 257))
+    assert describe_rotary_switch(dynamic, 256) is None
+    assert "beyond 256 tokens" in str(describe_rotary_switch(dynamic, 257))
 
 
 def test_packing_survives_gradient_checkpointing(tokenizer):

@@ -12,9 +12,9 @@ from transformers import (
 
 from tests import runs
 from tests.conftest import build_model
-from tuning.attention import enable_packing
 from tuning.flops import StepFlops, count_flops, measure_matmul_flops
 from tuning.model import TrainingModel
+from tuning.packing import enable_packing
 
 
 def test_a_step_is_the_sum_of_its_parts():

@@ -16,9 +16,9 @@ from tuning.args import LoraArguments
 from tuning.base_model import BaseModelEvidence, judge_base_model
 from tuning.errors import SettingsError
 from tuning.lora_linear import speed_up_lora
-from tuning.model import TrainingModel, enable_gradient_checkpointing, find_module_name, hide_gptqmodel, is_tied
+from tuning.model import TrainingModel, enable_gradient_checkpointing, hide_gptqmodel
 from tuning.record import MANIFEST_FILE, check_manifest, read_manifest
-from tuning.token_rows import PEFT_SUFFIX, TokenRows
+from tuning.token_rows import PEFT_SUFFIX, TokenRows, find_module_name, is_tied
 
 _ROUTERS = ("gate", "router", "shared_expert_gate")
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tuning.model import is_tied, list_eos_ids
+from tuning.model import list_eos_ids
+from tuning.token_rows import is_tied
 
 
 @dataclass(frozen=True)

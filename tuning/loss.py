@@ -5,7 +5,7 @@ at a time: projection, softmax and gradient of a chunk follow each other, and on
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tuning.errors import SettingsError
-
-if TYPE_CHECKING:
-    from tuning.token_rows import TokenRows
+from tuning.token_rows import TokenRows
 
 # Logits that exist at a time: 256 MB of fp32 on a CPU, where half as many are slower and twice as many cost memory
 # (benchmarks/LOG.md). On other devices not measured yet.
@@ -36,7 +34,7 @@ class OutputHead:
     Raises: SettingsError: an output layer that is not linear.
     """
 
-    def __init__(self, layer: nn.Module, token_rows: "TokenRows | None"):
+    def __init__(self, layer: nn.Module, token_rows: TokenRows | None):
         if isinstance(layer, ModulesToSaveWrapper):
             layer = layer.modules_to_save["default"]
         self._adapter = layer if isinstance(layer, LoraLinear) else None

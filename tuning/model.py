@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,7 @@ from transformers.utils import cached_file
 from tuning.attention import describe_packing
 from tuning.errors import SettingsError
 from tuning.loss import OutputHead
-
-if TYPE_CHECKING:
-    from tuning.token_rows import TokenRows
+from tuning.token_rows import TokenRows
 
 
 def load_model(
@@ -114,7 +112,7 @@ class TrainingModel(nn.Module):
     Raises: SettingsError: see loss.OutputHead.
     """
 
-    def __init__(self, model: nn.Module, token_rows: "TokenRows | None" = None):
+    def __init__(self, model: nn.Module, token_rows: TokenRows | None = None):
         super().__init__()
         self.model: Any = model
         self.token_rows = token_rows
@@ -201,17 +199,6 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Trainable and all parameters; tied ones count once."""
     parameters = list(model.parameters())
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
-
-
-def is_tied(model: PreTrainedModel) -> bool:
-    """Whether embedding and output layer share one matrix."""
-    output = model.get_output_embeddings()
-    return output is not None and output.weight is model.get_input_embeddings().weight
-
-
-def find_module_name(model: nn.Module, module: nn.Module) -> str:
-    """Dotted name of a module inside a model."""
-    return next(name for name, candidate in model.named_modules() if candidate is module)
 
 
 def list_eos_ids(config: Any) -> list[int]:

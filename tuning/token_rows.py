@@ -5,8 +5,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tuning.model import find_module_name, is_tied
-
 PEFT_SUFFIX = "token_adapter.trainable_tokens_delta"
 
 
@@ -96,3 +94,14 @@ class TokenRows(nn.Module):
             for part, parameter in (("embedding", self.embedding), ("output", self.output)):
                 if parameter is not None:
                     parameter.copy_(state[f"base_model.model.{self.names[part]}.{PEFT_SUFFIX}"])
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether embedding and output layer share one matrix."""
+    output = model.get_output_embeddings()
+    return output is not None and output.weight is model.get_input_embeddings().weight
+
+
+def find_module_name(model: nn.Module, module: nn.Module) -> str:
+    """Dotted name of a module inside a model."""
+    return next(name for name, candidate in model.named_modules() if candidate is module)
