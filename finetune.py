@@ -27,7 +27,14 @@ from tuning.adapters import build_training_model
 from tuning.args import Arguments, describe_settings, parse_arguments
 from tuning.errors import MachineError, SettingsError
 from tuning.machine import check_device, check_reporters, describe_device
-from tuning.model import check_loss_path, choose_dtypes, count_parameters, identify_checkpoint, load_model
+from tuning.model import (
+    check_loss_path,
+    check_positions,
+    choose_dtypes,
+    count_parameters,
+    identify_checkpoint,
+    load_model,
+)
 from tuning.packing import describe_rotary_switch, enable_packing
 from tuning.processes import find_anywhere, on_first
 from tuning.progress import LOSS_PLOT_FILE, ProgressCallback, SampleCallback
@@ -123,6 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     say(f"model: {evidence.describe()}")
     say(f"       {trainable:,} of {total:,} parameters train; computing in {str(compute_dtype).removeprefix('torch.')}")
     longest = max(int(lengths.lengths.max()) for lengths in (rows, eval_rows) if lengths is not None)
+    check_positions(training_model, longest)
     obstacle = find_anywhere(enable_packing(training_model, max_length=longest, dtype=compute_dtype))
     say(
         "layout: rows are packed"

@@ -2,7 +2,17 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from torch import nn
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from tests import runs
 from tests.conftest import build_model
@@ -13,11 +23,12 @@ from tuning.adapters import (
     check_language_model_only,
     check_lora_targets,
     find_lora_targets,
+    load_lora,
 )
 from tuning.args import LoraArguments
 from tuning.base_model import judge_base_model
 from tuning.errors import SettingsError
-from tuning.model import TrainingModel, check_loss_path
+from tuning.model import TrainingModel, check_loss_path, check_positions
 from tuning.token_rows import TokenRows
 
 LAYERS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
@@ -258,8 +269,6 @@ def test_parts_beside_the_language_model_are_refused(model):
 
 
 def test_logits_that_are_not_the_output_layers_are_refused(model):
-    from transformers import GraniteConfig, GraniteForCausalLM
-
     check_loss_path(TrainingModel(model))
     small = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     granite = GraniteForCausalLM(
@@ -267,3 +276,36 @@ def test_logits_that_are_not_the_output_layers_are_refused(model):
     )
     with pytest.raises(SettingsError, match="GraniteForCausalLM: its logits are not its output layer's"):
         check_loss_path(TrainingModel(granite))
+    # Where logits are so small that a cap changes nothing that a few tokens show.
+    gemma = Gemma2ForCausalLM(Gemma2Config(**small, num_key_value_heads=2, head_dim=8, initializer_range=1e-3))
+    with pytest.raises(SettingsError, match=r"Gemma2ForCausalLM: .*\(final_logit_softcapping 30.0\)"):
+        check_loss_path(TrainingModel(gemma))
+
+
+def test_models_that_are_not_decoder_and_output_layer_are_refused(model, monkeypatch):
+    training_model = TrainingModel(model)
+    monkeypatch.setattr(model, "get_decoder", lambda: lambda **_: [torch.zeros(1, 8, 3)])
+    with pytest.raises(SettingsError, match="Qwen3ForCausalLM: not built as decoder and output layer"):
+        check_loss_path(training_model)
+
+
+def test_rows_beyond_learned_positions_are_refused(model):
+    check_positions(TrainingModel(model), 10_000)  # rotary
+    gpt2 = TrainingModel(GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=64)))
+    check_positions(gpt2, 64)
+    with pytest.raises(SettingsError, match="a row has 65 tokens, the model learnt 64 positions"):
+        check_positions(gpt2, 65)
+
+
+def test_an_adapter_on_a_tied_output_layer_is_refused(tokenizer, tmp_path):
+    config = LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+    get_peft_model(build_model(tokenizer, tied=True), config).save_pretrained(tmp_path)
+    with pytest.raises(SettingsError, match="adapts the output layer, which shares its matrix"):
+        load_lora(build_model(tokenizer, tied=True), tmp_path)
+
+
+def test_an_adapter_with_rows_of_one_of_two_matrices_is_refused(model, tokenizer, tmp_path):
+    config = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 2], task_type="CAUSAL_LM")
+    get_peft_model(build_model(tokenizer, tied=False), config).save_pretrained(tmp_path)
+    with pytest.raises(SettingsError, match="or those of one only"):
+        load_lora(model, tmp_path)

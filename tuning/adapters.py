@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -228,8 +229,10 @@ def load_lora(model: PreTrainedModel, directory: Path) -> tuple[PeftModel, Token
     if config.trainable_token_indices is not None:
         indices = config.trainable_token_indices
         by_matrix = [indices] if isinstance(indices, list) else list(indices.values())
-        if any(ids != by_matrix[0] for ids in by_matrix) or len(by_matrix) > 2 - is_tied(model):
-            raise SettingsError(f"{directory}: trains other token rows in each matrix, which is not supported")
+        if any(ids != by_matrix[0] for ids in by_matrix) or len(by_matrix) != 2 - is_tied(model):
+            raise SettingsError(
+                f"{directory}: trains other token rows in each matrix, or those of one only, which is not supported"
+            )
         rows = TokenRows(model, by_matrix[0])
         config.trainable_token_indices = None
     config.inference_mode = False
@@ -243,6 +246,10 @@ def load_lora(model: PreTrainedModel, directory: Path) -> tuple[PeftModel, Token
     except (KeyError, RuntimeError) as error:
         raise SettingsError(f"{directory}: the adapter does not fit this model: {str(error).splitlines()[0]}") from None
     speed_up_lora(peft_model)
+    if is_tied(model) and isinstance(model.get_output_embeddings(), LoraLayer):
+        raise SettingsError(
+            f"{directory}: adapts the output layer, which shares its matrix with the embedding: it could not be merged"
+        )
     absent = [key for key in result.missing_keys if "lora_" in key or "modules_to_save" in key]
     if result.unexpected_keys or absent:
         odd = [*result.unexpected_keys, *absent][0]

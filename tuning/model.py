@@ -15,6 +15,7 @@ from transformers.utils import cached_file
 from tuning.attention import describe_packing
 from tuning.errors import SettingsError
 from tuning.loss import OutputHead
+from tuning.machine import is_out_of_memory
 from tuning.token_rows import TokenRows
 
 
@@ -163,9 +164,13 @@ class TrainingModel(nn.Module):
         return hidden
 
 
+# What changes logits after the output layer, where it is not at its neutral value.
+_LOGIT_CHANGES = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0, "lm_head_multiplier": 1.0}
+
+
 @torch.no_grad()
 def check_loss_path(training_model: TrainingModel) -> None:
-    """Hold the loss of TrainingModel against the model's own logits on a few tokens.
+    """Hold the loss and the logits of TrainingModel against the model's own on a few tokens.
 
     Some architectures scale or cap their logits after the output layer, or are built in another way than decoder and
     output layer. The loss here would be wrong in silence.
@@ -173,17 +178,46 @@ def check_loss_path(training_model: TrainingModel) -> None:
     Raises: SettingsError: they differ.
     """
     causal_lm = training_model.eval().causal_lm
+    name, config = type(causal_lm).__name__, causal_lm.config.get_text_config()
+    for field, neutral in _LOGIT_CHANGES.items():
+        # Logits near zero would hide it below.
+        if getattr(config, field, None) not in (None, neutral):
+            raise SettingsError(_describe_other_logits(name, f"{field} {getattr(config, field)}"))
     ids = torch.arange(1, 9, device=next(causal_lm.parameters()).device).unsqueeze(0)
-    expected = F.cross_entropy(causal_lm(input_ids=ids).logits[0, :-1].float(), ids[0, 1:], reduction="sum").item()
-    name = type(causal_lm).__name__
+    logits = causal_lm(input_ids=ids).logits.float()
+    expected = F.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum").item()
     try:
+        by_layer = causal_lm.get_output_embeddings()(training_model.hidden_states(ids)).float()
         actual = training_model(ids, torch.arange(7, device=ids.device), ids[0, 1:]).item()
-    except (TypeError, AttributeError, IndexError) as error:
+    except (TypeError, AttributeError, IndexError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise SettingsError(f"{name}: not built as decoder and output layer ({error}); not supported yet") from None
-    if not math.isclose(actual, expected, rel_tol=1e-2 if causal_lm.dtype != torch.float32 else 1e-4):
+    half = causal_lm.dtype != torch.float32
+    same_logits = by_layer.shape == logits.shape and torch.allclose(
+        by_layer, logits, rtol=0, atol=(3e-2 if half else 1e-3) * logits.abs().max().item()
+    )
+    if not same_logits or not math.isclose(actual, expected, rel_tol=1e-2 if half else 1e-4):
+        raise SettingsError(_describe_other_logits(name, f"loss {expected:.4f}, by the layer alone {actual:.4f}"))
+
+
+def _describe_other_logits(name: str, evidence: str) -> str:
+    return (
+        f"{name}: its logits are not its output layer's ({evidence}); an architecture that scales or caps logits is "
+        "not supported yet"
+    )
+
+
+def check_positions(training_model: TrainingModel, longest: int) -> None:
+    """Raises: SettingsError: a row is longer than a table of learned positions."""
+    causal_lm = training_model.causal_lm
+    positions = getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
+    tokens = causal_lm.get_input_embeddings()
+    inside = {id(module) for module in tokens.modules()}
+    learned = [m for m in causal_lm.modules() if isinstance(m, nn.Embedding) and id(m) not in inside]
+    if learned and positions is not None and longest > positions:
         raise SettingsError(
-            f"{name}: its logits are not its output layer's (loss {expected:.4f}, by the layer alone {actual:.4f}); "
-            "an architecture that scales or caps logits is not supported yet"
+            f"a row has {longest} tokens, the model learnt {positions} positions; pass --model_max_length {positions}"
         )
 
 

@@ -24,10 +24,13 @@ def enable_packing(training_model: TrainingModel, *, max_length: int, dtype: tor
     try:
         with torch.autocast(causal_lm.device.type, dtype=dtype, enabled=dtype != torch.float32):
             obstacle = _try_packing(training_model, exact=dtype == torch.float32 and causal_lm.device.type == "cpu")
+    except NotImplementedError as error:  # attend says why
+        obstacle = str(error) or "something in it is not implemented"
     except Exception as error:  # whatever a model does with arguments that it does not know
         if is_out_of_memory(error):
             raise
-        obstacle = (str(error).strip() or type(error).__name__).splitlines()[0]
+        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        obstacle = f"it does not take packed rows ({message})"
     if obstacle:
         causal_lm.set_attn_implementation(before)
     return obstacle
