@@ -12,21 +12,20 @@ DATA are alpaca files (instruction, input, output); every answer is made unique,
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
+from benchmarks import harness  # noqa: E402
+
 ARMS = ("ours", "warm", "tokenizer", "trl", "check")
 
 
@@ -61,12 +60,9 @@ def main() -> None:
 
 def run_arm(arm: str, args: argparse.Namespace) -> dict[str, float]:
     """One arm in a fresh process."""
-    words = [*map(str, args.data), "--tokenizer", str(args.tokenizer), "--rows", str(args.rows), "--arm", arm]
+    words = [*map(str, args.data), "--tokenizer", str(args.tokenizer), "--rows", str(args.rows)]
     words += ["--work", str(args.work), "--check_gb", str(args.check_gb)]
-    done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{arm} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return harness.run_arm(arm, __file__, words)
 
 
 def report(figures: dict[str, list[dict[str, float]]], args: argparse.Namespace) -> None:
@@ -77,10 +73,7 @@ def report(figures: dict[str, list[dict[str, float]]], args: argparse.Namespace)
         for arm, runs in figures.items()
     }
     result = {
-        "date": date.today().isoformat(),
-        "machine": platform.platform(),
-        "cores": len(os.sched_getaffinity(0)),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        **harness.describe_machine(packages),
         "rows": args.rows,
         "repeats": args.repeats,
         "medians": medians,

@@ -17,23 +17,21 @@ DATA are alpaca files (instruction, input, output). Time is that of the steps: n
 """
 
 import argparse
-import importlib.metadata
 import json
-import os
-import platform
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
+from benchmarks import harness  # noqa: E402
+
 SHAPES = {
     "small": {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2},
     "large": {"hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8, "num_key_value_heads": 4},
@@ -115,23 +113,16 @@ def compare_steps(steps: list[list[float]], expected: list[list[float]]) -> Figu
 
 def run_arm(arm: str, shape: str, args: argparse.Namespace) -> Figures:
     """One arm in a fresh process."""
-    words = [*map(str, args.data), "--tokenizer", str(args.tokenizer), "--arm", arm, "--work", str(args.work)]
+    words = [*map(str, args.data), "--tokenizer", str(args.tokenizer), "--work", str(args.work)]
     words += ["--shapes", shape, "--rows", str(args.rows), "--max_length", str(args.max_length)]
-    done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{arm} failed:\n{done.stderr[-3000:]}")
-    figures: Figures = json.loads(done.stdout.strip().splitlines()[-1])
-    return figures
+    return harness.run_arm(arm, __file__, words)
 
 
 def report(shapes: dict[str, Figures], args: argparse.Namespace) -> None:
     """Print the table of medians; --out keeps everything."""
     packages = ("torch", "transformers", "peft", "accelerate", "trl")
     result = {
-        "date": date.today().isoformat(),
-        "machine": platform.platform(),
-        "cores": len(os.sched_getaffinity(0)),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        **harness.describe_machine(packages),
         "rows": args.rows,
         "max_length": args.max_length,
         "repeats": args.repeats,

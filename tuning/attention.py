@@ -72,8 +72,7 @@ def attend(
         return _attend_varlen(query, key, value, packed_starts, max(packed_lengths), scaling), None
     shares_keys = key.shape[1] != query.shape[1]
     if shares_keys and query.is_cuda:  # only the kernel that was just turned down shares keys without a T x T matrix
-        repeats, shares_keys = query.shape[1] // key.shape[1], False
-        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+        key, value, shares_keys = *_repeat_heads(query, key, value), False
     lengths = list(packed_lengths)
     outputs = [
         F.scaled_dot_product_attention(
@@ -82,6 +81,11 @@ def attend(
         for row in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     ]
     return torch.cat(outputs, 1), None
+
+
+def _repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    repeats = query.shape[1] // key.shape[1]
+    return key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
 
 
 def _kernel_takes(query: Tensor, value: Tensor, dropout: float) -> bool:
@@ -122,8 +126,7 @@ def _attend_varlen(
         if "enable_gqa" in parameters:
             options["enable_gqa"] = True
         else:
-            repeats = query.shape[1] // key.shape[1]
-            key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+            key, value = _repeat_heads(query, key, value)
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
     output = varlen_attn(query, key, value, starts, starts, longest, longest, **options)
     assert isinstance(output, Tensor)

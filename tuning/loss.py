@@ -173,17 +173,15 @@ class _SumCrossEntropy(torch.autograd.Function):
                     torch.mul(d_logits @ low_weight, scale, out=d_low_input[part])
                 if d_low_weight is not None:
                     d_low_weight += d_logits.t() @ (low_input[part] * scale.to(dtype))
-            d_part = None
             if rows is not None:
                 d_columns = d_logits[:, token_ids]
                 d_logits.index_fill_(1, token_ids, 0)
-                d_part = (d_columns @ rows).float()
                 if d_rows is not None:
                     d_rows += d_columns.t() @ scaled
             if d_hidden is not None:
                 torch.mul(d_logits @ weight, scale, out=d_hidden[part])
-                if d_part is not None:
-                    d_hidden[part].addcmul_(d_part, scale)
+                if rows is not None:
+                    d_hidden[part].addcmul_((d_columns @ rows).float(), scale)
             if d_weight is not None:
                 if dtype == torch.float32:
                     d_weight.addmm_(d_logits.t(), scaled)
