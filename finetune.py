@@ -24,7 +24,7 @@ from data_utils.template import ChatTemplate
 from data_utils.tokenizer import load_tokenizer
 from tuning import checkpoint, record
 from tuning.adapters import build_training_model
-from tuning.args import Arguments, describe_settings, parse_arguments
+from tuning.args import Arguments, RunArguments, describe_settings, parse_arguments
 from tuning.errors import MachineError, SettingsError
 from tuning.machine import check_device, check_reporters, describe_device
 from tuning.model import (
@@ -36,9 +36,18 @@ from tuning.model import (
     load_model,
 )
 from tuning.packing import describe_rotary_switch, enable_packing
-from tuning.processes import find_anywhere, on_first
+from tuning.processes import (
+    adopt_mpi,
+    check_agreement,
+    check_connection,
+    check_shared,
+    is_first_process,
+    on_all,
+    on_first,
+)
 from tuning.progress import LOSS_PLOT_FILE, ProgressCallback, SampleCallback
 from tuning.resume import describe_trajectory, find_starting_point
+from tuning.sharding import SHARDED, deal_out
 from tuning.stopping import GO_ON
 from tuning.trainer import StepTrainer
 
@@ -48,21 +57,27 @@ CONSOLE = Console()
 def main(argv: list[str] | None = None) -> int:
     """Run one fine-tuning. Returns: exit code. Raises: DataError, SettingsError: the user's mistakes."""
     # ---- settings ----
+    adopt_mpi()
     arguments = parse_arguments(argv)
     model_args, data_args, lora_args, run_args = arguments.model, arguments.data, arguments.lora, arguments.run
     settings, environment, started = describe_settings(arguments), record.describe_environment(), time.perf_counter()
+    check_connection(run_args.device)
+    check_agreement({**flatten_settings(settings), **environment["versions"], "python": environment["python"]})
     output_dir = Path(os.path.normpath(run_args.output_dir))
     inputs = [path for path in (model_args.model_name_or_path, lora_args.lora_weight_path) if path]
     wanted = run_args.resume_from_checkpoint
     resumes = wanted is not None and (
         wanted == "auto" or checkpoint.lies_in(Path(wanted), output_dir) or not checkpoint.holds_results(output_dir)
     )
-    checkpoint.check_output_directory(
-        output_dir, overwrite=run_args.overwrite_output_dir, resume=resumes, inputs=inputs
+    on_first(
+        lambda: checkpoint.check_output_directory(
+            output_dir, overwrite=run_args.overwrite_output_dir, resume=resumes, inputs=inputs
+        )
     )
+    check_shared(output_dir)
     check_reporters(run_args.report_to)
     check_device(run_args.device)
-    say(f"device: {describe_device(run_args.device)}")
+    say(f"device: {describe_device(run_args.device)}{describe_engine(run_args)}")
     if data_args.lazy_preprocess:
         say("--lazy_preprocess: rows are always tokenised first here; it has no effect")
 
@@ -85,28 +100,53 @@ def main(argv: list[str] | None = None) -> int:
         seed=run_args.seed if run_args.data_seed is None else run_args.data_seed,
     )
     cache = RowCache(None if data_args.no_cache else default_root(model_args.cache_dir))
-    rows, account = load_rows(data_args.data_path, template, options, cache=cache)
+    rows, account = on_all(lambda: load_rows(data_args.data_path, template, options, cache=cache))
     say("data: " + "\n      ".join(account.describe()))
     eval_rows, eval_account = None, None
     if data_args.eval_data_path:
-        eval_rows, eval_account = load_rows(data_args.eval_data_path, template, options, cache=cache)
+        eval_rows, eval_account = on_all(
+            lambda: load_rows(data_args.eval_data_path, template, options, cache=cache)
+        )
         say("evaluation data: " + "\n      ".join(eval_account.describe()))
         if overlap := count_overlap(rows, eval_rows):
             say(f"evaluation data: {overlap:,} conversations are in the training data, too")
     samples = load_prompts(run_args.sample_prompts, template) if run_args.sample_prompts else []
+    check_agreement(
+        {
+            "the tokenised data": account.fingerprint,
+            "the tokenised evaluation data": eval_account and eval_account.fingerprint,
+        }
+    )
 
     # ---- model ----
     transformers.set_seed(run_args.seed)  # fresh adapters are random
     load_dtype, compute_dtype = choose_dtypes(
-        use_lora=lora_args.use_lora, pure_bf16=model_args.pure_bf16, bf16=run_args.bf16, fp16=run_args.fp16
+        use_lora=lora_args.use_lora,
+        pure_bf16=model_args.pure_bf16,
+        bf16=run_args.bf16,
+        fp16=run_args.fp16,
+        deepspeed=run_args.deepspeed is not None,
     )
-    model = load_model(model_args.model_name_or_path, dtype=load_dtype, allow_pickle=model_args.allow_pickle, **source)
+    is_sharded = run_args.engine in SHARDED
+    model = on_all(
+        lambda: load_model(
+            model_args.model_name_or_path,
+            dtype=load_dtype,
+            allow_pickle=model_args.allow_pickle,
+            skeleton=is_sharded and not is_first_process(),
+            **source,
+        )
+    )
     base = identify_checkpoint(model_args.model_name_or_path, model_args.cache_dir)
     facts = {
         "trajectory": describe_trajectory(
             arguments, base_fingerprint=base["fingerprint"], rows_fingerprint=account.fingerprint, files=account.files
         ),
-        "layout": {"processes": run_args.world_size, "batch": run_args.per_device_train_batch_size},
+        "layout": {
+            "processes": run_args.world_size,
+            "batch": run_args.per_device_train_batch_size,
+            "engine": run_args.engine,
+        },
         **{name: environment[name] for name in ("command", "versions")},
     }
     start = on_first(lambda: find_starting_point(wanted, output_dir, facts, force=run_args.force_resume))
@@ -125,13 +165,15 @@ def main(argv: list[str] | None = None) -> int:
         base_fingerprint=base["fingerprint"],
         gradient_checkpointing=bool(run_args.gradient_checkpointing),
     )
-    check_loss_path(training_model.to(run_args.device))
+    if not is_sharded:
+        training_model.to(run_args.device)
+    on_first(lambda: check_loss_path(training_model))
     trainable, total = count_parameters(training_model)
     say(f"model: {evidence.describe()}")
     say(f"       {trainable:,} of {total:,} parameters train; computing in {str(compute_dtype).removeprefix('torch.')}")
     longest = max(int(lengths.lengths.max()) for lengths in (rows, eval_rows) if lengths is not None)
     check_positions(training_model, longest)
-    obstacle = find_anywhere(enable_packing(training_model, max_length=longest, dtype=compute_dtype))
+    obstacle = enable_packing(training_model, max_length=longest, dtype=compute_dtype)
     say(
         "layout: rows are packed"
         if obstacle is None
@@ -140,6 +182,8 @@ def main(argv: list[str] | None = None) -> int:
     if warning := describe_rotary_switch(model.config, longest):
         say(f"layout: {warning}")
     generation = checkpoint.align_stop_token(model, tokenizer, stop_id=template.stop_id, is_base=evidence.is_base)
+
+    deal_out(training_model, run_args, compute_dtype)
 
     # ---- training ----
     packed = obstacle is None
@@ -159,6 +203,7 @@ def main(argv: list[str] | None = None) -> int:
         "rows_per_step": train_steps.rows_per_step,
         "layout": {"packed": packed, "padded_because": obstacle},
         "processes": run_args.world_size,
+        "engine": run_args.engine,
     }
 
     def open_run() -> None:
@@ -213,10 +258,11 @@ def main(argv: list[str] | None = None) -> int:
 
     # ---- result ----
     run |= {"status": "finished", "wall_s": round(time.perf_counter() - started, 1)}
+    result = writer.collect()
 
     def write_result() -> None:
         with record.explain_failed_write(output_dir, GO_ON):
-            writer.write(output_dir)
+            writer.write(output_dir, result)
             record.write_run(output_dir, run)
             writer.seal(output_dir, step=run["steps"])
 
@@ -267,9 +313,15 @@ def say_summary(run: dict[str, Any], output_dir: Path, *, use_lora: bool) -> Non
         say(f"merge it:   {python}merge_lora.py {out} {merged}")
 
 
-def is_first_process() -> bool:
-    """Whether this process writes files and talks to the user."""
-    return int(os.environ.get("RANK", "0")) == 0
+def flatten_settings(settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Those that must be the same in all processes, by flag."""
+    return {f"--{name}": value for group in settings.values() for name, value in group.items() if name != "local_rank"}
+
+
+def describe_engine(run: RunArguments) -> str:
+    """What spreads the work over processes, where there are several."""
+    names = {"ddp": "DDP", "fsdp": f"FSDP2 ({run.fsdp})", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
+    return "" if run.engine == "single" else f"; {run.world_size} processes, {names[run.engine]}"
 
 
 def say(line: str) -> None:

@@ -11,10 +11,11 @@ from data_utils.dataset import DataOptions, TokenizedRows, load_rows
 from data_utils.template import ChatTemplate
 from data_utils.tokenizer import load_tokenizer
 from tests.conftest import CONVERSATIONS
-from tuning.adapters import adapter_state, add_lora
+from tuning.adapters import adapter_config, adapter_state, add_lora
 from tuning.args import RunArguments
 from tuning.model import TrainingModel, load_model
 from tuning.packing import enable_packing
+from tuning.sharding import deal_out
 from tuning.trainer import StepTrainer
 
 MAX_LENGTH = 160
@@ -27,10 +28,12 @@ def example_rows(checkpoint: Path) -> tuple[TokenizedRows, ChatTemplate]:
     return rows, template
 
 
-def build(checkpoint: Path, kind: str, template: ChatTemplate, *, dropout: float = 0.0) -> TrainingModel:
+def build(
+    checkpoint: Path, kind: str, template: ChatTemplate, *, dropout: float = 0.0, skeleton: bool = False
+) -> TrainingModel:
     """kind: "full", "lora", "tokens" (LoRA and control tokens' rows) or "matrices" (LoRA and both whole matrices)."""
     torch.manual_seed(1)
-    model = load_model(str(checkpoint), dtype=torch.float32)
+    model = load_model(str(checkpoint), dtype=torch.float32, skeleton=skeleton)
     if kind == "full":
         return TrainingModel(model)
     embeddings = {"lora": "off", "tokens": "tokens", "matrices": "full"}[kind]
@@ -51,8 +54,12 @@ def train(
     **options,
 ) -> StepTrainer:
     """Train with StepTrainer; the layout's ranks come from the process group, if there is one."""
-    assert not packed or enable_packing(training_model, max_length=MAX_LENGTH, dtype=torch.float32) is None
-    args = RunArguments(
+    args = run_arguments(output, kind=kind, batch=batch, accumulation=accumulation, steps=steps, **options)
+    return train_with(args, training_model, rows, packed=packed)
+
+
+def run_arguments(output: Path, *, kind: str, batch: int, accumulation: int, steps: int, **options) -> RunArguments:
+    return RunArguments(
         output_dir=str(output),
         max_steps=steps,
         per_device_train_batch_size=batch,
@@ -64,7 +71,15 @@ def train(
         use_cpu=True,
         **options,
     )
-    output.mkdir(parents=True, exist_ok=True)
+
+
+def train_with(
+    args: RunArguments, training_model: TrainingModel, rows: TokenizedRows, *, packed: bool
+) -> StepTrainer:
+    assert not packed or enable_packing(training_model, max_length=MAX_LENGTH, dtype=torch.float32) is None
+    deal_out(training_model, args, torch.float32)
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     steps_dataset = StepDataset(
         rows,
         rows_per_step=batch * accumulation * args.world_size,
@@ -96,7 +111,8 @@ def reference(
     """Plain transformers and peft: one row at a time, their own loss and rows. Starts as training_model."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     if kind != "full":
-        config, state = adapter_state(training_model.model, training_model.token_rows)
+        ours = training_model.model, training_model.token_rows
+        config, state = adapter_config(*ours), {n: t.detach().clone() for n, t in adapter_state(*ours).items()}
         config = LoraConfig(**{**config.to_dict(), "inference_mode": False})
         model = get_peft_model(model, config)
         set_peft_model_state_dict(model, state)

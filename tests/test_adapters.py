@@ -17,6 +17,7 @@ from transformers import (
 from tests import runs
 from tests.conftest import build_model
 from tuning.adapters import (
+    adapter_config,
     adapter_state,
     add_lora,
     build_training_model,
@@ -142,7 +143,7 @@ def test_rows_are_peft_trainable_tokens_in_logits_and_gradients(tokenizer, tied)
     with torch.no_grad():
         for parameter in [*rows.parameters(), *(p for n, p in ours.named_parameters() if "lora_B" in n)]:
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    config, state = adapter_state(ours, rows)
+    config, state = adapter_config(ours, rows), {n: t.detach().clone() for n, t in adapter_state(ours, rows).items()}
     theirs = get_peft_model(
         build_model(tokenizer, tied=tied), LoraConfig(**{**config.to_dict(), "inference_mode": False})
     )

@@ -18,6 +18,7 @@ from tuning.base_model import BaseModelEvidence, judge_base_model
 from tuning.errors import SettingsError
 from tuning.lora_linear import speed_up_lora
 from tuning.model import TrainingModel, enable_gradient_checkpointing, hide_gptqmodel
+from tuning.processes import on_first
 from tuning.record import MANIFEST_FILE, check_manifest, read_manifest
 from tuning.token_rows import PEFT_SUFFIX, TokenRows, find_module_name, is_tied
 
@@ -90,7 +91,7 @@ def build_training_model(
     """
     check_vocabulary(model, max(*token_ids, stop_id, largest_token_id))
     check_language_model_only(model)
-    evidence = judge_base_model(model, stop_id, stop, vocabulary_size)
+    evidence = on_first(lambda: judge_base_model(model, stop_id, stop, vocabulary_size))
     if gradient_checkpointing:
         enable_gradient_checkpointing(model)
     if not lora.use_lora:
@@ -287,16 +288,20 @@ def read_adapter(directory: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
         raise SettingsError(f"{weights}: cannot be read ({error}); copy it again") from None
 
 
-def adapter_state(peft_model: PeftModel, rows: TokenRows | None) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """What an adapter directory holds: peft's configuration and weights, trained rows included."""
-    state = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+def adapter_state(peft_model: PeftModel, rows: TokenRows | None) -> dict[str, Tensor]:
+    """What an adapter directory holds, under peft's names: the trained tensors themselves, rows included."""
+    trained = {name: tensor for name, tensor in peft_model.state_dict(keep_vars=True).items() if tensor.requires_grad}
+    state: dict[str, Tensor] = get_peft_model_state_dict(peft_model, state_dict=trained, save_embedding_layers=False)
+    return state if rows is None else {**state, **rows.state_in_peft_format()}
+
+
+def adapter_config(peft_model: PeftModel, rows: TokenRows | None) -> LoraConfig:
+    """The adapter_config.json to it."""
     config = copy.deepcopy(peft_model.peft_config["default"])
     assert isinstance(config, LoraConfig)
     config.inference_mode = True
     if isinstance(config.target_modules, set):  # in one order, so that equal runs write equal files
         config.target_modules = sorted(config.target_modules)
     if rows is not None:
-        state.update(rows.state_in_peft_format())
         config.trainable_token_indices = rows.indices_in_peft_format()
-    # Whole tied matrices are one tensor under two names; peft asks for both when it loads.
-    return config, {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
+    return config

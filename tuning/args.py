@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -11,8 +12,11 @@ from typing import Any, Literal, NoReturn
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from tuning.deepspeed_config import read_deepspeed_config
 from tuning.errors import SettingsError
+from tuning.processes import join_for_deepspeed
 from tuning.settings_file import read_settings_file
 from tuning.transformers_settings import FIELDS, HONOURED, LATER, OWN_LOOP
 
@@ -111,6 +115,37 @@ class RunArguments(TrainingArguments):
     force_resume: bool = field(
         default=False, metadata={"help": "resume in spite of changed data, settings or base model"}
     )
+    deepspeed: str | None = field(
+        default=None, metadata={"help": "DeepSpeed's JSON: finetune/ds_config_zero2.json, ds_config_zero3.json, yours"}
+    )
+    fsdp: str | None = field(
+        default=None,
+        metadata={
+            "help": "full_shard: FSDP2 shards weights, gradients and optimizer over the processes; shard_grad_op: the "
+            "same, with weights kept whole between forward and backward"
+        },
+    )
+
+    def __post_init__(self) -> None:
+        # To the Trainer a step is one item, whatever it accumulates, and the model comes to it sharded (sharding.py).
+        accumulation, fsdp = self.gradient_accumulation_steps, self.fsdp
+        if self.deepspeed is not None:
+            self.deepspeed: Any = read_deepspeed_config(self.deepspeed, self)
+            join_for_deepspeed(use_cpu=self.use_cpu)
+            self.gradient_accumulation_steps = 1
+        self.fsdp = None
+        super().__post_init__()
+        unset_hf_deepspeed_config()  # from_pretrained would shard at once; here the first process loads it all
+        self.gradient_accumulation_steps, self.fsdp = accumulation, fsdp
+
+    @property
+    def engine(self) -> Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp"]:
+        """What spreads the work over processes."""
+        if self.deepspeed is not None:
+            return f"zero{self.deepspeed['zero_optimization']['stage']}"  # type: ignore[return-value]
+        if self.fsdp is not None:
+            return "fsdp"
+        return "ddp" if self.world_size > 1 else "single"
 
 
 @dataclass
@@ -165,6 +200,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
         raise SettingsError(f"{file}: {str(error).replace('--', '')}") from None
     _check_flags(words, known)
     words += _device_defaults(words)
+    _check_engine_flags(words)
     try:
         *parsed, stray = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     except SettingsError:
@@ -201,8 +237,6 @@ def _expand_alias(word: str) -> str:
 def _check_flags(words: list[str], known: set[str]) -> None:
     for word in words:
         flag = word.partition("=")[0]
-        if FIELDS.get(flag[2:]) == LATER:
-            raise SettingsError(f"{flag}: {LATER}")
         if not word.startswith("--") or flag in known:
             continue
         if flag == "--group_by_length":
@@ -224,6 +258,7 @@ def _check_transformers_settings(run: RunArguments) -> None:
 
 def _check_settings(arguments: Arguments, given: set[str]) -> None:
     _check_lora(arguments.lora, arguments.model, given)
+    _check_engine(arguments.run, arguments.model)
     _check_run(arguments.run, arguments.model, arguments.data, given)
     _check_evaluation(arguments.run, arguments.data, given)
 
@@ -294,6 +329,20 @@ def _check_run(run: RunArguments, model: ModelArguments, data: DataArguments, gi
     _check_best(run, given)
 
 
+def _check_engine(run: RunArguments, model: ModelArguments) -> None:
+    flag = "--deepspeed" if run.deepspeed else "--fsdp"
+    if run.engine in ("single", "ddp"):
+        return
+    if run.deepspeed and model.pure_bf16:
+        raise SettingsError("--pure_bf16: has no effect with --deepspeed, which keeps fp32 master weights; --bf16 will do")
+    if run.fsdp and run.fp16:
+        raise SettingsError("--fsdp and --fp16: gradients in shards are not scaled; use --bf16, or --deepspeed")
+    if str(run.optim.value) not in ("adamw_torch", "adamw_torch_fused"):
+        raise SettingsError(f"--optim {run.optim.value}: {flag} cuts its state into pieces; use adamw_torch")
+    if run.sample_prompts and run.engine in ("zero3", "fsdp"):
+        raise SettingsError(f"--sample_prompts: no process holds a whole model with {flag}; ask checkpoints by chat.py")
+
+
 def _check_best(run: RunArguments, given: set[str]) -> None:
     evaluates, saves = str(run.eval_strategy.value), str(run.save_strategy.value)
     metric = run.metric_for_best_model
@@ -327,6 +376,22 @@ def _check_evaluation(run: RunArguments, data: DataArguments, given: set[str]) -
         raise SettingsError("--sample_max_new_tokens: has no effect without --sample_prompts")
     if data.eval_data_path and not evaluates:
         raise SettingsError("--eval_data_path: has no effect without --eval_strategy steps or epoch")
+
+
+def _check_engine_flags(words: list[str]) -> None:
+    """Before processes meet, which takes time and can hang: an engine asked for in a way that cannot work."""
+    values = {word: value for word, value in zip(words, [*words[1:], ""], strict=True) if word.startswith("--")}
+    values |= dict(word.split("=", 1) for word in words if word.startswith("--") and "=" in word)
+    asked = [flag for flag in ("--deepspeed", "--fsdp") if flag in values]
+    if len(asked) == 2:
+        raise SettingsError("--deepspeed and --fsdp: choose one")
+    if asked and "RANK" not in os.environ:
+        raise SettingsError(f"{asked[0]}: needs several processes: torchrun --nproc_per_node N finetune.py ...")
+    kinds = values.get("--fsdp", "full_shard").replace("auto_wrap", "").split()
+    if "offload" in kinds:
+        raise SettingsError("--fsdp offload: not available; DeepSpeed does it (docs/distributed.md)")
+    if kinds not in (["full_shard"], ["shard_grad_op"]):
+        raise SettingsError(f"--fsdp {values['--fsdp']}: say full_shard or shard_grad_op")
 
 
 def _device_defaults(words: list[str]) -> list[str]:

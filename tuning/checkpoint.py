@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import torch
 from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from tuning.adapters import adapter_state
+from tuning.adapters import adapter_config, adapter_state
 from tuning.errors import SettingsError
 from tuning.model import TrainingModel, list_eos_ids
+from tuning.processes import is_first_process
 from tuning.record import MANIFEST_FILE, METRICS_FILE, RUN_FILE, replace_file, write_json, write_manifest
+from tuning.sharding import whole
 from tuning.token_rows import TokenRows
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
@@ -53,34 +56,65 @@ class ResultWriter:
         """Write the manifest, with which a directory is complete."""
         write_manifest(directory, step=step, base_model=self._base, **self._facts)
 
-    def write(self, directory: Path) -> None:
+    def collect(self) -> dict[str, torch.Tensor]:
+        """What is to be written, on the first process; nothing on others, all of which must call this.
+
+        Only what is written: of LoRA training the adapter, never the model it adapts.
+        """
+        if hasattr(self._model.model, "peft_config"):
+            return gather_state(adapter_state(self._model.model, self._rows), None)
+        return gather_state(self._model.causal_lm.state_dict(keep_vars=True), self._dtype)
+
+    @property
+    def _rows(self) -> TokenRows | None:
+        rows = self._model.token_rows
+        assert rows is None or isinstance(rows, TokenRows)
+        return rows
+
+    def write(self, directory: Path, collected: dict[str, torch.Tensor]) -> None:
         """Write adapter or model, tokenizer with chat template and generation config."""
         directory.mkdir(parents=True, exist_ok=True)
         (directory / MANIFEST_FILE).unlink(missing_ok=True)
         self._tokenizer.save_pretrained(directory)
         if hasattr(self._model.model, "peft_config"):
-            rows = self._model.token_rows
-            assert rows is None or isinstance(rows, TokenRows)
-            config, state = adapter_state(self._model.model, rows)
+            config = adapter_config(self._model.model, self._rows)
             config.base_model_name_or_path = self._base["path"]
+            # Whole tied matrices are one tensor under two names; peft asks for both when it loads.
+            state = {name: tensor.clone().contiguous() for name, tensor in collected.items()}
             save_file(state, directory / "adapter_model.safetensors", metadata={"format": "pt"})
             # Loaders look for the configuration first: with it last, a torn save is no adapter to anyone.
             config.save_pretrained(str(directory))
         else:
-            save_full_model(self._model.causal_lm, directory, dtype=self._dtype)
+            save_full_model(self._model.causal_lm, directory, collected, dtype=self._dtype)
         self._generation_config.save_pretrained(directory)
 
 
+def gather_state(named: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """Full values on the CPU of the first process, cast to a dtype; nothing on others. All processes must call this.
+
+    A tied matrix stays one tensor under its names.
+    """
+    gathered: dict[int, torch.Tensor] = {}
+    for tensor in named.values():
+        if id(tensor) not in gathered:
+            value = whole(tensor)
+            value = value.to(dtype) if dtype is not None and value.is_floating_point() else value
+            gathered[id(tensor)] = value.cpu() if is_first_process() else value.new_empty(0)
+    return {name: gathered[id(tensor)] for name, tensor in named.items()} if is_first_process() else {}
+
+
 def save_full_model(
-    model: PreTrainedModel, directory: Path, *, dtype: torch.dtype, max_shard_size: str = "5GB"
+    model: PreTrainedModel,
+    directory: Path,
+    state: dict[str, torch.Tensor],
+    *,
+    dtype: torch.dtype,
+    max_shard_size: str = "5GB",
 ) -> None:
-    """Write a model's safetensors and config.json in a dtype, without changing the model."""
-    cast: dict[int, torch.Tensor] = {}  # by identity: a tied matrix stays one tensor, and is written once
-    state = {}
-    for name, value in model.state_dict(keep_vars=True).items():
-        if id(value) not in cast:
-            cast[id(value)] = value.detach().to(dtype) if value.is_floating_point() else value.detach()
-        state[name] = cast[id(value)]
+    """Write a model's safetensors and config.json.
+
+    state: by the names of its state_dict, in dtype; a tied matrix is one tensor under its names.
+    """
     model.save_pretrained(directory, state_dict=state, max_shard_size=max_shard_size)
     # save_pretrained writes the dtype of the model in memory; loaders take the file's word for it.
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))

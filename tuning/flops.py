@@ -9,6 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tuning.model import TrainingModel
+from tuning.sharding import shape_of
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def count_flops(training_model: TrainingModel) -> StepFlops | None:
 
 
 def _per_input(linear: nn.Linear | Conv1D) -> int:
-    return linear.weight.numel() * (6 if linear.weight.requires_grad else 4)
+    return shape_of(linear.weight).numel() * (6 if linear.weight.requires_grad else 4)
 
 
 def measure_matmul_flops(device: torch.device, dtype: torch.dtype, *, size: int, seconds: float = 0.2) -> float:

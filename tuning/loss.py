@@ -54,8 +54,11 @@ class OutputHead:
         if (adapter := self._adapter) is not None:
             down, up = adapter.lora_A["default"], adapter.lora_B["default"]
             inputs = adapter.lora_dropout["default"](hidden.to(down.weight.dtype))
-            low_rank = (down(inputs) * adapter.scaling["default"], up.weight)
-        return self._linear(hidden, targets, weights, low_rank)
+            # The weight through a call of its layer: engines gather it for that.
+            up_weight = up(torch.eye(up.in_features, dtype=up.weight.dtype, device=hidden.device)).t()
+            low_rank = (down(inputs) * adapter.scaling["default"], up_weight)
+        rows = None if self._token_rows is None else (self._token_rows.token_ids, self._token_rows("rows"))
+        return self._linear(hidden, targets, weights, low_rank, rows)
 
     def _forward(
         self,
@@ -63,10 +66,10 @@ class OutputHead:
         targets: Tensor | None = None,
         weights: Tensor | None = None,
         low_rank: tuple[Tensor, Tensor] | None = None,
+        rows: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         if targets is None:
             return self._compute_logits(hidden)
-        rows = None if self._token_rows is None else (self._token_rows.token_ids, self._token_rows.output_rows)
         linear = self._linear
         return sum_cross_entropy(
             hidden, linear.weight, targets, bias=linear.bias, weights=weights, rows=rows, low_rank=low_rank

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tuning.adapters import check_adapter_base, load_lora, read_adapter, read_adapter_config
-from tuning.checkpoint import check_writable, lies_in, save_full_model
+from tuning.checkpoint import check_writable, gather_state, lies_in, save_full_model
 from tuning.errors import SettingsError
 from tuning.model import TrainingModel, hide_gptqmodel, identify_checkpoint, list_eos_ids, load_model, local_directory
 from tuning.record import MANIFEST_FILE, RUN_FILE
@@ -128,7 +128,8 @@ def save_merged(
     if (source / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(source))
         model.config.get_text_config().eos_token_id = next(iter(list_eos_ids(model.generation_config)), None)
-    save_full_model(model, out, dtype=dtype, max_shard_size=max_shard_size)
+    state = gather_state(model.state_dict(keep_vars=True), dtype)
+    save_full_model(model, out, state, dtype=dtype, max_shard_size=max_shard_size)
     own = {"adapter_config.json", "generation_config.json", "run.json", "manifest.json", "config.json"}
     for file in tokenizer_source(adapter, base).iterdir():
         weights_index = file.name.endswith(".index.json")

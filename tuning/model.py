@@ -26,8 +26,11 @@ def load_model(
     cache_dir: str | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    skeleton: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model from safetensors (or .bin where allow_pickle).
+
+    skeleton: build it without storage for its weights, for sharding.deal_out to fill.
 
     Raises: SettingsError: nothing there, no causal language model, no safetensors, weights missing.
     """
@@ -37,6 +40,9 @@ def load_model(
         )
     try:
         config = AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+        if skeleton:
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
@@ -69,13 +75,16 @@ def hide_gptqmodel() -> None:
             module.is_gptqmodel_available = lambda: False
 
 
-def choose_dtypes(*, use_lora: bool, pure_bf16: bool, bf16: bool, fp16: bool) -> tuple[torch.dtype, torch.dtype]:
+def choose_dtypes(
+    *, use_lora: bool, pure_bf16: bool, bf16: bool, fp16: bool, deepspeed: bool = False
+) -> tuple[torch.dtype, torch.dtype]:
     """Dtypes of the loaded weights and of the computation.
 
-    Frozen weights (LoRA) are kept in the compute dtype. Trained weights are fp32 masters, or bf16 on request.
+    Frozen weights (LoRA) are kept in the compute dtype. Trained weights are fp32 masters, or bf16 on request;
+    DeepSpeed's optimizer has masters of its own.
     """
     compute = torch.bfloat16 if bf16 or pure_bf16 else torch.float16 if fp16 else torch.float32
-    return (compute if use_lora or pure_bf16 else torch.float32), compute
+    return (compute if use_lora or pure_bf16 or deepspeed else torch.float32), compute
 
 
 def identify_checkpoint(path: str, cache_dir: str | None = None) -> dict[str, str]:

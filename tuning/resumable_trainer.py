@@ -10,11 +10,13 @@ import torch
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from tuning import zero_optimizer
 from tuning.checkpoint import ResultWriter, remove_checkpoint, rotate_checkpoints
 from tuning.errors import SettingsError
 from tuning.model import TrainingModel
-from tuning.processes import on_first, raise_together
+from tuning.processes import FirstProcess, on_first, raise_together
 from tuning.record import METRICS_FILE, explain_failed_write, find_fault
+from tuning.sharding import local_part
 from tuning.stopping import GO_ON, StopRequest
 from tuning.training_state import load_optimizer, load_weights, read_counters, save_training_state, trained_parameters
 
@@ -73,43 +75,58 @@ class ResumableTrainer(Trainer):
         # Not the Trainer's: it rotates before a checkpoint is complete.
         counters = self.counters()
         self.check_weights()
-        on_first(lambda: self._write_checkpoint(counters))
+        directory, work = self._checkpoint_directory(), FirstProcess()
+
+        def write(function: Callable[[], None]) -> None:
+            work.do(lambda: self._write_into(directory, function))
+
+        write(lambda: remove_checkpoint(directory))  # what a crash left there
+        result = self.writer.collect()
+        write(lambda: self.writer.write(directory, result))
+        if not self.args.save_only_model:
+            assert self.optimizer is not None
+            state = self._describe_engines() | counters
+            save_training_state(directory, self.model, self.optimizer, state, write=write)
+        write(lambda: self._seal(directory))
+        best = self.state.best_model_checkpoint if self.args.metric_for_best_model else None
+        work.do(lambda: rotate_checkpoints(directory, self._save_total_limit, keep=Path(best) if best else None))
+        work.finish()
 
     def check_weights(self) -> None:
         """Raises: MachineError: a trained weight is no number. Every process calls it."""
         trained = trained_parameters(self.model)
-        broken = next((name for name, p in trained.items() if not bool(p.detach().isfinite().all())), None)
+        broken = next((name for name, p in trained.items() if not bool(local_part(p).isfinite().all())), None)
         raise_together(broken and f"{broken} is not finite at step {self.state.global_step}; lower --learning_rate")
 
-    def _write_checkpoint(self, counters: dict[str, Any]) -> None:
-        directory = self._checkpoint_directory()
-        remove_checkpoint(directory)  # what a crash left there
+    def _write_into(self, directory: Path, function: Callable[[], None]) -> None:
         try:
             with explain_failed_write(directory, f"{GO_ON}; earlier checkpoints are untouched"):
-                self.writer.write(directory)
-                if not self.args.save_only_model:
-                    assert self.optimizer is not None
-                    save_training_state(directory, self.model, self.optimizer, self._describe_engines() | counters)
-                self.state.save_to_json(str(directory / TRAINER_STATE_FILE))
-                if self.metrics_path.exists():
-                    (directory / METRICS_FILE).write_bytes(self.metrics_path.read_bytes())
-                self.writer.seal(directory, step=self.state.global_step)
+                function()
         except BaseException:
             remove_checkpoint(directory)
             raise
-        best = self.state.best_model_checkpoint if self.args.metric_for_best_model else None
-        rotate_checkpoints(directory, self._save_total_limit, keep=Path(best) if best else None)
+
+    def _seal(self, directory: Path) -> None:
+        self.state.save_to_json(str(directory / TRAINER_STATE_FILE))
+        if self.metrics_path.exists():
+            (directory / METRICS_FILE).write_bytes(self.metrics_path.read_bytes())
+        self.writer.seal(directory, step=self.state.global_step)
 
     def _checkpoint_directory(self) -> Path:
         return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
 
     def _describe_engines(self) -> dict[str, Any]:
-        scaler = self.accelerator.scaler
         return {
             "scheduler": {"last_epoch": self.lr_scheduler.last_epoch, "_step_count": self.lr_scheduler._step_count},
-            "scaler": scaler.state_dict() if scaler is not None else None,
+            "scaler": self._scaler_state(),
             "evaluation_due": self.evaluation_due,
         }
+
+    def _scaler_state(self) -> dict[str, Any] | None:
+        if zero_optimizer.is_zero(self.optimizer):
+            return zero_optimizer.scaler_state(self.optimizer)
+        scaler = self.accelerator.scaler
+        return scaler.state_dict() if scaler is not None else None
 
     def stop_evaluating(self, signal_number: int) -> None:
         """Leave an evaluation for whoever resumes, and save."""
@@ -145,24 +162,33 @@ class ResumableTrainer(Trainer):
         self.evaluation_due = self.args.eval_on_start = counters["evaluation_due"] and self.eval_dataset is not None
         return divmod(self.state.global_step, steps_per_epoch)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_weights(Path(resume_from_checkpoint), self.model)
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        # One way for all engines: they are built first, then filled.
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint is not None:
+            checkpoint = Path(resume_from_checkpoint)
+            load_weights(checkpoint, self.model)
+            assert self.optimizer is not None
+            load_optimizer(checkpoint, self.model, self.optimizer)
+            self._restore_engines(read_counters(checkpoint))
+        return prepared
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
+    def _restore_engines(self, saved: dict[str, Any]) -> None:
         assert self.optimizer is not None
-        load_optimizer(Path(checkpoint), self.model, self.optimizer)
         scheduler, groups = self.lr_scheduler, self.optimizer.param_groups
-        vars(scheduler).update(read_counters(Path(checkpoint))["scheduler"])
+        vars(scheduler).update(saved["scheduler"])
         for group, rate, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
             group["lr"] = rate * factor(scheduler.last_epoch)
         scheduler._last_lr = [group["lr"] for group in groups]
+        if saved["scaler"] is None:
+            return
+        if zero_optimizer.is_zero(self.optimizer):
+            zero_optimizer.load_scaler(self.optimizer, saved["scaler"])
+        elif self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(saved["scaler"])
 
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        saved = None if checkpoint is None else read_counters(Path(checkpoint))["scaler"]
-        if saved is not None and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(saved)
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Nothing to load yet: see _prepare_for_training."""
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Nothing to load: random numbers are seeded at every micro-batch."""

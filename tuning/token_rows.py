@@ -35,17 +35,21 @@ class TokenRows(nn.Module):
         self.output = None if self.tied else nn.Parameter(output.weight.detach()[ids].float().clone())
         # Gemma scales in the embedding's forward; rows replace its result and must be scaled alike.
         self._scale = getattr(embedding, "embed_scale", None)
-        # Called as a module, so that ZeRO-3 gathers the rows.
+        # Called as a module, so that ZeRO-3 gathers the rows. Its own hooks on both layers come after these.
         self._hooks = [
             embedding.register_forward_hook(lambda _, inputs, result: self("embedding", inputs[0], result)),
             output.register_forward_hook(lambda _, inputs, result: self("output", inputs[0], result)),
         ]
 
-    def forward(self, part: str, inputs: Tensor, result: Tensor) -> Tensor:
+    def forward(self, part: str, inputs: Tensor | None = None, result: Tensor | None = None) -> Tensor:
         """Put the trained rows in place.
 
-        Shapes: part "embedding": inputs [...] ids, result [..., H]; part "output": inputs [..., H], result [..., V].
+        Shapes: part "embedding": inputs [...] ids, result [..., H]; part "output": inputs [..., H], result [..., V];
+        part "rows": nothing; returns the rows of the output matrix, [R, H].
         """
+        if part == "rows":
+            return self.output_rows.clone()  # ZeRO-3 takes the parameter itself away again
+        assert inputs is not None and result is not None
         if part == "embedding":
             row = self.row_of_token[inputs]
             rows = F.embedding(row.clamp(min=0), self.embedding).to(result.dtype)
@@ -59,14 +63,14 @@ class TokenRows(nn.Module):
 
     @property
     def output_rows(self) -> Tensor:
-        """The rows of the output matrix, [R, H]."""
+        """The rows of the output matrix, [R, H]; in engines that shard weights only inside forward."""
         return self.embedding if self.output is None else self.output
 
     def state_in_peft_format(self) -> dict[str, Tensor]:
         """Absolute rows under peft's names; tied matrices have the embedding's only."""
-        state = {f"base_model.model.{self.names['embedding']}.{PEFT_SUFFIX}": self.embedding.detach().cpu()}
+        state: dict[str, Tensor] = {f"base_model.model.{self.names['embedding']}.{PEFT_SUFFIX}": self.embedding}
         if self.output is not None:
-            state[f"base_model.model.{self.names['output']}.{PEFT_SUFFIX}"] = self.output.detach().cpu()
+            state[f"base_model.model.{self.names['output']}.{PEFT_SUFFIX}"] = self.output
         return state
 
     def indices_in_peft_format(self) -> list[int] | dict[str, list[int]]:

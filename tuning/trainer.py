@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import DistributedType
 from peft.optimizers import create_loraplus_optimizer
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
@@ -51,6 +53,8 @@ class StepTrainer(ResumableTrainer):
     ):
         # Accumulation is the layout's business; one item is a whole step to the Trainer.
         args.gradient_accumulation_steps = 1
+        # The model comes sharded (sharding.py); the Trainer and accelerate would do it again, their way.
+        self._is_fsdp, args.fsdp = args.fsdp is not None, None
         args.logging_nan_inf_filter = False  # a host sync per step, to hide what must be seen
         # Already enabled on the model itself; the Trainer would look for it on the wrapper.
         args.gradient_checkpointing = False
@@ -79,6 +83,15 @@ class StepTrainer(ResumableTrainer):
         self._training_model, self._flops = model, count_flops(model)
         self._peak_flops_per_s: float | None = None
         self._began = time.perf_counter()
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Accelerate as transformers sets it up; a model that is sharded already gets autocast only."""
+        super().create_accelerator_and_postprocess()
+        if self._is_fsdp:
+            prepare = self.accelerator.prepare_model
+            self.accelerator.prepare_model = lambda model, **_: prepare(
+                model, device_placement=False, evaluation_mode=True
+            )
 
     # ---- data ----
 
@@ -134,7 +147,8 @@ class StepTrainer(ResumableTrainer):
         for index, micro_batch in enumerate(micro_batches):
             self._seed_micro_batch(index)
             self.accelerator.gradient_state._set_sync_gradients(index == last)
-            synchronises = index == last or options
+            # Engines that shard gradients sum them over processes at once: whole ones would take their memory back.
+            synchronises = index == last or not isinstance(model, DistributedDataParallel)
             try:
                 with contextlib.nullcontext() if synchronises else self.accelerator.no_sync(model):
                     losses.append(self._run_micro_batch(model, micro_batch, scale, options))
@@ -166,6 +180,7 @@ class StepTrainer(ResumableTrainer):
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         assert self._window is not None
         self._window.add_gradient_norm(self.state.global_step + 1, norm)
         return norm
@@ -233,7 +248,7 @@ class StepTrainer(ResumableTrainer):
 
     def _check_finite(self, window: StepWindow, loss_sums: list[float]) -> None:
         """Raises: MachineError: a loss is no number, or a gradient (in fp16 that is the loss scale's business)."""
-        fault = window.find_non_finite(gradients=self.accelerator.scaler is None)
+        fault = window.find_non_finite(gradients=not self.args.fp16)
         if fault is not None or not all(map(math.isfinite, loss_sums)):
             advice = "lower --learning_rate, look at these rows, or compute in bf16 instead of fp16"
             raise_together(fault and f"{fault}; {advice}. Nothing after the last checkpoint is saved")

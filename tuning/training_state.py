@@ -8,50 +8,53 @@ Hyperparameters are not in them: those are the settings' business.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from tuning import zero_optimizer
 from tuning.errors import SettingsError
+from tuning.processes import is_first_process
 from tuning.record import write_json
+from tuning.sharding import assign, master_dtype, scatter, shape_of, whole
 
 STATE_FILE = "training_state.json"
 _TENSORS = "training_state{suffix}.safetensors"
+_FILE_BYTES = 5 * 10**9  # what the first process holds at a time
 _WEIGHT = "weight"
 
 
 def save_training_state(
-    directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, counters: dict[str, Any]
+    directory: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    counters: dict[str, Any],
+    *,
+    write: Callable[[Callable[[], None]], None] = lambda function: function(),
 ) -> None:
     """Write the trained parameters and the optimizer's state as they are, and counters (JSON values).
 
+    All processes must call it: shards come together a tensor at a time. write: runs what the first process writes.
+
     Raises: SettingsError: an optimizer whose state is not made of tensors and plain values.
     """
-    kind = type(getattr(optimizer, "optimizer", optimizer)).__name__  # behind accelerate's
-    tensors: dict[str, Tensor] = {}
-    stored: set[int] = set()
-    plain: dict[str, dict[str, Any]] = {}
-    for name, parameter in trained_parameters(model).items():
-        tensors[f"{_WEIGHT}/{name}"] = parameter.detach()
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if type(value) is Tensor:
-                # One tensor of several parameters (the tables of 8-bit optimizers) would be written for one of them.
-                tensors[f"{key}/{name}"] = value.clone() if value.data_ptr() in stored else value
-                stored.add(value.data_ptr())
-            elif value is None or isinstance(value, bool | int | float | str):
-                plain.setdefault(name, {})[key] = value
-            else:
-                raise SettingsError(
-                    f"--optim: {kind} keeps a {type(value).__name__} that cannot be saved exactly; "
-                    "use adamw_torch, or --save_only_model True (checkpoints without resuming)"
-                )
-    save_torch_state_dict(tensors, directory, filename_pattern=_TENSORS, metadata={"format": "pt"})
-    write_json(directory / STATE_FILE, {**counters, "optimizer_kind": kind, "optimizer": plain})
+    number, size, tensors = 1, 0, {}
+    for name, tensor in _named_state(model, optimizer):
+        if size + tensor.nbytes > _FILE_BYTES and tensors:
+            write(partial(_write_tensors, directory, number, tensors))
+            number, size, tensors = number + 1, 0, {}
+        size += tensor.nbytes
+        tensors[name] = tensor.cpu() if is_first_process() else tensor.new_empty(0)
+    write(partial(_write_tensors, directory, number, tensors))
+    state = {"optimizer_kind": _kind(optimizer), "optimizer": _plain_values(model, optimizer)}
+    write(lambda: write_json(directory / STATE_FILE, {**counters, **state}))
 
 
 def read_counters(directory: Path) -> dict[str, Any]:
@@ -70,10 +73,12 @@ def load_weights(directory: Path, model: nn.Module) -> None:
         if key != _WEIGHT:
             continue
         parameter = missing.pop(name, None)
-        if parameter is None or parameter.shape != value.shape or parameter.dtype != value.dtype:
-            here = "no such trained parameter" if parameter is None else _describe(parameter)
-            raise SettingsError(f"{directory}: holds {name} ({_describe(value)}); this run has {here}")
-        parameter.copy_(value)
+        if parameter is None or shape_of(parameter) != value.shape or master_dtype(parameter) != value.dtype:
+            here = "no such trained parameter"
+            if parameter is not None:
+                here = _describe(master_dtype(parameter), shape_of(parameter))
+            raise SettingsError(f"{directory}: holds {name} ({_describe(value.dtype, value.shape)}); this run has {here}")
+        assign(parameter, value)
     if missing:
         raise SettingsError(f"{directory}: lacks {next(iter(missing))}, which this run trains")
 
@@ -83,22 +88,27 @@ def load_optimizer(directory: Path, model: nn.Module, optimizer: torch.optim.Opt
 
     Raises: SettingsError: it is the state of another kind of optimizer.
     """
-    kind, saved = type(getattr(optimizer, "optimizer", optimizer)).__name__, read_counters(directory)
+    kind, saved = _kind(optimizer), read_counters(directory)
     if kind != saved["optimizer_kind"]:
         raise SettingsError(
             f"{directory}: holds the state of {saved['optimizer_kind']}, and this run has {kind}; "
             "give it the same --optim"
         )
-    # Not load_state_dict: it casts to the parameter's dtype, which loses what Adafactor keeps in float32.
     parameters = trained_parameters(model)
+    state = ((key, name, value) for key, name, value in _read_tensors(directory) if key != _WEIGHT)
+    if zero_optimizer.is_zero(optimizer):
+        zero_optimizer.load(optimizer, ((key, parameters[name], value) for key, name, value in state))
+        return
+    # Not load_state_dict: it casts to the parameter's dtype, which loses what Adafactor keeps in float32.
     groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
     for name, values in saved["optimizer"].items():
         optimizer.state[parameters[name]].update(values)
-    for key, name, value in _read_tensors(directory):
-        if key == _WEIGHT:
-            continue
+    for key, name, value in state:
         parameter = parameters[name]
         group = groups[parameter]
+        if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+            optimizer.state[parameter][key] = scatter(value, parameter)
+            continue
         stays = key == "step" and not (group.get("capturable") or group.get("fused"))  # torch's own rule for steps
         optimizer.state[parameter][key] = value if stays else value.to(parameter.device)
 
@@ -106,6 +116,52 @@ def load_optimizer(directory: Path, model: nn.Module, optimizer: torch.optim.Opt
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters that train, by name; a tied one once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """"weight/NAME" and "KEY/NAME" of every trained parameter. All processes iterate alike."""
+    stored: set[int] = set()
+    for name, parameter in trained_parameters(model).items():
+        yield f"{_WEIGHT}/{name}", whole(parameter)
+        if zero_optimizer.is_zero(optimizer):
+            yield from ((f"{key}/{name}", value) for key, value in zero_optimizer.state_of(optimizer, parameter))
+            continue
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, DTensor):
+                yield f"{key}/{name}", value.full_tensor()
+            elif type(value) is Tensor:
+                # One tensor of several parameters (the tables of 8-bit optimizers) would be written for one of them.
+                yield f"{key}/{name}", value.clone() if value.data_ptr() in stored else value
+                stored.add(value.data_ptr())
+            elif value is not None and not isinstance(value, bool | int | float | str):
+                raise SettingsError(
+                    f"--optim: {_kind(optimizer)} keeps a {type(value).__name__} that cannot be saved exactly; "
+                    "use adamw_torch, or --save_only_model True (checkpoints without resuming)"
+                )
+
+
+def _plain_values(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+    if zero_optimizer.is_zero(optimizer):
+        return {}
+    plain = {}
+    for name, parameter in trained_parameters(model).items():
+        state = optimizer.state.get(parameter, {})
+        if values := {key: value for key, value in state.items() if not isinstance(value, Tensor)}:
+            plain[name] = values
+    return plain
+
+
+def _write_tensors(directory: Path, number: int, tensors: dict[str, Tensor]) -> None:
+    suffix = "" if number == 1 else f"-{number}"
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, directory / _TENSORS.format(suffix=suffix), metadata={"format": "pt"})
+
+
+def _kind(optimizer: Any) -> str:
+    """The optimizer's class, behind accelerate's and DeepSpeed's."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return type(optimizer).__name__
 
 
 def _read_tensors(directory: Path) -> Iterator[tuple[str, str, Tensor]]:
@@ -116,5 +172,5 @@ def _read_tensors(directory: Path) -> Iterator[tuple[str, str, Tensor]]:
                 yield key, name, file.get_tensor(full_name)
 
 
-def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+def _describe(dtype: torch.dtype, shape: torch.Size) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"

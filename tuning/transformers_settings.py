@@ -21,7 +21,7 @@ FIELDS: dict[str, str] = {
             "dataloader_prefetch_factor", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers",
             "ddp_static_graph", "ddp_backend", "ddp_timeout", "do_train", "do_eval", "local_rank",
             "overwrite_output_dir", "resume_from_checkpoint", "load_best_model_at_end", "metric_for_best_model",
-            "greater_is_better", "save_only_model",
+            "greater_is_better", "save_only_model", "deepspeed", "fsdp",
         ],
         HONOURED,
     ),
@@ -54,10 +54,6 @@ FIELDS: dict[str, str] = {
         ],
         _HUB,
     ),
-    **dict.fromkeys(
-        [
-            "deepspeed", "fsdp", "fsdp_config",
-        ],
-        LATER,
-    ),
+    "fsdp_config": "--fsdp full_shard or shard_grad_op says all there is to say; layers and precision follow from the "
+    "model and --bf16",
 }  # fmt: skip
