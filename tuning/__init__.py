@@ -12,6 +12,8 @@ for _name in ("torchao", "bitsandbytes", "torch.utils._pytree", "huggingface_hub
     logging.getLogger(_name).setLevel(logging.ERROR)
 # transformers renamed gradient_checkpointing; both names work here, and peft still asks for the old one.
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
+# DeepSpeed calls functions of torch.distributed by their old names.
+warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed looks for GPUs at import, and says so
 if not sys.stderr.isatty():
