@@ -2,6 +2,7 @@
 #
 # launch NAME DEFAULTS... -- ARGUMENTS...: reads -m -d -o -h from the arguments and runs finetune.py with the
 # defaults first, so that flags given on the command line win. DRY_RUN=1 prints the command instead.
+# launch_on_all: the same on all GPUs of this machine, or of several, by torchrun.
 
 ROOT=$(cd "$(dirname "$(readlink -f "$0")")/.." && pwd)
 PYTHON=${PYTHON:-$([ -x "$ROOT/.venv/bin/python" ] && echo "$ROOT/.venv/bin/python" || echo python3)}
@@ -18,9 +19,56 @@ usage: $1 [-m MODEL] [-d DATA] [-o OUTPUT] [-h] [any flag of finetune.py ...]
 
 All other flags go to finetune.py (python finetune.py --help); the last one given wins.
 
-CUDA_VISIBLE_DEVICES=1 $1 ...   runs on the second GPU (default: the first one that is visible)
-DRY_RUN=1 $1 ...                prints the command and runs nothing
+$(describe_machines "$1")
+DRY_RUN=1 $1 ...
+      prints the command and runs nothing
 EOF
+}
+
+describe_machines() {
+    if [ -z "${ON_ALL:-}" ]; then
+        printf '%s\n' "CUDA_VISIBLE_DEVICES=1 $1 ..." "      runs on the second GPU (default: the first one that is visible)"
+        return
+    fi
+    cat <<EOF
+CUDA_VISIBLE_DEVICES=0,1 $1 ...
+      runs on these GPUs (default: all of this machine)
+NPROC_PER_NODE=2 $1 ...
+      runs two processes (default: one for each GPU; without GPUs one)
+NNODES=2 NODE_RANK=0 MASTER_ADDR=HOST $1 ...
+      runs on two machines, the second with NODE_RANK=1; HOST is the first, where MASTER_PORT (29500) is free
+EOF
+}
+
+# GPUs that are visible, 0 where there are none.
+count_gpus() {
+    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+        echo "$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | grep -c '[0-9]'
+    else
+        nvidia-smi -L 2>/dev/null | grep -c '^GPU'
+    fi
+}
+
+# How torchrun is to start the processes, as words.
+describe_torchrun() {
+    processes=${NPROC_PER_NODE:-$(count_gpus)}
+    [ "$processes" != 0 ] || processes=1
+    case $processes in *[!0-9]*) fail "NPROC_PER_NODE=$processes: must be a number" ;; esac
+    if [ "${NNODES:-1}" = 1 ] && [ -z "${MASTER_PORT:-}" ]; then
+        echo "--standalone --nproc_per_node $processes"
+        return
+    fi
+    if [ "${NNODES:-1}" != 1 ]; then
+        [ -n "${MASTER_ADDR:-}" ] || fail "NNODES=$NNODES: needs MASTER_ADDR, the host of NODE_RANK=0"
+        [ -n "${NODE_RANK:-}" ] || fail "NNODES=$NNODES: needs NODE_RANK, this machine's number from 0"
+    fi
+    echo "--nnodes ${NNODES:-1} --node_rank ${NODE_RANK:-0} --master_addr ${MASTER_ADDR:-localhost}" \
+        "--master_port ${MASTER_PORT:-29500} --nproc_per_node $processes"
+}
+
+launch_on_all() {
+    ON_ALL=1
+    launch "$@"
 }
 
 # A path as the user sees it: absolute where it exists, else as it is (a hub name, or an error finetune.py explains).
@@ -72,7 +120,18 @@ launch() {
     data=$(absolute "${data:-$ROOT/examples/conversations.json}")
     output=${output:-$ROOT/output/$name}
     case $output in /*) ;; *) output=$PWD/$output ;; esac
-    set -- "$ROOT/finetune.py" --model_name_or_path "$(absolute "$model")" --data_path "$data" --output_dir "$output" "$@"
+    torchrun=''
+    if [ -n "${ON_ALL:-}" ]; then
+        torchrun=$(describe_torchrun) || exit
+        cores=$(($(getconf _NPROCESSORS_ONLN) / ${torchrun##* }))
+        [ "$cores" -gt 0 ] || cores=1
+        export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$cores}"
+        # After a signal torchrun kills what is not gone by then; a checkpoint may take longer than its 30 s.
+        export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
+        torchrun="-m torch.distributed.run $torchrun"
+    fi
+    # shellcheck disable=SC2086  # $torchrun: words, none with a space
+    set -- $torchrun "$ROOT/finetune.py" --model_name_or_path "$(absolute "$model")" --data_path "$data" --output_dir "$output" "$@"
     if [ -n "${DRY_RUN:-}" ]; then
         printf '%s' "$PYTHON"
         for word in "$@"; do printf " '%s'" "$(printf '%s' "$word" | sed "s/'/'\\\\''/g")"; done

@@ -6,13 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import CONVERSATIONS
+from tests.conftest import CONVERSATIONS, ROOT
 from tests.runs import MAX_LENGTH, probe_logits
 
 TIMINGS = {"tokens_per_s", "supervised_tokens_per_s", "eval_runtime", "train_s", "elapsed_s", "peak_gib"}
 
 
-def words(checkpoint, out, kind, *, steps, rows_per_process=8, dropout=0.1, save_steps=2):
+ENGINES = {
+    "ddp": [],
+    "zero2": ["--deepspeed", ROOT / "finetune" / "ds_config_zero2.json"],
+    "zero3": ["--deepspeed", ROOT / "finetune" / "ds_config_zero3.json"],
+    "fsdp": ["--fsdp", "full_shard"],
+}
+
+
+def words(checkpoint, out, kind, *, steps, rows_per_process=8, dropout=0.1, save_steps=2, engine="ddp"):
     batch = rows_per_process // 2
     lora = ["--use_lora", "--lora_r", 4, "--lora_dropout", dropout] if kind == "lora" else []
     return [
@@ -21,6 +29,7 @@ def words(checkpoint, out, kind, *, steps, rows_per_process=8, dropout=0.1, save
         *("--learning_rate", 3e-3 if lora else 1e-3, "--max_steps", steps, "--lr_scheduler_type", "cosine"),
         *("--logging_steps", 3, "--save_steps", save_steps, "--save_total_limit", 2, *lora),
         *("--eval_data_path", CONVERSATIONS, "--eval_strategy", "epoch", "--resume_from_checkpoint", "auto"),
+        *ENGINES[engine],
     ]
 
 
@@ -46,30 +55,33 @@ def assert_same_run(one: Path, other: Path, last_step: int) -> None:
     assert states[0] == states[1]
 
 
-def kill_and_resume(forks, checkpoint, tmp_path, kind, processes, *, kills, steps, seed):
-    """Train uninterrupted, then again with kills; both must end alike."""
+def kill_and_resume(forks, checkpoint, tmp_path, kind, processes, *, kills, steps, seed, engine="ddp"):
+    """Train uninterrupted, then again with kills (their number, or where they fall); both must end alike."""
     chance = random.Random(seed)
     calm, killed = tmp_path / "calm", tmp_path / "killed"
     rows_per_process = 8 // processes
-    calm_words = words(checkpoint, calm, kind, steps=steps, rows_per_process=rows_per_process)
+    options = {"steps": steps, "rows_per_process": rows_per_process, "engine": engine}
+    calm_words = words(checkpoint, calm, kind, **options)
     code, _, stderr = forks.run(*calm_words, processes=processes)
     assert code == 0, stderr
     num_events = forks.num_events  # of each rank
 
-    killed_words = words(checkpoint, killed, kind, steps=steps, rows_per_process=rows_per_process)
+    killed_words = words(checkpoint, killed, kind, **options)
     torn = 0
-    for _ in range(kills):
+    plans = kills if isinstance(kills, list) else []
+    for _ in range(0 if plans else kills):
         # Within the first four steps of a life (two saves), so that it gets about one save further.
         rank = chance.randrange(processes)
-        at = chance.randint(1, 4 * num_events[rank] // steps)
-        plan = {"at": at, "do": "SIGKILL", "rank": rank, "slow_s": 0.001}
-        code, stdout, stderr = forks.run(*killed_words, processes=processes, **plan)
+        plans.append({"at": chance.randint(1, 4 * num_events[rank] // steps), "rank": rank})
+    for plan in plans:
+        code, stdout, stderr = forks.run(*killed_words, processes=processes, do="SIGKILL", slow_s=0.001, **plan)
         assert 137 in forks.codes, (forks.codes, stderr)
         torn += "passed over" in stdout
     code, stdout, stderr = forks.run(*killed_words, processes=processes)
     assert code == 0, stderr
     assert "going on from" in stdout and stdout.count("finished") == 0
     assert_same_run(calm, killed, steps)
+    assert json.loads((killed / "run.json").read_text())["engine"] == ("single" if processes == 1 else engine)
     return torn
 
 
@@ -88,6 +100,40 @@ def test_twenty_kills(forks, checkpoints, tmp_path, kind, processes):
         forks, checkpoints["untied"], tmp_path, kind, processes, kills=20, steps=60, seed=kind + str(processes)
     )
     assert torn > 0, "no kill fell into a save"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp"])
+def test_kills_under_every_engine(forks, checkpoints, tmp_path, engine, kind):
+    plan = {"kills": 5, "steps": 10, "seed": kind + engine}
+    kill_and_resume(forks, checkpoints["untied"], tmp_path, kind, 2, engine=engine, **plan)
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp"])
+def test_one_kill_under_every_engine(forks, checkpoints, tmp_path, engine):
+    plan = {"kills": [{"at": 4, "only": "step", "rank": 1}], "steps": 5, "seed": engine}
+    kill_and_resume(forks, checkpoints["untied"], tmp_path, "lora", 2, engine=engine, **plan)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_from_any_engine_to_any_other_and_to_more_processes(forks, checkpoints, tmp_path, kind):
+    calm, moved = tmp_path / "calm", tmp_path / "moved"
+    options = {"steps": 18, "dropout": 0.0, "save_steps": 50}
+    code, *_ = forks.run(*words(checkpoints["untied"], calm, kind, rows_per_process=8, **options))
+    assert code == 0
+    engines = [("zero2", 2), ("fsdp", 2), ("zero3", 2), ("ddp", 1), ("zero3", 4), ("zero2", 4), ("fsdp", 4), ("ddp", 2)]
+    for number, (engine, processes) in enumerate(engines):
+        plan = {"at": 3, "do": "SIGTERM", "only": "step"} if number < len(engines) - 1 else {}
+        launched = words(checkpoints["untied"], moved, kind, rows_per_process=4, engine=engine, **options)
+        code, stdout, stderr = forks.run(*launched, processes=processes, **plan)
+        assert code == (143 if plan else 0), stderr
+    assert "engine ddp (there fsdp)" in stdout and "processes 2 (there 4)" in stdout
+    for one, other in zip(read_metrics(moved), read_metrics(calm), strict=True):
+        assert one.get("loss") == pytest.approx(other.get("loss"), abs=1e-5)
+    calm_logits, moved_logits = (probe_logits(checkpoints["untied"], out) for out in (calm, moved))
+    assert (calm_logits - moved_logits).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])

@@ -34,7 +34,7 @@ def write_result(checkpoint: Path, kind: str, out: Path, **lora) -> torch.Tensor
     config = align_stop_token(causal_lm, template.tokenizer, stop_id=template.stop_id, is_base=True)
     base = identify_checkpoint(str(checkpoint))
     writer = ResultWriter(training_model, template.tokenizer, config, base=base, dtype=torch.float32, facts={})
-    writer.write(out)
+    writer.write(out, writer.collect())
     writer.seal(out, step=1)
     with torch.no_grad():
         return training_model.eval().causal_lm(input_ids=PROBE).logits

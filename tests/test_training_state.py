@@ -1,5 +1,6 @@
 """Weights and optimizer state, saved and loaded, are the same to the bit, and so is the next step."""
 
+import json
 import copy
 
 import pytest
@@ -165,25 +166,28 @@ def test_the_first_loss_that_is_no_number_is_found_and_an_fp16_overflow_is_not_o
     assert message == "the loss is nan at step 2 (rows d0, d1, d2, d3, d4, d5, d6, d7 and 1 more)"
 
 
-def test_the_loss_scale_is_kept(tmp_path):
+def test_the_loss_scale_is_kept():
     from types import SimpleNamespace
 
     from tuning.trainer import StepTrainer
 
-    def trainer(scaler):
-        return SimpleNamespace(accelerator=SimpleNamespace(scaler=scaler))
-
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
     parameter = nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD([parameter], lr=0.1)
+    schedule = SimpleNamespace(last_epoch=3, base_lrs=[0.1], lr_lambdas=[lambda _: 1.0])
+
+    def trainer(scaler):
+        engines = SimpleNamespace(scaler=scaler)
+        return SimpleNamespace(accelerator=engines, optimizer=optimizer, lr_scheduler=schedule)
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
     for factor in (1.0, float("inf"), 1.0):
         scaler.scale(parameter * factor).backward()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-    save_training_state(tmp_path, nn.Linear(1, 1), optimizer, {"scaler": scaler.state_dict()})
     resumed = torch.amp.GradScaler("cpu")
-    StepTrainer._load_scaler(trainer(resumed), str(tmp_path))
+    saved = {"scaler": StepTrainer._scaler_state(trainer(scaler)), "scheduler": {"last_epoch": 3}}
+    StepTrainer._restore_engines(trainer(resumed), json.loads(json.dumps(saved)))
     assert resumed.state_dict() == scaler.state_dict() and resumed.get_scale() == 512.0
 
 
