@@ -52,13 +52,20 @@ class ForkServer:
             text=True,
         )
 
-    def run(self, *words, processes: int = 1, timeout_s: int = 120, **plan) -> tuple[int, str, str]:
-        """Run finetune.py. Returns: exit code of rank 0 (128 + n if signal n ended it), all of stdout, of stderr."""
+    def run(
+        self, *words, processes: int = 1, timeout_s: int = 120, words_of=None, directories=None, **plan
+    ) -> tuple[int, str, str]:
+        """Run finetune.py. Returns: exit code of rank 0 (128 + n if signal n ended it), all of stdout, of stderr.
+
+        words_of: more words for some ranks, by rank. directories: working directories of all ranks.
+        """
         self._count += 1
         log = self._directory / str(self._count)
         log.mkdir()
         request = {
             "words": [str(word) for word in words],
+            "words_of": words_of or {},
+            "directories": directories,
             "processes": processes,
             "plan": plan,
             "log": str(log),
@@ -130,10 +137,12 @@ def _run(request: dict, rank: int, port: int) -> None:
     if plan.get("do") == "readonly at start":
         _make_read_only(Path(request["words"][request["words"].index("--output_dir") + 1]))
     count_events = _hook(plan if plan.get("rank", 0) == rank else {"slow_s": plan.get("slow_s")})
-    sys.argv = ["finetune.py", *request["words"]]
+    sys.argv = ["finetune.py", *request["words"], *request["words_of"].get(str(rank), [])]
+    if request["directories"]:
+        os.chdir(request["directories"][rank])
     code = 0
     try:
-        runpy.run_path("finetune.py", run_name="__main__")
+        runpy.run_path(str(ROOT / "finetune.py"), run_name="__main__")
     except SystemExit as exit_:
         code = exit_.code or 0
     except BaseException:

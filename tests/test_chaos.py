@@ -106,7 +106,7 @@ def test_twenty_kills(forks, checkpoints, tmp_path, kind, processes):
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp"])
 def test_kills_under_every_engine(forks, checkpoints, tmp_path, engine, kind):
-    plan = {"kills": 5, "steps": 10, "seed": kind + engine}
+    plan = {"kills": 5, "steps": 20, "seed": kind + engine}
     kill_and_resume(forks, checkpoints["untied"], tmp_path, kind, 2, engine=engine, **plan)
 
 
@@ -120,7 +120,7 @@ def test_one_kill_under_every_engine(forks, checkpoints, tmp_path, engine):
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_from_any_engine_to_any_other_and_to_more_processes(forks, checkpoints, tmp_path, kind):
     calm, moved = tmp_path / "calm", tmp_path / "moved"
-    options = {"steps": 18, "dropout": 0.0, "save_steps": 50}
+    options = {"steps": 36, "dropout": 0.0, "save_steps": 50}
     code, *_ = forks.run(*words(checkpoints["untied"], calm, kind, rows_per_process=8, **options))
     assert code == 0
     engines = [("zero2", 2), ("fsdp", 2), ("zero3", 2), ("ddp", 1), ("zero3", 4), ("zero2", 4), ("fsdp", 4), ("ddp", 2)]

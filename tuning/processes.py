@@ -232,16 +232,19 @@ def check_shared(directory: Path) -> None:
     if not dist.is_initialized():
         return
 
-    def leave() -> str:
-        existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
-        path = existing / f".{uuid.uuid4().hex}.tmp"
+    whole = directory.absolute()
+
+    def leave() -> tuple[int, str]:
+        depth, existing = next((d, path) for d, path in enumerate((whole, *whole.parents)) if path.exists())
+        name = f".{uuid.uuid4().hex}.tmp"
         try:
-            path.touch()
+            (existing / name).touch()
         except OSError as error:
             raise SettingsError(f"--output_dir {directory}: cannot be written to: {error.strerror}") from None
-        return str(path)
+        return depth, name
 
-    mark = Path(on_first(leave))
+    depth, name = on_first(leave)
+    mark = (whole, *whole.parents)[depth] / name
     deadline = time.monotonic() + _VISIBLE_S
     try:
         while not (seen := mark.exists()) and time.monotonic() < deadline:

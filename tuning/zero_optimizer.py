@@ -20,6 +20,7 @@ def state_of(optimizer: Any, parameter: Any) -> Iterator[tuple[str, Tensor]]:
 
     zero = _zero(optimizer)
     flat = _partitions(zero)[0]
+    _link(zero)
     for key, value in zero.optimizer.state.get(flat, {}).items():
         if torch.is_tensor(value) and value.shape == flat.shape:
             yield key, safe_get_full_optimizer_state(parameter, key).view(shape_of(parameter))
@@ -40,10 +41,8 @@ def load(optimizer: Any, state: Iterable[tuple[str, Any, Tensor]]) -> None:
                 inner[flat][key] = value.clone()
             elif key not in inner[flat]:
                 inner[flat][key] = torch.zeros_like(flat)
-                zero._hp_optimizer_states_linked = False
         if by_parameter:
-            if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):  # ZeRO-1 and ZeRO-2
-                zero._lazy_init_hp_params_optimizer_state()
+            _link(zero)
             safe_set_full_optimizer_state(parameter, value.to(flat.device, torch.float32), key)
 
 
@@ -60,6 +59,13 @@ def load_scaler(optimizer: Any, saved: dict[str, Any]) -> None:
 
 def _zero(optimizer: Any) -> Any:
     return getattr(optimizer, "optimizer", optimizer)  # inside accelerate's
+
+
+def _link(zero: Any) -> None:
+    """Let parameters find their parts. DeepSpeed does it (ZeRO-1, ZeRO-2) when the first group alone has a state."""
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
 
 
 def _partitions(zero: Any) -> list[Tensor]:
