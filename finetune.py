@@ -103,10 +103,8 @@ def main(argv: list[str] | None = None) -> int:
     rows, account = on_all(lambda: load_rows(data_args.data_path, template, options, cache=cache))
     say("data: " + "\n      ".join(account.describe()))
     eval_rows, eval_account = None, None
-    if data_args.eval_data_path:
-        eval_rows, eval_account = on_all(
-            lambda: load_rows(data_args.eval_data_path, template, options, cache=cache)
-        )
+    if eval_paths := data_args.eval_data_path:
+        eval_rows, eval_account = on_all(lambda: load_rows(eval_paths, template, options, cache=cache))
         say("evaluation data: " + "\n      ".join(eval_account.describe()))
         if overlap := count_overlap(rows, eval_rows):
             say(f"evaluation data: {overlap:,} conversations are in the training data, too")

@@ -1,6 +1,6 @@
 """One arm of the table of engines, as torchrun starts it: trains, saves, and says what it measured.
 
-    torchrun --nproc_per_node N -m tests.engines CHECKPOINT OUT ENGINE STEPS KIND/LAYOUT ...
+torchrun --nproc_per_node N -m tests.engines CHECKPOINT OUT ENGINE STEPS KIND/LAYOUT ...
 """
 
 import json
@@ -54,18 +54,14 @@ def run_arm(checkpoint: Path, out: Path, engine: str, steps: int, kind: str, lay
     AcceleratorState._reset_state(reset_partial_state=True)
     rows, template = runs.example_rows(checkpoint)
     processes = 1 if engine == "single" else 2
-    args = runs.run_arguments(
-        out, kind=kind, batch=2, accumulation=4 // processes, steps=steps, **OPTIONS[engine]
-    )
+    args = runs.run_arguments(out, kind=kind, batch=2, accumulation=4 // processes, steps=steps, **OPTIONS[engine])
     assert args.engine == engine and args.world_size == processes
     model = runs.build(checkpoint, kind, template, skeleton=engine in SHARDED and not is_first_process())
     trainer = runs.train_with(args, model, rows, packed=layout == "packed")
     assert describe_engine(trainer) == EXPECTED[engine], describe_engine(trainer)
     tokenizer = load_tokenizer(str(checkpoint))
     base = {"path": str(checkpoint), "fingerprint": ""}
-    writer = ResultWriter(
-        model, tokenizer, model.causal_lm.generation_config, base=base, dtype=torch.float32, facts={}
-    )
+    writer = ResultWriter(model, tokenizer, model.causal_lm.generation_config, base=base, dtype=torch.float32, facts={})
     result = writer.collect()
     if is_first_process():
         writer.write(out, result)

@@ -73,9 +73,7 @@ def run_arguments(output: Path, *, kind: str, batch: int, accumulation: int, ste
     )
 
 
-def train_with(
-    args: RunArguments, training_model: TrainingModel, rows: TokenizedRows, *, packed: bool
-) -> StepTrainer:
+def train_with(args: RunArguments, training_model: TrainingModel, rows: TokenizedRows, *, packed: bool) -> StepTrainer:
     assert not packed or enable_packing(training_model, max_length=MAX_LENGTH, dtype=torch.float32) is None
     deal_out(training_model, args, torch.float32)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)

@@ -41,7 +41,10 @@ def assert_same(checkpoint, one, other, steps):
     for (loss, norm), (expected_loss, expected_norm) in zip(measured, expected, strict=True):
         assert loss == pytest.approx(expected_loss, abs=1e-5)
         assert norm == pytest.approx(expected_norm, rel=1e-4)
-    logits, fresh = ([runs.probe_logits(checkpoint, d) for d in (one, other)], runs.probe_logits(checkpoint, checkpoint))
+    logits, fresh = (
+        [runs.probe_logits(checkpoint, d) for d in (one, other)],
+        runs.probe_logits(checkpoint, checkpoint),
+    )
     assert (logits[0] - logits[1]).abs().max() < 1e-4 < (logits[0] - fresh).abs().max()
     ours, theirs = updates(checkpoint, one), updates(checkpoint, other)
     assert (ours - theirs).norm() < 1e-3 * theirs.norm()

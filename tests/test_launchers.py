@@ -185,7 +185,9 @@ def test_equal_values_are_no_contradiction(write_json):
     assert read_deepspeed_config(str(path), settings)["zero_optimization"] == {"stage": 2}
 
 
-@pytest.mark.parametrize(("content", "message"), [(None, "No such file"), ("{", ":1: not valid JSON"), ("[]", "object")])
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "No such file"), ("{", ":1: not valid JSON"), ("[]", "object")]
+)
 def test_a_file_that_is_none(content, message, tmp_path, write_json):
     path = tmp_path / "absent.json" if content is None else write_json(content)
     settings = parse_arguments(["--model_name_or_path", "m", "--data_path", "d", "--output_dir", "o", "--use_cpu"]).run

@@ -97,7 +97,11 @@ def together(tmp_path):
         ("lacks", "SettingsError", "numpy is None in process 1 (HOST), 2 in process 0"),
         ("connection", "value", None),
         ("shared", "value", None),
-        ("not shared", "SettingsError", "--output_dir out: is not the same directory in process 1 (HOST) as in process 0"),
+        (
+            "not shared",
+            "SettingsError",
+            "--output_dir out: is not the same directory in process 1 (HOST) as in process 0",
+        ),
         ("first", "value", 40),
         ("first fails", "SettingsError", "the disk"),
         ("anywhere", "value", "here"),

@@ -1,7 +1,7 @@
 """Weights and optimizer state, saved and loaded, are the same to the bit, and so is the next step."""
 
-import json
 import copy
+import json
 
 import pytest
 import torch

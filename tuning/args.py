@@ -128,9 +128,10 @@ class RunArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         # To the Trainer a step is one item, whatever it accumulates, and the model comes to it sharded (sharding.py).
-        accumulation, fsdp = self.gradient_accumulation_steps, self.fsdp
+        given: Any = self
+        accumulation, fsdp = given.gradient_accumulation_steps, given.fsdp
         if self.deepspeed is not None:
-            self.deepspeed: Any = read_deepspeed_config(self.deepspeed, self)
+            given.deepspeed = read_deepspeed_config(self.deepspeed, self)
             join_for_deepspeed(use_cpu=self.use_cpu)
             self.gradient_accumulation_steps = 1
         self.fsdp = None
@@ -141,8 +142,9 @@ class RunArguments(TrainingArguments):
     @property
     def engine(self) -> Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp"]:
         """What spreads the work over processes."""
-        if self.deepspeed is not None:
-            return f"zero{self.deepspeed['zero_optimization']['stage']}"  # type: ignore[return-value]
+        config: Any = self.deepspeed
+        if config is not None:
+            return ("zero1", "zero2", "zero3")[config["zero_optimization"]["stage"] - 1]
         if self.fsdp is not None:
             return "fsdp"
         return "ddp" if self.world_size > 1 else "single"
@@ -334,7 +336,9 @@ def _check_engine(run: RunArguments, model: ModelArguments) -> None:
     if run.engine in ("single", "ddp"):
         return
     if run.deepspeed and model.pure_bf16:
-        raise SettingsError("--pure_bf16: has no effect with --deepspeed, which keeps fp32 master weights; --bf16 will do")
+        raise SettingsError(
+            "--pure_bf16: has no effect with --deepspeed, which keeps fp32 master weights; --bf16 will do"
+        )
     if run.fsdp and run.fp16:
         raise SettingsError("--fsdp and --fp16: gradients in shards are not scaled; use --bf16, or --deepspeed")
     if str(run.optim.value) not in ("adamw_torch", "adamw_torch_fused"):

@@ -45,10 +45,11 @@ def deal_out(training_model: TrainingModel, settings: Any, dtype: torch.dtype) -
             shard(module)
 
 
-def whole(parameter: Tensor) -> Tensor:
+def whole(parameter: Any) -> Tensor:
     """The full value of a tensor, in the precision the optimizer keeps it in. All processes must call this."""
     if isinstance(parameter, DTensor):
-        return parameter.detach().full_tensor()
+        sharded: Any = parameter.detach()
+        return sharded.full_tensor()
     if _is_partitioned(parameter) and not parameter.requires_grad:
         import deepspeed
 
@@ -86,10 +87,10 @@ def scatter(value: Tensor, like: DTensor) -> DTensor:
     return distribute_tensor(value.to(device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def local_part(parameter: Tensor) -> Tensor:
+def local_part(parameter: Any) -> Tensor:
     """What this process holds of a tensor."""
     if isinstance(parameter, DTensor):
-        return parameter.detach().to_local()
+        return parameter.to_local().detach()
     return parameter.ds_tensor.detach() if _is_partitioned(parameter) else parameter.detach()
 
 
@@ -98,7 +99,7 @@ def master_dtype(parameter: Tensor) -> torch.dtype:
     return torch.float32 if _has_master(parameter) else parameter.dtype
 
 
-def shape_of(parameter: Tensor) -> torch.Size:
+def shape_of(parameter: Any) -> torch.Size:
     """The shape of a tensor's full value."""
     return parameter.ds_shape if _is_partitioned(parameter) else parameter.shape
 
@@ -156,10 +157,13 @@ def _prepare_fsdp(settings: Any, dtype: torch.dtype) -> Any:
     policy = MixedPrecisionPolicy(
         param_dtype=dtype if half else None, reduce_dtype=torch.float32 if half else None, cast_forward_inputs=False
     )
-    keep_whole = settings.fsdp.split()[0] == "shard_grad_op"
-    return lambda module: fully_shard(
-        module, mesh=mesh, mp_policy=policy, **({"reshard_after_forward": False} if keep_whole else {})
-    )
+    # None: layers are sharded again after forward; the rest, which the loss needs at once, is not.
+    reshard = False if "shard_grad_op" in settings.fsdp else None
+
+    def shard(module: nn.Module) -> None:
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+
+    return shard
 
 
 def _prepare_zero3(settings: Any, dtype: torch.dtype) -> Any:

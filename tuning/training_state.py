@@ -45,7 +45,8 @@ def save_training_state(
 
     Raises: SettingsError: an optimizer whose state is not made of tensors and plain values.
     """
-    number, size, tensors = 1, 0, {}
+    number, size = 1, 0
+    tensors: dict[str, Tensor] = {}
     for name, tensor in _named_state(model, optimizer):
         if size + tensor.nbytes > _FILE_BYTES and tensors:
             write(partial(_write_tensors, directory, number, tensors))
@@ -77,7 +78,8 @@ def load_weights(directory: Path, model: nn.Module) -> None:
             here = "no such trained parameter"
             if parameter is not None:
                 here = _describe(master_dtype(parameter), shape_of(parameter))
-            raise SettingsError(f"{directory}: holds {name} ({_describe(value.dtype, value.shape)}); this run has {here}")
+            there = _describe(value.dtype, value.shape)
+            raise SettingsError(f"{directory}: holds {name} ({there}); this run has {here}")
         assign(parameter, value)
     if missing:
         raise SettingsError(f"{directory}: lacks {next(iter(missing))}, which this run trains")
@@ -119,7 +121,7 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
-    """"weight/NAME" and "KEY/NAME" of every trained parameter. All processes iterate alike."""
+    """Yield weight/NAME and KEY/NAME of every trained parameter. All processes iterate alike."""
     stored: set[int] = set()
     for name, parameter in trained_parameters(model).items():
         yield f"{_WEIGHT}/{name}", whole(parameter)
