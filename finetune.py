@@ -10,15 +10,18 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import transformers
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
 from data_utils.cache import RowCache, default_root
 from data_utils.collate import StepDataset
 from data_utils.dataset import DROPPED_FILE, DataOptions, TokenizedRows, count_overlap, load_rows
+from data_utils.report import Account
 from data_utils.sources import DataError, read_lines
 from data_utils.template import ChatTemplate
 from data_utils.tokenizer import load_tokenizer
@@ -61,19 +64,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     model_args, data_args, lora_args, run_args = arguments.model, arguments.data, arguments.lora, arguments.run
     settings, environment, started = describe_settings(arguments), record.describe_environment(), time.perf_counter()
+    output_dir = Path(os.path.normpath(run_args.output_dir))
     check_connection(run_args.device)
     check_agreement({**flatten_settings(settings), **environment["versions"], "python": environment["python"]})
-    output_dir = Path(os.path.normpath(run_args.output_dir))
-    inputs = [path for path in (model_args.model_name_or_path, lora_args.lora_weight_path) if path]
-    wanted = run_args.resume_from_checkpoint
-    resumes = wanted is not None and (
-        wanted == "auto" or checkpoint.lies_in(Path(wanted), output_dir) or not checkpoint.holds_results(output_dir)
-    )
-    on_first(
-        lambda: checkpoint.check_output_directory(
-            output_dir, overwrite=run_args.overwrite_output_dir, resume=resumes, inputs=inputs
-        )
-    )
+    on_first(lambda: check_output_directory(arguments, output_dir))
     check_shared(output_dir)
     check_reporters(run_args.report_to)
     check_device(run_args.device)
@@ -82,33 +76,8 @@ def main(argv: list[str] | None = None) -> int:
         say("--lazy_preprocess: rows are always tokenised first here; it has no effect")
 
     # ---- data ----
-    source: dict[str, Any] = {"cache_dir": model_args.cache_dir, "trust_remote_code": model_args.trust_remote_code}
-    tokenizer = load_tokenizer(
-        model_args.model_name_or_path,
-        system_message=data_args.system_message,
-        chat_template=data_args.chat_template,
-        chat_template_kwargs=data_args.chat_template_kwargs,
-        **source,
-    )
-    template = ChatTemplate(tokenizer, system_message=data_args.system_message, label_mask=data_args.label_mask)
-    options = DataOptions(
-        max_length=data_args.model_max_length,
-        on_long=data_args.on_long,
-        data_format=data_args.data_format,
-        supervise=data_args.supervise,
-        on_bad_row=data_args.on_bad_row,
-        seed=run_args.seed if run_args.data_seed is None else run_args.data_seed,
-    )
-    cache = RowCache(None if data_args.no_cache else default_root(model_args.cache_dir))
-    rows, account = on_all(lambda: load_rows(data_args.data_path, template, options, cache=cache))
-    say("data: " + "\n      ".join(account.describe()))
-    eval_rows, eval_account = None, None
-    if eval_paths := data_args.eval_data_path:
-        eval_rows, eval_account = on_all(lambda: load_rows(eval_paths, template, options, cache=cache))
-        say("evaluation data: " + "\n      ".join(eval_account.describe()))
-        if overlap := count_overlap(rows, eval_rows):
-            say(f"evaluation data: {overlap:,} conversations are in the training data, too")
-    samples = load_prompts(run_args.sample_prompts, template) if run_args.sample_prompts else []
+    data = on_all(lambda: read_data(arguments))
+    tokenizer, template, account, eval_account = data.tokenizer, data.template, data.account, data.eval_account
     check_agreement(
         {
             "the tokenised data": account.fingerprint,
@@ -132,7 +101,8 @@ def main(argv: list[str] | None = None) -> int:
             dtype=load_dtype,
             allow_pickle=model_args.allow_pickle,
             skeleton=is_sharded and not is_first_process(),
-            **source,
+            cache_dir=model_args.cache_dir,
+            trust_remote_code=model_args.trust_remote_code,
         )
     )
     base = identify_checkpoint(model_args.model_name_or_path, model_args.cache_dir)
@@ -147,7 +117,8 @@ def main(argv: list[str] | None = None) -> int:
         },
         **{name: environment[name] for name in ("command", "versions")},
     }
-    start = on_first(lambda: find_starting_point(wanted, output_dir, facts, force=run_args.force_resume))
+    wanted, force = run_args.resume_from_checkpoint, run_args.force_resume
+    start = on_first(lambda: find_starting_point(wanted, output_dir, facts, force=force))
     for note in start.notes:
         say(note)
     if start.finished:
@@ -169,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
     trainable, total = count_parameters(training_model)
     say(f"model: {evidence.describe()}")
     say(f"       {trainable:,} of {total:,} parameters train; computing in {str(compute_dtype).removeprefix('torch.')}")
-    longest = max(int(lengths.lengths.max()) for lengths in (rows, eval_rows) if lengths is not None)
+    longest = max(int(rows.lengths.max()) for rows in (data.rows, data.eval_rows) if rows is not None)
     check_positions(training_model, longest)
     obstacle = enable_packing(training_model, max_length=longest, dtype=compute_dtype)
     say(
@@ -180,13 +151,12 @@ def main(argv: list[str] | None = None) -> int:
     if warning := describe_rotary_switch(model.config, longest):
         say(f"layout: {warning}")
     generation = checkpoint.align_stop_token(model, tokenizer, stop_id=template.stop_id, is_base=evidence.is_base)
-
     deal_out(training_model, run_args, compute_dtype)
 
     # ---- training ----
     packed = obstacle is None
-    train_steps = build_steps(arguments, rows, training=True, packed=packed, rows_per_step=start.rows_per_step)
-    eval_steps = build_steps(arguments, eval_rows, training=False, packed=packed) if eval_rows else None
+    train_steps = build_steps(arguments, data.rows, training=True, packed=packed, rows_per_step=start.rows_per_step)
+    eval_steps = build_steps(arguments, data.eval_rows, training=False, packed=packed) if data.eval_rows else None
     facts["rows_per_step"] = train_steps.rows_per_step
     writer = checkpoint.ResultWriter(training_model, tokenizer, generation, base=base, dtype=compute_dtype, facts=facts)
     run: dict[str, Any] = {
@@ -207,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
     def open_run() -> None:
         checkpoint.prepare_output_directory(output_dir, overwrite=start.checkpoint is None, checkpoint=start.checkpoint)
         if account.dropped:
-            shutil.copy(rows.directory / DROPPED_FILE, output_dir / DROPPED_FILE)
+            shutil.copy(data.rows.directory / DROPPED_FILE, output_dir / DROPPED_FILE)
         run["status"] = "running"
         record.write_run(output_dir, run)
 
@@ -221,12 +191,12 @@ def main(argv: list[str] | None = None) -> int:
         loraplus_lr_ratio=lora_args.loraplus_lr_ratio,
     )
     if is_first_process():
-        if samples:
+        if data.samples:
             trainer.add_callback(
                 SampleCallback(
                     training_model,
                     tokenizer,
-                    samples,
+                    data.samples,
                     output_dir=output_dir,
                     log_line=say,
                     max_new_tokens=run_args.sample_max_new_tokens,
@@ -269,6 +239,64 @@ def main(argv: list[str] | None = None) -> int:
         say_summary(run, output_dir, use_lora=lora_args.use_lora)
     trainer.close()
     return 0
+
+
+@dataclass
+class Data:
+    """What is trained and evaluated on, and how it was rendered. samples: (text, token ids) of prompts to answer."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template: ChatTemplate
+    rows: TokenizedRows
+    account: Account
+    eval_rows: TokenizedRows | None
+    eval_account: Account | None
+    samples: list[tuple[str, list[int]]]
+
+
+def read_data(arguments: Arguments) -> Data:
+    """Tokenise the files, or find them tokenised. Raises: DataError, SettingsError."""
+    model_args, data_args, run_args = arguments.model, arguments.data, arguments.run
+    tokenizer = load_tokenizer(
+        model_args.model_name_or_path,
+        system_message=data_args.system_message,
+        chat_template=data_args.chat_template,
+        chat_template_kwargs=data_args.chat_template_kwargs,
+        cache_dir=model_args.cache_dir,
+        trust_remote_code=model_args.trust_remote_code,
+    )
+    template = ChatTemplate(tokenizer, system_message=data_args.system_message, label_mask=data_args.label_mask)
+    options = DataOptions(
+        max_length=data_args.model_max_length,
+        on_long=data_args.on_long,
+        data_format=data_args.data_format,
+        supervise=data_args.supervise,
+        on_bad_row=data_args.on_bad_row,
+        seed=run_args.seed if run_args.data_seed is None else run_args.data_seed,
+    )
+    cache = RowCache(None if data_args.no_cache else default_root(model_args.cache_dir))
+    rows, account = load_rows(data_args.data_path, template, options, cache=cache)
+    say("data: " + "\n      ".join(account.describe()))
+    eval_rows, eval_account = None, None
+    if data_args.eval_data_path:
+        eval_rows, eval_account = load_rows(data_args.eval_data_path, template, options, cache=cache)
+        say("evaluation data: " + "\n      ".join(eval_account.describe()))
+        if overlap := count_overlap(rows, eval_rows):
+            say(f"evaluation data: {overlap:,} conversations are in the training data, too")
+    samples = load_prompts(run_args.sample_prompts, template) if run_args.sample_prompts else []
+    return Data(tokenizer, template, rows, account, eval_rows, eval_account, samples)
+
+
+def check_output_directory(arguments: Arguments, output_dir: Path) -> None:
+    """Raises: SettingsError: it holds something that may neither be deleted nor gone on with."""
+    wanted = arguments.run.resume_from_checkpoint
+    resumes = wanted is not None and (
+        wanted == "auto" or checkpoint.lies_in(Path(wanted), output_dir) or not checkpoint.holds_results(output_dir)
+    )
+    inputs = [path for path in (arguments.model.model_name_or_path, arguments.lora.lora_weight_path) if path]
+    checkpoint.check_output_directory(
+        output_dir, overwrite=arguments.run.overwrite_output_dir, resume=resumes, inputs=inputs
+    )
 
 
 def build_steps(

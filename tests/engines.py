@@ -14,9 +14,10 @@ from torch.distributed.tensor import DTensor
 from data_utils.tokenizer import load_tokenizer
 from tests import runs
 from tests.conftest import ROOT
+from tuning import checkpoint as checkpoint_module
 from tuning.checkpoint import ResultWriter
 from tuning.processes import is_first_process
-from tuning.sharding import SHARDED
+from tuning.sharding import SHARDED, whole
 
 OPTIONS = {
     "single": {},
@@ -49,7 +50,7 @@ EXPECTED = {
 }
 
 
-def run_arm(checkpoint: Path, out: Path, engine: str, steps: int, kind: str, layout: str) -> None:
+def run_arm(checkpoint: Path, out: Path, engine: str, steps: int, kind: str, layout: str):
     torch.manual_seed(0)
     AcceleratorState._reset_state(reset_partial_state=True)
     rows, template = runs.example_rows(checkpoint)
@@ -57,12 +58,17 @@ def run_arm(checkpoint: Path, out: Path, engine: str, steps: int, kind: str, lay
     args = runs.run_arguments(out, kind=kind, batch=2, accumulation=4 // processes, steps=steps, **OPTIONS[engine])
     assert args.engine == engine and args.world_size == processes
     model = runs.build(checkpoint, kind, template, skeleton=engine in SHARDED and not is_first_process())
+    if engine in SHARDED and not is_first_process():
+        assert all(tensor.is_meta for tensor in model.parameters()), "only the first process holds the weights"
     trainer = runs.train_with(args, model, rows, packed=layout == "packed")
     assert describe_engine(trainer) == EXPECTED[engine], describe_engine(trainer)
     tokenizer = load_tokenizer(str(checkpoint))
     base = {"path": str(checkpoint), "fingerprint": ""}
     writer = ResultWriter(model, tokenizer, model.causal_lm.generation_config, base=base, dtype=torch.float32, facts={})
+    gathered = []
+    checkpoint_module.whole = lambda tensor: gathered.append(tensor) or whole(tensor)
     result = writer.collect()
+    assert kind == "full" or all(tensor.requires_grad for tensor in gathered), "of LoRA only the adapter"
     if is_first_process():
         writer.write(out, result)
         (out / "measured.json").write_text(json.dumps(runs.measured(trainer)))

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from tests.conftest import CONVERSATIONS, ROOT
-from tests.test_chaos import assert_same_run, read_metrics, words
+from tests.test_chaos import ENGINES, assert_same_run, read_metrics, words
 from tuning.record import find_fault
 
 GO_ON = "go on with the same command and --resume_from_checkpoint auto"
@@ -118,6 +118,21 @@ def test_a_full_disk(forks, hurt, calm, tmp_path, processes):
         code, stdout, *_ = hurt()
         assert code == 0 and "going on from" in stdout
         assert_same_run(calm, tmp_path / "out", 6)
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp"])
+def test_a_full_disk_while_shards_come_together(forks, hurt, engine):
+    # The first process cannot write any more; all go on bringing tensors together, then all end.
+    code, _, stderr, complete = hurt(*ENGINES[engine], processes=2, at=3, do="full", bytes=50_000, only="step")
+    assert set(forks.codes) == {1} and complete == ["checkpoint-2"]
+    assert len(stderr) == 1 and "/out/checkpoint-4: could not be written: " in stderr[0]
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp"])
+def test_a_process_that_dies_takes_every_engine_down(forks, hurt, engine):
+    _, _, stderr, complete = hurt(*ENGINES[engine], processes=2, at=3, do="exit", rank=1, only="step")
+    assert forks.codes == [1, 3] and complete == ["checkpoint-2"]
+    assert "error: the connection to another process of this run broke" in "\n".join(stderr)
 
 
 def test_a_full_disk_at_the_very_end(hurt, calm, tmp_path):

@@ -34,11 +34,12 @@ def load(optimizer: Any, state: Iterable[tuple[str, Any, Tensor]]) -> None:
 
     zero = _zero(optimizer)
     inner = zero.optimizer.state
+    on_cpu = hasattr(zero.optimizer, "ds_opt_adam")  # counts steps by a number of Python's
     for key, parameter, value in state:
         by_parameter = value.shape == shape_of(parameter) and value.ndim > 0
         for flat in _partitions(zero):
             if not by_parameter:
-                inner[flat][key] = value.clone()
+                inner[flat][key] = int(value) if on_cpu else value.clone()
             elif key not in inner[flat]:
                 inner[flat][key] = torch.zeros_like(flat)
         if by_parameter:
