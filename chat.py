@@ -17,7 +17,7 @@ from data_utils.sources import DataError, read_lines
 from data_utils.template import ChatTemplate
 from data_utils.tokenizer import load_tokenizer
 from tuning.adapters import load_lora
-from tuning.args import OneLineParser
+from tuning.command_line import OneLineParser
 from tuning.errors import SettingsError
 from tuning.generate import generate_answers, stream_answer
 from tuning.merge import find_base, tokenizer_source

@@ -27,7 +27,8 @@ from data_utils.template import ChatTemplate
 from data_utils.tokenizer import load_tokenizer
 from tuning import checkpoint, record
 from tuning.adapters import build_training_model
-from tuning.args import Arguments, RunArguments, describe_settings, parse_arguments
+from tuning.args import Arguments, RunArguments, describe_settings
+from tuning.command_line import parse_arguments
 from tuning.errors import MachineError, SettingsError
 from tuning.machine import check_device, check_reporters, describe_device
 from tuning.model import (

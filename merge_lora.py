@@ -14,7 +14,7 @@ import torch
 from data_utils.sources import DataError
 from data_utils.tokenizer import load_tokenizer
 from tuning import merge
-from tuning.args import OneLineParser
+from tuning.command_line import OneLineParser
 from tuning.errors import SettingsError
 from tuning.record import write_manifest
 

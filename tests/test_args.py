@@ -3,7 +3,8 @@ from dataclasses import fields
 import pytest
 from transformers import TrainingArguments
 
-from tuning.args import describe_settings, parse_arguments
+from tuning.args import describe_settings
+from tuning.command_line import parse_arguments
 from tuning.errors import SettingsError
 from tuning.transformers_settings import FIELDS, HONOURED
 

@@ -123,7 +123,7 @@ def test_a_full_disk(forks, hurt, calm, tmp_path, processes):
 @pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp"])
 def test_a_full_disk_while_shards_come_together(forks, hurt, engine):
     # The first process cannot write any more; all go on bringing tensors together, then all end.
-    code, _, stderr, complete = hurt(*ENGINES[engine], processes=2, at=3, do="full", bytes=50_000, only="step")
+    _, _, stderr, complete = hurt(*ENGINES[engine], processes=2, at=3, do="full", bytes=50_000, only="step")
     assert set(forks.codes) == {1} and complete == ["checkpoint-2"]
     assert len(stderr) == 1 and "/out/checkpoint-4: could not be written: " in stderr[0]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import CONVERSATIONS, ROOT
-from tuning.args import parse_arguments
+from tuning.command_line import parse_arguments
 from tuning.deepspeed_config import read_deepspeed_config
 from tuning.record import find_fault
 

@@ -1,7 +1,7 @@
 import pytest
 
 from tests.conftest import ROOT
-from tuning.args import parse_arguments
+from tuning.command_line import parse_arguments
 from tuning.errors import SettingsError
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
