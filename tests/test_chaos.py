@@ -116,6 +116,24 @@ def test_one_kill_under_every_engine(forks, checkpoints, tmp_path, engine):
     kill_and_resume(forks, checkpoints["untied"], tmp_path, "lora", 2, engine=engine, **plan)
 
 
+@pytest.mark.parametrize("engine", ["zero3", "fsdp"])
+def test_the_best_comes_back_in_shards(forks, checkpoints, tmp_path, engine):
+    results = {}
+    for name in ("ddp", engine):
+        command = words(checkpoints["untied"], tmp_path / name, "lora", steps=6, rows_per_process=4, engine=name)
+        wild = {"learning_rate": 1.0, "lr_scheduler_type": "constant"}
+        for flag, value in {**wild, "eval_strategy": "steps", "lora_dropout": 0}.items():
+            command[command.index(f"--{flag}") + 1] = value
+        command += ["--eval_steps", 2, "--load_best_model_at_end", "True", "--eval_on_start", "True"]
+        code, _, stderr = forks.run(*command, processes=2)
+        assert code == 0, stderr
+        best = json.loads((tmp_path / name / "run.json").read_text())["best"]
+        results[name] = (best["step"], probe_logits(checkpoints["untied"], tmp_path / name))
+        assert best["step"] < 6, "the last is the best: this shows nothing"
+    assert results[engine][0] == results["ddp"][0]
+    assert (results[engine][1] - results["ddp"][1]).abs().max() < 1e-3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_from_any_engine_to_any_other_and_to_more_processes(forks, checkpoints, tmp_path, kind):

@@ -43,6 +43,7 @@ def deal_out(training_model: TrainingModel, settings: Any, dtype: torch.dtype) -
                 shard(tensor)
         if settings.engine == "fsdp":
             shard(module)
+    on_all(lambda: _check_nothing_left(training_model))
 
 
 def whole(parameter: Any) -> Tensor:
@@ -126,6 +127,16 @@ def _check_same(model: nn.Module, expected: dict[str, tuple[int, ...]]) -> None:
                 f"the model has {name} {built.get(name)} here and {expected.get(name)} in process 0; give all machines "
                 "the same checkpoint and libraries"
             )
+
+
+def _check_nothing_left(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if isinstance(value, Tensor) and value.is_meta:
+                raise SettingsError(
+                    f"{type(module).__name__} keeps a tensor that is neither parameter nor buffer ({name}.{key}), which "
+                    "cannot be dealt out; use --deepspeed finetune/ds_config_zero2.json, or no engine"
+                )
 
 
 def _find_layers(training_model: TrainingModel) -> list[nn.Module]:
