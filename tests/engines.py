@@ -60,7 +60,9 @@ def run_arm(checkpoint: Path, out: Path, engine: str, steps: int, kind: str, lay
     model = runs.build(checkpoint, kind, template, skeleton=engine in SHARDED and not is_first_process())
     if engine in SHARDED and not is_first_process():
         assert all(tensor.is_meta for tensor in model.parameters()), "only the first process holds the weights"
-    trainer = runs.train_with(args, model, rows, packed=layout == "packed")
+    trainer = runs.train_with(
+        args, model, rows, packed=layout == "packed", **({"loraplus_lr_ratio": 8.0} if kind == "loraplus" else {})
+    )
     assert describe_engine(trainer) == EXPECTED[engine], describe_engine(trainer)
     tokenizer = load_tokenizer(str(checkpoint))
     base = {"path": str(checkpoint), "fingerprint": ""}

@@ -19,7 +19,7 @@ from tuning.sharding import deal_out
 from tuning.trainer import StepTrainer
 
 MAX_LENGTH = 160
-LEARNING_RATES = {"full": 1e-3, "lora": 3e-3, "tokens": 3e-3, "matrices": 1e-3}
+LEARNING_RATES = {"full": 1e-3, "lora": 3e-3, "tokens": 3e-3, "matrices": 1e-3, "loraplus": 1e-3}
 
 
 def example_rows(checkpoint: Path) -> tuple[TokenizedRows, ChatTemplate]:
@@ -31,12 +31,13 @@ def example_rows(checkpoint: Path) -> tuple[TokenizedRows, ChatTemplate]:
 def build(
     checkpoint: Path, kind: str, template: ChatTemplate, *, dropout: float = 0.0, skeleton: bool = False
 ) -> TrainingModel:
-    """kind: "full", "lora", "tokens" (LoRA and control tokens' rows) or "matrices" (LoRA and both whole matrices)."""
+    """kind: "full", "lora", "tokens" (LoRA and control tokens' rows) or "matrices" (LoRA and both whole matrices),
+    "loraplus" (as "tokens"; the rate is train_with's)."""
     torch.manual_seed(1)
     model = load_model(str(checkpoint), dtype=torch.float32, skeleton=skeleton)
     if kind == "full":
         return TrainingModel(model)
-    embeddings = {"lora": "off", "tokens": "tokens", "matrices": "full"}[kind]
+    embeddings = {"lora": "off", "tokens": "tokens", "matrices": "full", "loraplus": "tokens"}[kind]
     ids = template.encoder.template_ids
     return TrainingModel(*add_lora(model, r=4, alpha=8, dropout=dropout, embeddings=embeddings, token_ids=ids))
 
@@ -73,7 +74,9 @@ def run_arguments(output: Path, *, kind: str, batch: int, accumulation: int, ste
     )
 
 
-def train_with(args: RunArguments, training_model: TrainingModel, rows: TokenizedRows, *, packed: bool) -> StepTrainer:
+def train_with(
+    args: RunArguments, training_model: TrainingModel, rows: TokenizedRows, *, packed: bool, **options
+) -> StepTrainer:
     assert not packed or enable_packing(training_model, max_length=MAX_LENGTH, dtype=torch.float32) is None
     deal_out(training_model, args, torch.float32)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
@@ -93,6 +96,7 @@ def train_with(args: RunArguments, training_model: TrainingModel, rows: Tokenize
         train_dataset=steps_dataset,
         eval_dataset=steps_dataset,
         writer=None,  # nothing is saved
+        **options,
     )
     trainer.train()
     return trainer

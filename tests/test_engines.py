@@ -78,7 +78,7 @@ def test_one_step_is_the_same(checkpoints, single, tmp_path, engine):
 @pytest.mark.parametrize("name", ["untied", "tied"])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_six_steps_are_the_same(checkpoints, single, tmp_path, engine, name):
-    arms = ARMS if name == "untied" else ["full/packed", "tokens/packed", "matrices/packed"]
+    arms = ARMS if name == "untied" else ["full/packed", "tokens/packed", "matrices/packed", "loraplus/packed"]
     train_arms(engine, checkpoints[name], tmp_path, 6, arms)
     for arm in arms:
         assert_same(checkpoints[name], tmp_path / engine / arm, single(name, 6, arms) / arm, 6)

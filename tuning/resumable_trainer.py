@@ -184,8 +184,11 @@ class ResumableTrainer(Trainer):
             return
         if zero_optimizer.is_zero(self.optimizer):
             zero_optimizer.load_scaler(self.optimizer, saved["scaler"])
-        elif self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(saved["scaler"])
+        elif (scaler := self.accelerator.scaler) is not None:
+            there = saved["scaler"]
+            scaler.load_state_dict(
+                there if "scale" in there else {**scaler.state_dict(), "scale": there["cur_scale"]}  # DeepSpeed's
+            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Nothing to load yet: see _prepare_for_training."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tuning.errors import SettingsError
@@ -69,17 +70,38 @@ def assign(parameter: Tensor, value: Tensor) -> None:
     if isinstance(parameter, DTensor):
         parameter.copy_(scatter(value, parameter))
         return
+    if _is_partitioned(parameter):
+        import deepspeed
+        from deepspeed.utils import safe_set_local_fp32_param
+
+        if _has_master(parameter):
+            safe_set_local_fp32_param(parameter, partition(value, parameter))
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.copy_(value)
+        return
     if _has_master(parameter):
         from deepspeed.utils import safe_set_full_fp32_param
 
         safe_set_full_fp32_param(parameter, value.to(parameter.device, torch.float32))
-    if _is_partitioned(parameter):
-        import deepspeed
+    parameter.copy_(value)
 
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-            parameter.copy_(value)
-    else:
-        parameter.copy_(value)
+
+def partition(value: Tensor, parameter: Any) -> Tensor:
+    """This process's part of a full value as ZeRO-3 cuts it: flat, padded to the number of processes; fp32."""
+    size = parameter.ds_tensor.numel()
+    flat = value.flatten().to(torch.float32)
+    padded = nn.functional.pad(flat, (0, size * dist.get_world_size() - len(flat)))
+    return padded.narrow(0, size * dist.get_rank(), size).to(parameter.ds_tensor.device)
+
+
+def reshard(model: nn.Module) -> None:
+    """Let FSDP2 and ZeRO-3 give back the whole weights that they keep or fetch after a forward without a backward."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    zero3 = next((p._z3_optimizer for p in model.parameters() if hasattr(p, "_z3_optimizer")), None)
+    if zero3 is not None:
+        zero3.empty_partition_cache()
 
 
 def scatter(value: Tensor, like: DTensor) -> DTensor:
@@ -134,7 +156,7 @@ def _check_nothing_left(model: nn.Module) -> None:
         for key, value in vars(module).items():
             if isinstance(value, Tensor) and value.is_meta:
                 raise SettingsError(
-                    f"{type(module).__name__} keeps a tensor that is neither parameter nor buffer ({name}.{key}), which "
+                    f"{type(module).__name__} keeps a tensor beside parameters and buffers ({name}.{key}), which "
                     "cannot be dealt out; use --deepspeed finetune/ds_config_zero2.json, or no engine"
                 )
 
@@ -163,7 +185,7 @@ def _prepare_fsdp(settings: Any, dtype: torch.dtype) -> Any:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(settings.device.type, (settings.world_size,))
-    # As under autocast: weights are cast for the computation, gradients are summed in fp32. Inputs stay as they are.
+    # Weights are cast for the computation, gradients are summed in fp32, inputs stay as they are.
     half = dtype != torch.float32
     policy = MixedPrecisionPolicy(
         param_dtype=dtype if half else None, reduce_dtype=torch.float32 if half else None, cast_forward_inputs=False

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.utils import DistributedType
-from peft.optimizers import create_loraplus_optimizer
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
@@ -25,8 +24,10 @@ from tuning.model import TrainingModel
 from tuning.processes import raise_together
 from tuning.record import append_metrics
 from tuning.resumable_trainer import ResumableTrainer
+from tuning.sharding import reshard, shape_of
 from tuning.step_loader import StepSampler, build_loader, move_micro_batch
 from tuning.stopping import GO_ON
+from tuning.training_state import trained_parameters
 from tuning.window import StepWindow
 
 
@@ -108,17 +109,25 @@ class StepTrainer(ResumableTrainer):
     # ---- step ----
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """AdamW and its kin as transformers builds them; LoRA+ through peft."""
+        """As transformers builds it; with LoRA+ B matrices and vectors learn at a rate of their own."""
         if self._loraplus_lr_ratio is None or self.optimizer is not None:
             return super().create_optimizer() if model is None else super().create_optimizer(model)
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        learning_rate = options.pop("lr")
-        self.optimizer = create_loraplus_optimizer(
-            self.model,
-            optimizer_cls=optimizer_class,
-            lr=learning_rate,
-            loraplus_lr_ratio=self._loraplus_lr_ratio,
-            loraplus_weight_decay=self.args.weight_decay,
+        rate = options.pop("lr")
+        trained = trained_parameters(self.model)
+        faster = {name for name, p in trained.items() if "lora_B" in name or len(shape_of(p)) == 1}
+        decays = set(self.get_decay_parameter_names(self.model))
+
+        def group(names: set[str], rate: float, decay: float) -> dict[str, Any]:
+            return {"params": [p for name, p in trained.items() if name in names], "lr": rate, "weight_decay": decay}
+
+        self.optimizer = optimizer_class(
+            [
+                group(trained.keys() - faster, rate, self.args.weight_decay),
+                group(faster & decays, rate * self._loraplus_lr_ratio, self.args.weight_decay),
+                group(faster - decays, rate * self._loraplus_lr_ratio, 0.0),
+            ],
+            lr=rate,
             **options,
         )
         return self.optimizer
@@ -181,6 +190,8 @@ class StepTrainer(ResumableTrainer):
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if isinstance(norm, float) and norm < 0:  # what DeepSpeed says for no number when it offloads
+            norm = math.nan
         assert self._window is not None
         self._window.add_gradient_norm(self.state.global_step + 1, norm)
         return norm
@@ -210,6 +221,7 @@ class StepTrainer(ResumableTrainer):
                 for micro_batch in step["micro_batches"]:
                     sums.append(model(**move_micro_batch(micro_batch, self.args.device)))
                 num_targets += step["num_targets"]
+        reshard(self.model)
         total = torch.stack(sums).sum()
         if self.args.world_size > 1:
             dist.all_reduce(total)

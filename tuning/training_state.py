@@ -23,7 +23,7 @@ from tuning import zero_optimizer
 from tuning.errors import SettingsError
 from tuning.processes import is_first_process
 from tuning.record import write_json
-from tuning.sharding import assign, master_dtype, scatter, shape_of, whole
+from tuning.sharding import assign, master_dtype, reshard, scatter, shape_of, whole
 
 STATE_FILE = "training_state.json"
 _TENSORS = "training_state{suffix}.safetensors"
@@ -117,6 +117,7 @@ def load_optimizer(directory: Path, model: nn.Module, optimizer: torch.optim.Opt
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters that train, by name; a tied one once."""
+    reshard(model)
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -160,10 +161,11 @@ def _write_tensors(directory: Path, number: int, tensors: dict[str, Tensor]) -> 
 
 
 def _kind(optimizer: Any) -> str:
-    """The optimizer's class, behind accelerate's and DeepSpeed's."""
+    """The optimizer's class, behind accelerate's and DeepSpeed's; offloaded, its state is the same."""
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
-    return type(optimizer).__name__
+    name = type(optimizer).__name__
+    return "AdamW" if name == "DeepSpeedCPUAdam" else name
 
 
 def _read_tensors(directory: Path) -> Iterator[tuple[str, str, Tensor]]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tuning.sharding import shape_of
+from tuning.sharding import partition, shape_of
 
 
 def is_zero(optimizer: Any) -> bool:
@@ -25,26 +25,31 @@ def state_of(optimizer: Any, parameter: Any) -> Iterator[tuple[str, Tensor]]:
         if torch.is_tensor(value) and value.shape == flat.shape:
             yield key, safe_get_full_optimizer_state(parameter, key).view(shape_of(parameter))
         else:  # the number of steps
-            yield key, torch.as_tensor(value).clone()
+            yield key, torch.as_tensor(value, dtype=torch.float32).clone()
 
 
 def load(optimizer: Any, state: Iterable[tuple[str, Any, Tensor]]) -> None:
     """Put (key, parameter, full value) into a fresh optimizer. All processes must call this."""
-    from deepspeed.utils import safe_set_full_optimizer_state
+    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
     zero = _zero(optimizer)
     inner = zero.optimizer.state
-    on_cpu = hasattr(zero.optimizer, "ds_opt_adam")  # counts steps by a number of Python's
+    counts_in_python = hasattr(zero.optimizer, "ds_opt_adam")
+    on_device = any(group.get("fused") or group.get("capturable") for group in zero.optimizer.param_groups)
     for key, parameter, value in state:
         by_parameter = value.shape == shape_of(parameter) and value.ndim > 0
         for flat in _partitions(zero):
             if not by_parameter:
-                inner[flat][key] = int(value) if on_cpu else value.clone()
+                steps = value.clone()  # each its own: they are counted up in place
+                inner[flat][key] = int(steps) if counts_in_python else steps.to(flat.device) if on_device else steps
             elif key not in inner[flat]:
                 inner[flat][key] = torch.zeros_like(flat)
         if by_parameter:
             _link(zero)
-            safe_set_full_optimizer_state(parameter, value.to(flat.device, torch.float32), key)
+            if hasattr(parameter, "ds_id"):
+                safe_set_local_optimizer_state(parameter, partition(value, parameter), key)
+            else:
+                safe_set_full_optimizer_state(parameter, value.to(flat.device, torch.float32), key)
 
 
 def scaler_state(optimizer: Any) -> dict[str, Any]:
@@ -54,8 +59,8 @@ def scaler_state(optimizer: Any) -> dict[str, Any]:
 
 
 def load_scaler(optimizer: Any, saved: dict[str, Any]) -> None:
-    """Put scaler_state back."""
-    vars(_zero(optimizer).loss_scaler).update(saved)
+    """Put scaler_state back; of torch's GradScaler the scale."""
+    vars(_zero(optimizer).loss_scaler).update(saved if "cur_scale" in saved else {"cur_scale": saved["scale"]})
 
 
 def _zero(optimizer: Any) -> Any:
