@@ -4,6 +4,7 @@ Reads top to bottom: settings -> data -> model -> training -> result. `--help` l
 """
 
 import contextlib
+import math
 import os
 import shlex
 import shutil
@@ -14,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_utils.cache import RowCache, default_root
 from data_utils.collate import StepDataset
@@ -28,18 +30,23 @@ from data_utils.tokenizer import load_tokenizer
 from tuning import checkpoint, record
 from tuning.adapters import build_training_model
 from tuning.args import Arguments, RunArguments, describe_settings
+from tuning.base_model import judge_base_model
 from tuning.command_line import parse_arguments
 from tuning.errors import MachineError, SettingsError
 from tuning.machine import check_device, check_reporters, describe_device
+from tuning.memory import MicroBatchShape
 from tuning.model import (
+    TrainingModel,
     check_loss_path,
     check_positions,
     choose_dtypes,
     count_parameters,
+    enable_gradient_checkpointing,
     identify_checkpoint,
     load_model,
 )
-from tuning.packing import describe_rotary_switch, enable_packing
+from tuning.packing import describe_rotary_switch, enable_packing, find_obstacle
+from tuning.plan import Plan, Survey, check_plan, make_plan
 from tuning.processes import (
     adopt_mpi,
     check_agreement,
@@ -48,6 +55,7 @@ from tuning.processes import (
     is_first_process,
     on_all,
     on_first,
+    speaks_for_machine,
 )
 from tuning.progress import LOSS_PLOT_FILE, ProgressCallback, SampleCallback
 from tuning.resume import describe_trajectory, find_starting_point
@@ -56,6 +64,7 @@ from tuning.stopping import GO_ON
 from tuning.trainer import StepTrainer
 
 CONSOLE = Console()
+_SURVEYED_STEPS = 1000  # enough to know how rows lie; a million rows take minutes
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -86,8 +95,8 @@ def main(argv: list[str] | None = None) -> int:
         }
     )
 
-    # ---- model ----
-    transformers.set_seed(run_args.seed)  # fresh adapters are random
+    # ---- plan ----
+    base = identify_checkpoint(model_args.model_name_or_path, model_args.cache_dir)
     load_dtype, compute_dtype = choose_dtypes(
         use_lora=lora_args.use_lora,
         pure_bf16=model_args.pure_bf16,
@@ -95,6 +104,17 @@ def main(argv: list[str] | None = None) -> int:
         fp16=run_args.fp16,
         deepspeed=run_args.deepspeed is not None,
     )
+    plan = on_first(lambda: plan_run(arguments, data, base["fingerprint"], load_dtype, compute_dtype))
+    if run_args.dry_run:
+        say("plan: " + "\n      ".join(plan.describe()))
+        on_first(lambda: write_plan(output_dir, plan, account))
+        return 0
+    say(plan.describe_memory())
+    if not run_args.ignore_memory_plan:
+        check_plan(plan)
+
+    # ---- model ----
+    transformers.set_seed(run_args.seed)  # fresh adapters are random
     is_sharded = run_args.engine in SHARDED
     model = on_all(
         lambda: load_model(
@@ -106,7 +126,6 @@ def main(argv: list[str] | None = None) -> int:
             trust_remote_code=model_args.trust_remote_code,
         )
     )
-    base = identify_checkpoint(model_args.model_name_or_path, model_args.cache_dir)
     facts = {
         "trajectory": describe_trajectory(
             arguments, base_fingerprint=base["fingerprint"], rows_fingerprint=account.fingerprint, files=account.files
@@ -124,17 +143,10 @@ def main(argv: list[str] | None = None) -> int:
         say(note)
     if start.finished:
         return 0
-    training_model, evidence = build_training_model(
-        model,
-        lora_args,
-        stop_id=template.stop_id,
-        stop=template.stop,
-        token_ids=template.encoder.template_ids,
-        vocabulary_size=len(tokenizer),
-        largest_token_id=max(a.largest_token_id for a in (account, eval_account) if a is not None),
-        base_fingerprint=base["fingerprint"],
-        gradient_checkpointing=bool(run_args.gradient_checkpointing),
-    )
+    evidence = on_first(lambda: judge_base_model(model, template.stop_id, template.stop, len(tokenizer)))
+    training_model = build_model(arguments, data, model, is_base=evidence.is_base, base_fingerprint=base["fingerprint"])
+    if plan.checkpointing:
+        enable_gradient_checkpointing(model)
     if not is_sharded:
         training_model.to(run_args.device)
     on_first(lambda: check_loss_path(training_model))
@@ -156,8 +168,10 @@ def main(argv: list[str] | None = None) -> int:
 
     # ---- training ----
     packed = obstacle is None
-    train_steps = build_steps(arguments, data.rows, training=True, packed=packed, rows_per_step=start.rows_per_step)
-    eval_steps = build_steps(arguments, data.eval_rows, training=False, packed=packed) if data.eval_rows else None
+    train_steps = build_steps(
+        arguments, data.rows, packed=packed, rows_per_step=start.rows_per_step, max_tokens=plan.layout.max_tokens
+    )
+    eval_steps = build_eval_steps(arguments, data.eval_rows, packed=packed) if data.eval_rows else None
     facts["rows_per_step"] = train_steps.rows_per_step
     writer = checkpoint.ResultWriter(training_model, tokenizer, generation, base=base, dtype=compute_dtype, facts=facts)
     run: dict[str, Any] = {
@@ -171,6 +185,7 @@ def main(argv: list[str] | None = None) -> int:
         "parameters": {"trainable": trainable, "total": total},
         "rows_per_step": train_steps.rows_per_step,
         "layout": {"packed": packed, "padded_because": obstacle},
+        "plan": plan.to_json(),
         "processes": run_args.world_size,
         "engine": run_args.engine,
     }
@@ -300,22 +315,119 @@ def check_output_directory(arguments: Arguments, output_dir: Path) -> None:
     )
 
 
+def plan_run(
+    arguments: Arguments, data: Data, base_fingerprint: str, load_dtype: torch.dtype, compute_dtype: torch.dtype
+) -> Plan:
+    """What the run will do and take, from the checkpoint's configuration and the lengths of the rows."""
+    model_args, run_args = arguments.model, arguments.run
+    model = load_model(
+        model_args.model_name_or_path,
+        dtype=load_dtype,
+        skeleton=True,
+        cache_dir=model_args.cache_dir,
+        trust_remote_code=model_args.trust_remote_code,
+    )
+    evidence = judge_base_model(model, data.template.stop_id, data.template.stop, len(data.tokenizer))
+    skeleton = build_model(arguments, data, model, is_base=evidence.is_base, base_fingerprint=base_fingerprint)
+    longest = int(data.rows.lengths.max())
+    packed = find_obstacle(skeleton, longest) is None
+    budget, wanted = run_args.per_device_train_batch_size * arguments.data.model_max_length, run_args.micro_batch_tokens
+    if wanted is not None and wanted != "auto":
+        budget = int(wanted)
+        if budget < longest:
+            raise SettingsError(f"--micro_batch_tokens {wanted}: the longest row has {longest} tokens")
+
+    def plan_with(budget: int) -> Plan:
+        steps = build_steps(arguments, data.rows, packed=packed, max_tokens=budget)
+        return make_plan(
+            skeleton,
+            survey_steps(arguments, steps),
+            settings=run_args,
+            dtype=compute_dtype,
+            row_tokens=min(arguments.data.model_max_length, longest),
+            checkpointing=None if run_args.checkpoints_if_needed else bool(run_args.gradient_checkpointing),
+            notes=(evidence.describe(),),
+        )
+
+    plan = plan_with(budget)
+    if wanted != "auto":
+        return plan
+    if plan.largest_micro_batch is None:
+        raise SettingsError(f"--micro_batch_tokens auto: {plan.unknown or 'the memory of this device is not known'}")
+    return plan_with(max(longest, plan.largest_micro_batch))
+
+
+def survey_steps(arguments: Arguments, steps: StepDataset) -> Survey:
+    """How rows lie, looked at over some steps."""
+    run_args, found = arguments.run, steps.survey(_SURVEYED_STEPS)
+    lengths, num_targets = found["largest"]
+    num_steps = run_args.max_steps if run_args.max_steps > 0 else math.ceil(run_args.num_train_epochs * len(steps))
+    max_tokens = steps.layout.max_tokens
+    return Survey(
+        steps_per_epoch=len(steps),
+        num_steps=num_steps,
+        micro_batches=found["micro_batches"],
+        fill=found["num_tokens"] / (found["micro_batches"] * run_args.world_size * max_tokens),
+        num_tokens=found["num_tokens"],
+        num_targets=found["num_targets"],
+        num_pairs=found["num_pairs"],
+        max_tokens=max_tokens,
+        largest=MicroBatchShape(tuple(lengths), num_targets, steps.layout.packed),
+    )
+
+
+def write_plan(output_dir: Path, plan: Plan, account: Account) -> None:
+    """Write plan.json, beside which a run may begin."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    record.write_json(output_dir / checkpoint.PLAN_FILE, {"data": account.to_json(), **plan.to_json()})
+    say(f"plan: {output_dir / checkpoint.PLAN_FILE}")
+
+
+def build_model(
+    arguments: Arguments, data: Data, model: PreTrainedModel, *, is_base: bool, base_fingerprint: str
+) -> TrainingModel:
+    """A loaded model, or one without storage, with what trains of it."""
+    return build_training_model(
+        model,
+        arguments.lora,
+        is_base=is_base,
+        stop_id=data.template.stop_id,
+        token_ids=data.template.encoder.template_ids,
+        largest_token_id=max(a.largest_token_id for a in (data.account, data.eval_account) if a is not None),
+        base_fingerprint=base_fingerprint,
+    )
+
+
 def build_steps(
-    arguments: Arguments, rows: TokenizedRows, *, training: bool, packed: bool, rows_per_step: int | None = None
+    arguments: Arguments, rows: TokenizedRows, *, packed: bool, max_tokens: int, rows_per_step: int | None = None
 ) -> StepDataset:
     """This rank's share of every step.
 
     rows_per_step: of the checkpoint; None: batch x accumulation x processes, as in every HF script.
     """
     run = arguments.run
-    batch = run.per_device_train_batch_size if training else run.per_device_eval_batch_size
-    accumulation = run.gradient_accumulation_steps if training else 1
+    batch, accumulation = run.per_device_train_batch_size, run.gradient_accumulation_steps
     return StepDataset(
         rows,
         rows_per_step=rows_per_step or batch * accumulation * run.world_size,
+        max_tokens=max_tokens,
+        packed=packed,
+        seed=run.seed if run.data_seed is None else run.data_seed,
+        rank=run.process_index,
+        num_ranks=run.world_size,
+    )
+
+
+def build_eval_steps(arguments: Arguments, rows: TokenizedRows, *, packed: bool) -> StepDataset:
+    """This rank's share of the evaluation, in the order of the file."""
+    run = arguments.run
+    batch = run.per_device_eval_batch_size
+    return StepDataset(
+        rows,
+        rows_per_step=batch * run.world_size,
         max_tokens=batch * arguments.data.model_max_length,
         packed=packed,
-        seed=(run.seed if run.data_seed is None else run.data_seed) if training else None,
+        seed=None,
         rank=run.process_index,
         num_ranks=run.world_size,
     )
@@ -334,6 +446,8 @@ def say_summary(run: dict[str, Any], output_dir: Path, *, use_lora: bool) -> Non
     if run["loss"]:
         say(f"loss: first {run['loss']['first']:.4f}, last {run['loss']['last']:.4f}")
     say(f"trained {run['steps']:,} steps in {run['train_s']:,} s, {run['tokens_per_s']:,} tokens/s")
+    planned = run["plan"]["memory"] and f" (planned: {run['plan']['memory']['total'] / 2**30:.2f})"
+    say(f"peak memory: {run['peak_gib']:.2f} GiB{planned or ''}")
     say(f"result: {output_dir} (run.json, metrics.jsonl, {LOSS_PLOT_FILE})")
     say(f"talk to it: {python}chat.py {out}")
     if use_lora:
@@ -348,7 +462,8 @@ def flatten_settings(settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def describe_engine(run: RunArguments) -> str:
     """What spreads the work over processes, where there are several."""
     names = {"ddp": "DDP", "fsdp": f"FSDP2 ({run.fsdp})", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
-    return "" if run.engine == "single" else f"; {run.world_size} processes, {names[run.engine]}"
+    processes = "1 process" if run.world_size == 1 else f"{run.world_size} processes"
+    return "" if run.engine == "single" else f"; {processes}, {names[run.engine]}"
 
 
 def say(line: str) -> None:
@@ -361,14 +476,14 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (DataError, SettingsError) as error:
-        if is_first_process():
+        if speaks_for_machine():
             print("\n".join(f"error: {line}" for line in str(error).split("\n")), file=sys.stderr)
         sys.exit(2)
     except MachineError as error:
-        if is_first_process() or not error.agreed:
+        if speaks_for_machine() or not error.agreed:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        if is_first_process():
+        if speaks_for_machine():
             print("interrupted before training began or after it ended", file=sys.stderr)
         sys.exit(130)

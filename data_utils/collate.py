@@ -1,8 +1,9 @@
 """Rows to tensors: one item is one rank's whole optimizer step."""
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -147,6 +148,31 @@ class StepDataset(Dataset[Step]):
             "num_positions": sum(self._count_positions(micro_batch) for rank in plan for micro_batch in rank),
             "num_pairs": int((lengths**2).sum()),
         }
+
+    def survey(self, num_steps: int) -> dict[str, Any]:
+        """How rows lie in the first steps of the run, over all ranks, without reading them.
+
+        Returns: micro_batches (of a rank), positions, num_tokens, num_targets, num_pairs of a step on average, and the
+            largest micro-batch as (lengths, number of targets).
+        """
+        num_steps = min(num_steps, len(self))
+        sums: Counter[str] = Counter()
+        largest: list[int] = []
+        for step in range(num_steps):
+            plan = self.layout.plan(step)
+            sums["micro_batches"] += len(plan[0])
+            for micro_batch in (micro_batch for rank in plan for micro_batch in rank):
+                positions = self._count_positions(micro_batch)
+                if not largest or positions > self._count_positions(largest):
+                    largest = micro_batch
+                lengths = self.rows.lengths[micro_batch].astype(np.int64)
+                sums["positions"] += positions
+                sums["num_tokens"] += int(lengths.sum())
+                sums["num_pairs"] += int((lengths**2).sum())
+                sums["num_targets"] += int(self.rows.num_targets[micro_batch].sum())
+        means = {name: value / num_steps for name, value in sums.items()}
+        lengths_of_largest = [int(self.rows.lengths[index]) for index in largest] or [1]
+        return {**means, "largest": (lengths_of_largest, int(self.rows.num_targets[largest].sum()))}
 
     def _count_positions(self, micro_batch: list[int]) -> int:
         lengths = [int(self.rows.lengths[index]) for index in micro_batch] or [1]

@@ -112,18 +112,18 @@ def test_untrained_rows_are_a_base_model_whatever_the_configuration_says(model, 
 def test_control_tokens_without_a_row_are_refused(model):
     with pytest.raises(SettingsError, match="token 9999 has no row"):
         build_training_model(
-            model, LoraArguments(use_lora=True), stop_id=9999, stop="x", token_ids=[], vocabulary_size=10,
-            largest_token_id=0, base_fingerprint="", gradient_checkpointing=False,
+            model, LoraArguments(use_lora=True), is_base=True, stop_id=9999, token_ids=[], largest_token_id=0,
+            base_fingerprint="",
         )  # fmt: skip
 
 
 @pytest.mark.parametrize(("choice", "eos", "rows"), [("auto", 3, True), ("auto", [7, 3], False), ("off", 3, False)])
 def test_auto_trains_rows_on_a_base_model_only(model, choice, eos, rows):
     model.generation_config.eos_token_id = eos
-    training_model, _ = build_training_model(
-        model, LoraArguments(use_lora=True, train_embeddings=choice), stop_id=7, stop="x", token_ids=[5, 7],
-        vocabulary_size=len(model.get_input_embeddings().weight), largest_token_id=0, base_fingerprint="",
-        gradient_checkpointing=False,
+    evidence = judge(model, stop_id=7)
+    training_model = build_training_model(
+        model, LoraArguments(use_lora=True, train_embeddings=choice), is_base=evidence.is_base, stop_id=7,
+        token_ids=[5, 7], largest_token_id=0, base_fingerprint="",
     )  # fmt: skip
     assert (training_model.token_rows is not None) == rows
     if rows:

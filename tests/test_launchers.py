@@ -164,7 +164,18 @@ WRONG = [
     ({"bf16": {"enabled": True}}, "bf16.enabled true, but --bf16 is false"),
     ({"fp16": {"enabled": True}}, "fp16.enabled true, but --fp16 is false"),
     ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage 0: must be 1, 2 or 3"),
-    ({"zero_optimization": None}, "zero_optimization.stage None: must be"),
+    ({"zero_optimization": None}, "zero_optimization.stage is missing: must be"),
+    ({"zero_optimisation": {}}, "zero_optimisation: unknown, or not supported here; did you mean zero_optimization?"),
+    ({"pipeline": {}}, "pipeline: unknown, or not supported here; delete it"),
+    (
+        {"zero_optimization": {"stage": 2, "stage3_prefech_bucket_size": 5}},
+        "zero_optimization.stage3_prefech_bucket_size: Extra inputs are not permitted",
+    ),
+    ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "zero_hpz_partition_size: not supported"),
+    (
+        {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/x"}}},
+        "zero_optimization.offload_param.device nvme: not supported; say cpu",
+    ),
     ({"amp": {"enabled": True}}, "amp block, but --bf16 and --fp16 say the precision"),
 ]
 

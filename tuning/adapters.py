@@ -14,11 +14,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tuning.args import LoraArguments
-from tuning.base_model import BaseModelEvidence, judge_base_model
 from tuning.errors import SettingsError
 from tuning.lora_linear import speed_up_lora
-from tuning.model import TrainingModel, enable_gradient_checkpointing, hide_gptqmodel
-from tuning.processes import on_first
+from tuning.model import TrainingModel, hide_gptqmodel
 from tuning.record import MANIFEST_FILE, check_manifest, read_manifest
 from tuning.token_rows import PEFT_SUFFIX, TokenRows, find_module_name, is_tied
 
@@ -73,36 +71,31 @@ def build_training_model(
     model: PreTrainedModel,
     lora: LoraArguments,
     *,
+    is_base: bool,
     stop_id: int,
-    stop: str,
     token_ids: list[int],
-    vocabulary_size: int,
     largest_token_id: int,
     base_fingerprint: str,
-    gradient_checkpointing: bool,
-) -> tuple[TrainingModel, BaseModelEvidence]:
+) -> TrainingModel:
     """Prepare a loaded model for training: adapters, embedding rows, what is frozen and what is not.
 
-    token_ids: the chat template's control tokens, whose rows train on a base model.
-    largest_token_id: in the data. vocabulary_size: tokens of the tokenizer.
+    is_base: whether it is a base model (base_model.judge_base_model). token_ids: the chat template's control tokens,
+    whose rows train on a base model. largest_token_id: in the data.
     base_fingerprint: the fingerprint of model.identify_checkpoint, held against that of --lora_weight_path.
 
     Raises: SettingsError: control tokens outside the embedding, or adapters that do not fit.
     """
     check_vocabulary(model, max(*token_ids, stop_id, largest_token_id))
     check_language_model_only(model)
-    evidence = on_first(lambda: judge_base_model(model, stop_id, stop, vocabulary_size))
-    if gradient_checkpointing:
-        enable_gradient_checkpointing(model)
     if not lora.use_lora:
-        return TrainingModel(model), evidence
+        return TrainingModel(model)
     if lora.lora_weight_path:
         directory = Path(lora.lora_weight_path)
         check_adapter_base(directory, base_fingerprint)
-        return TrainingModel(*load_lora(model, directory)), evidence
+        return TrainingModel(*load_lora(model, directory))
     embeddings = lora.train_embeddings
     if embeddings == "auto":
-        embeddings = "tokens" if evidence.is_base else "off"
+        embeddings = "tokens" if is_base else "off"
     peft_model, rows = add_lora(
         model,
         r=lora.lora_r,
@@ -115,7 +108,7 @@ def build_training_model(
         embeddings=embeddings,
         token_ids=sorted({*token_ids, stop_id}),
     )
-    return TrainingModel(peft_model, rows), evidence
+    return TrainingModel(peft_model, rows)
 
 
 def check_vocabulary(model: PreTrainedModel, largest_token_id: int) -> None:

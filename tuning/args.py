@@ -7,6 +7,7 @@ from transformers import TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tuning.deepspeed_config import read_deepspeed_config
+from tuning.errors import SettingsError
 from tuning.processes import join_for_deepspeed
 
 
@@ -104,6 +105,25 @@ class RunArguments(TrainingArguments):
     force_resume: bool = field(
         default=False, metadata={"help": "resume in spite of changed data, settings or base model"}
     )
+    gradient_checkpointing: str | None = field(
+        default=None,
+        metadata={
+            "nargs": "?",
+            "const": "True",
+            "help": "recompute activations in the backward pass (True, False); auto: where they would not fit",
+        },
+    )
+    micro_batch_tokens: str | None = field(
+        default=None,
+        metadata={
+            "help": "tokens of a micro-batch (default: per_device_train_batch_size x model_max_length); auto: what fits"
+        },
+    )
+    dry_run: bool = field(default=False, metadata={"help": "print and write the plan of the run, and train nothing"})
+    device_memory_gib: float | None = field(
+        default=None, metadata={"help": "memory of a device to plan for (default: that of this machine)"}
+    )
+    ignore_memory_plan: bool = field(default=False, metadata={"help": "train though the plan says that it cannot fit"})
     deepspeed: str | None = field(
         default=None, metadata={"help": "DeepSpeed's JSON: finetune/ds_config_zero2.json, ds_config_zero3.json, yours"}
     )
@@ -119,6 +139,8 @@ class RunArguments(TrainingArguments):
         # To the Trainer a step is one item, whatever it accumulates, and the model comes to it sharded (sharding.py).
         given: Any = self
         accumulation, fsdp = given.gradient_accumulation_steps, given.fsdp
+        self.checkpoints_if_needed = str(given.gradient_checkpointing) == "auto"
+        given.gradient_checkpointing = _read_checkpointing(given.gradient_checkpointing)
         if self.deepspeed is not None:
             given.deepspeed = read_deepspeed_config(self.deepspeed, self)
             join_for_deepspeed(use_cpu=self.use_cpu)
@@ -137,6 +159,14 @@ class RunArguments(TrainingArguments):
         if self.fsdp is not None:
             return "fsdp"
         return "ddp" if self.world_size > 1 else "single"
+
+
+def _read_checkpointing(value: str | bool | None) -> bool | None:
+    known = {"None": None, "true": True, "false": False, "auto": False}
+    word = str(value) if value is None else str(value).lower()
+    if word not in known:
+        raise SettingsError(f"--gradient_checkpointing {value}: say True, False or auto")
+    return known[word]
 
 
 @dataclass

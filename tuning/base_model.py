@@ -27,6 +27,8 @@ def judge_base_model(model: PreTrainedModel, stop_id: int, stop: str, vocabulary
     Base, where the template's stop token does not end generation by the checkpoint's own configuration, or where
     its embedding or output row was never trained: near zero, or equal to the row of a token nothing ever uses.
 
+    A model without storage (a plan) is judged by its configuration alone.
+
     vocabulary_size: ids from here on belong to no token (padding of the matrix).
     """
     generation = model.generation_config
@@ -39,6 +41,8 @@ def judge_base_model(model: PreTrainedModel, stop_id: int, stop: str, vocabulary
         listed = ", ".join(map(str, sorted(declared))) or "none"
         reasons = [f"stop token {stop} ({stop_id}) {'ends' if ends else 'does not end'} generation (eos: {listed})"]
     untrained = False
+    if model.get_input_embeddings().weight.is_meta:
+        return BaseModelEvidence(is_base=not ends, reasons=[*reasons, "its rows were not looked at"])
     matrices = {"embedding": model.get_input_embeddings().weight}
     if not is_tied(model):
         matrices["output"] = model.get_output_embeddings().weight

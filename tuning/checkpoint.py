@@ -22,6 +22,7 @@ from tuning.record import MANIFEST_FILE, METRICS_FILE, RUN_FILE, replace_file, w
 from tuning.sharding import whole
 from tuning.token_rows import TokenRows
 
+PLAN_FILE = "plan.json"  # of a dry run; a run may begin beside it
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 # Not run.json: the new one takes its place, so that a directory never holds files of a run without it.
 _RUN_FILES = (MANIFEST_FILE, METRICS_FILE, "adapter_config.json", "config.json")
@@ -170,7 +171,8 @@ def check_output_directory(directory: Path, *, overwrite: bool, resume: bool, in
     if holder := next((path for path in inputs if lies_in(Path(path), directory)), None):
         raise SettingsError(f"--output_dir {directory}: {holder} is an input of this run; choose another directory")
     check_writable(directory, "--output_dir")
-    found = [path.name for path in directory.iterdir() if not _is_temporary(path)] if directory.exists() else []
+    found = [p.name for p in directory.iterdir() if not _is_temporary(p)] if directory.exists() else []
+    found = [name for name in found if name != PLAN_FILE]
     if not found:
         return
     if not (directory / RUN_FILE).is_file():

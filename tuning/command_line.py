@@ -104,7 +104,9 @@ def _check_engine_flags(words: list[str]) -> None:
     if len(asked) == 2:
         raise SettingsError("--deepspeed and --fsdp: choose one")
     if asked and "RANK" not in os.environ:
-        raise SettingsError(f"{asked[0]}: needs several processes: torchrun --nproc_per_node N finetune.py ...")
+        raise SettingsError(
+            f"{asked[0]}: needs torchrun, for one process too: torchrun --nproc_per_node N finetune.py ..."
+        )
     kinds = values.get("--fsdp", "full_shard").replace("auto_wrap", "").split()
     if "offload" in kinds:
         raise SettingsError("--fsdp offload: not available; DeepSpeed does it (docs/distributed.md)")

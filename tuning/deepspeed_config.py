@@ -1,5 +1,6 @@
 """DeepSpeed's JSON: read, held against the command line, and filled from it."""
 
+import difflib
 import json
 import os
 from pathlib import Path
@@ -21,6 +22,19 @@ _REFUSED = {
     "curriculum_learning": "the order of the data follows from --seed",
     "data_efficiency": "the order of the data follows from --seed",
 }
+# What else may stand there. DeepSpeed itself ignores words that it does not know.
+_KNOWN = {
+    "zero_optimization", "bf16", "fp16", "data_types", "communication_data_type", "gradient_clipping",
+    "gradient_predivide_factor", "prescale_gradients", "sparse_gradients", "train_batch_size",
+    "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "steps_per_print", "wall_clock_breakdown",
+    "memory_breakdown", "dump_state", "seed", "aio", "comms_logger", "flops_profiler", "tensorboard", "wandb",
+    "csv_monitor", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+}  # fmt: skip
+# Of zero_optimization: other ways to cut weights than ours puts together again.
+_OTHER_SHARDS = (
+    "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_nontrainable_weights",
+    "zero_quantized_gradients", "mics_shard_size", "zenflow",
+)  # fmt: skip
 _BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
@@ -37,12 +51,11 @@ def read_deepspeed_config(path: str, settings: TrainingArguments) -> dict[str, A
             kind = config[name].get("type", "block") if isinstance(config[name], dict) else config[name]
             says = reason.format(optim=_plain(settings.optim), lr_scheduler_type=_plain(settings.lr_scheduler_type))
             raise SettingsError(f"--deepspeed {path}: {name} {kind}, but {says}; delete it from the file")
-    stage = _find(config, "zero_optimization.stage")
-    if stage not in (1, 2, 3):
-        raise SettingsError(
-            f"--deepspeed {path}: zero_optimization.stage {stage}: must be 1, 2 or 3; without sharding leave "
-            "--deepspeed out"
-        )
+    if unknown := sorted(config.keys() - _KNOWN):
+        close = difflib.get_close_matches(unknown[0], _KNOWN, n=1)
+        hint = f"did you mean {close[0]}?" if close else "delete it from the file"
+        raise SettingsError(f"--deepspeed {path}: {unknown[0]}: unknown, or not supported here; {hint}")
+    _check_zero(path, config.get("zero_optimization"))
     rows = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     wanted = {
@@ -65,6 +78,31 @@ def read_deepspeed_config(path: str, settings: TrainingArguments) -> dict[str, A
         config[block] = {**config.get(block, {}), "enabled": "auto"}
     config["gradient_clipping"] = settings.max_grad_norm
     return config
+
+
+def _check_zero(path: str, zero: Any) -> None:
+    if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3):
+        stage = zero.get("stage") if isinstance(zero, dict) else None
+        says = "is missing" if stage is None else f"{stage}"
+        raise SettingsError(
+            f"--deepspeed {path}: zero_optimization.stage {says}: must be 1, 2 or 3; without sharding leave "
+            "--deepspeed out"
+        )
+    if other := [name for name in _OTHER_SHARDS if zero.get(name) not in (None, False, 1, -1)]:
+        raise SettingsError(f"--deepspeed {path}: zero_optimization.{other[0]}: not supported; delete it")
+    for name in ("offload_optimizer", "offload_param"):
+        if (zero.get(name) or {}).get("device") == "nvme":
+            raise SettingsError(f"--deepspeed {path}: zero_optimization.{name}.device nvme: not supported; say cpu")
+    try:
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    except ImportError:  # join_for_deepspeed says so
+        return
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValueError as error:
+        first = error.errors()[0] if hasattr(error, "errors") else {"loc": (), "msg": str(error)}
+        place = ".".join(map(str, ("zero_optimization", *first["loc"])))
+        raise SettingsError(f"--deepspeed {path}: {place}: {first['msg']}") from None
 
 
 def _read_json(path: str) -> dict[str, Any]:

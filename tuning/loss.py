@@ -76,6 +76,12 @@ class OutputHead:
         )
 
 
+def chunk_rows(num_rows: int, num_logits: int, device_type: str) -> int:
+    """Rows whose logits exist at a time."""
+    limit = max(1, _CHUNK_LOGITS.get(device_type, _CHUNK_LOGITS["other"]) // num_logits)
+    return -(-num_rows // -(-num_rows // limit)) if num_rows else 1
+
+
 def sum_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -135,8 +141,7 @@ class _SumCrossEntropy(torch.autograd.Function):
             for x, need in zip(inputs, needed, strict=True)
         ]
         d_hidden, d_weight, d_bias, d_rows, d_low_input, d_low_weight = gradients
-        limit = max(1, _CHUNK_LOGITS.get(hidden.device.type, _CHUNK_LOGITS["other"]) // num_logits)
-        chunk = -(-num_rows // -(-num_rows // limit)) if num_rows else 1
+        chunk = chunk_rows(num_rows, num_logits, hidden.device.type)
         # One buffer for all chunks: on CPU new memory costs about as much as the softmax.
         buffer = hidden.new_empty(min(chunk, num_rows), num_logits)
         in_place = dtype == torch.float32 and hidden.device.type == "cpu"

@@ -1,5 +1,6 @@
 """What the machine is and what it lacks, said at the start and in one line."""
 
+import contextlib
 import importlib.util
 import os
 import resource
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from tuning.errors import SettingsError, name_rows
@@ -56,6 +58,24 @@ def peak_memory_gib(device: torch.device) -> float:
     return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, kilobytes elsewhere
 
 
+def process_memory() -> int:
+    """Bytes that are resident now."""
+    return psutil.Process().memory_info().rss
+
+
+def memory_limit(device: torch.device) -> int | None:
+    """Bytes that a process may take on a device; of the machine's memory what is free, and what the process has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type != "cpu":
+        return None
+    limits = [psutil.virtual_memory().available + process_memory()]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            limits.append(int(Path(path).read_text()))
+    return min(limits) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def check_reporters(names: list[str]) -> None:
     """Raises: SettingsError: --report_to names something that is not installed."""
     packages = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
@@ -78,7 +98,10 @@ def describe_lost_process(error: BaseException) -> str | None:
     if "DataLoader worker" in text:
         return f"a data loader process died ({text.splitlines()[0]}); if memory ran out, lower --dataloader_num_workers"
     if any(words in text for words in ("Connection closed by peer", "Connection reset by peer", "remote process exit")):
-        return "the connection to another process of this run broke; it has ended, and its own message says why"
+        return (
+            "the connection to another process of this run broke; it has ended: its own message says why, or it was "
+            "killed without one (for memory, say)"
+        )
     return None
 
 

@@ -1,5 +1,6 @@
 """Loading models, choosing their precision, and the module that training engines wrap."""
 
+import contextlib
 import hashlib
 import math
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from tuning.attention import describe_packing
@@ -42,7 +43,10 @@ def load_model(
         config = AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
         if skeleton:
             with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            with contextlib.suppress(OSError):  # there may be none
+                model.generation_config = GenerationConfig.from_pretrained(path, cache_dir=cache_dir)
+            return model
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,

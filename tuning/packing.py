@@ -25,7 +25,7 @@ def enable_packing(training_model: TrainingModel, *, max_length: int, dtype: tor
 
 
 def _test_packing(training_model: TrainingModel, max_length: int, dtype: torch.dtype) -> str | None:
-    if obstacle := _find_obstacle(training_model, max_length):
+    if obstacle := find_obstacle(training_model, max_length):
         return obstacle
     causal_lm = training_model.causal_lm
     before = causal_lm.config._attn_implementation
@@ -72,7 +72,7 @@ def _try_packing(training_model: TrainingModel, *, exact: bool) -> str | None:
     return None
 
 
-def _find_obstacle(training_model: TrainingModel, max_length: int) -> str | None:
+def find_obstacle(training_model: TrainingModel, max_length: int) -> str | None:
     """What two short rows would not show: attention that reaches back less far than max_length."""
     config = training_model.config.get_text_config()
     if getattr(config, "is_encoder_decoder", False):

@@ -61,6 +61,9 @@ def adopt_mpi() -> None:
         "MASTER_ADDR": address,
         "MASTER_PORT": port,
     }
+    os.environ.setdefault(
+        "TTY_COMPATIBLE", "0"
+    )  # mpirun gives its processes a terminal, though a file may be behind it
 
 
 def join_for_deepspeed(*, use_cpu: bool) -> None:
@@ -86,6 +89,11 @@ def join_for_deepspeed(*, use_cpu: bool) -> None:
 def is_first_process() -> bool:
     """Whether this process writes files and talks to the user."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def speaks_for_machine() -> bool:
+    """Whether this process says what went wrong: one on each machine, since each has a log of its own."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
 def on_first(function: Callable[[], T]) -> T:

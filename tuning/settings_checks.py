@@ -56,6 +56,14 @@ def _check_lora(lora: LoraArguments, model: ModelArguments, given: set[str]) -> 
         raise SettingsError(f"--lora_dropout {lora.lora_dropout}: must be at least 0 and below 1")
 
 
+def _check_plan(run: RunArguments) -> None:
+    tokens = run.micro_batch_tokens
+    if tokens is not None and tokens != "auto" and not (tokens.isdecimal() and int(tokens) > 0):
+        raise SettingsError(f"--micro_batch_tokens {tokens}: say a number of tokens, or auto")
+    if run.device_memory_gib is not None and not run.device_memory_gib > 0:
+        raise SettingsError(f"--device_memory_gib {run.device_memory_gib}: must be above 0")
+
+
 def _check_engine(run: RunArguments, model: ModelArguments) -> None:
     flag = "--deepspeed" if run.deepspeed else "--fsdp"
     if run.engine in ("single", "ddp"):
@@ -88,6 +96,7 @@ def _check_run(run: RunArguments, model: ModelArguments, data: DataArguments, gi
         raise SettingsError(f"--save_total_limit {run.save_total_limit}: must be at least 1")
     if str(run.lr_scheduler_type.value) in ("reduce_lr_on_plateau", "greedy"):
         raise SettingsError(f"--lr_scheduler_type {run.lr_scheduler_type.value}: {LATER}")
+    _check_plan(run)
     if run.save_steps <= 0 or run.logging_steps <= 0:
         raise SettingsError("--save_steps and --logging_steps: must be above 0")
     if not run.output_dir:

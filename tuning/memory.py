@@ -1,0 +1,248 @@
+"""How much memory a step takes, found by running it on tensors without storage."""
+
+import math
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tuning.loss import chunk_rows
+from tuning.model import TrainingModel
+
+
+@dataclass(frozen=True)
+class MicroBatchShape:
+    """Tokens of its rows, and how many of them are supervised. packed: else padded to the longest."""
+
+    lengths: tuple[int, ...]
+    num_targets: int
+    packed: bool
+
+    @property
+    def num_positions(self) -> int:
+        """Tokens with padding."""
+        return sum(self.lengths) if self.packed else len(self.lengths) * max(self.lengths)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device at the peak of a step, by part.
+
+    process: what the process takes without any of it (on CPUs). weights, gradients, optimizer: this process's share.
+    gathered: layers brought together for their computation where weights are in shards. activations: what forward
+    keeps for backward, and what both work with. loss: logits of one chunk, and gradients of the output layer.
+    """
+
+    process: int
+    weights: int
+    gradients: int
+    optimizer: int
+    gathered: int
+    activations: int
+    loss: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(self.parts.values())
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """By name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+# Bytes of state a trained parameter has; weights that are no fp32 have their masters with it where DeepSpeed trains.
+_STATE_BYTES = {"adamw_torch": 8, "adamw_torch_fused": 8, "sgd": 0, "adamw_bnb_8bit": 2, "adamw_8bit": 2}
+
+
+def estimate_memory(
+    training_model: TrainingModel,
+    shape: MicroBatchShape,
+    *,
+    dtype: torch.dtype,
+    engine: str,
+    num_processes: int,
+    optimizer: str,
+    device_type: str,
+    process_bytes: int,
+    accumulates: bool,
+) -> Memory:
+    """Memory of training a model that has no storage (on the meta device).
+
+    dtype: of the computation. engine: RunArguments.engine. optimizer: --optim. process_bytes: before any of it.
+    accumulates: a step has several micro-batches, so that gradients are there from the first on.
+
+    Raises: whatever a model does with tensors without values: where its computation depends on them.
+    """
+    parameters = list(training_model.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    num_trained = sum(p.numel() for p in trained)
+    zero = int(engine.removeprefix("zero")) if engine.startswith("zero") else 0
+    sharded = engine in ("zero3", "fsdp")
+    share = num_processes if sharded else 1
+    size = dtype.itemsize if zero else None  # DeepSpeed casts all weights
+    weights = sum(p.numel() * (size or p.element_size()) for p in parameters) // share
+    gradients = num_trained * 4 // (num_processes if zero >= 2 or sharded else 1)
+    if engine in ("single", "ddp"):
+        gradients = sum(p.numel() * p.element_size() for p in trained) * (2 if engine == "ddp" else 1)  # DDP's buckets
+    masters = 4 if zero else 0
+    state = (_STATE_BYTES.get(optimizer, 8) + masters) * num_trained // (num_processes if zero or sharded else 1)
+    casts = not zero and not sharded
+    working = simulate_step(training_model, shape, dtype=dtype, casts_weights=casts, accumulates=accumulates)
+    if not accumulates:  # gradients come while activations go
+        working -= min(working, sum(p.numel() * p.element_size() for p in trained))
+    simulated_loss = _loss_bytes(training_model, shape, dtype, "cpu")
+    return Memory(
+        process=process_bytes,
+        weights=weights,
+        gradients=gradients,
+        optimizer=state,
+        gathered=_gathered_bytes(training_model, dtype) if sharded else 0,
+        activations=max(0, working - simulated_loss),
+        loss=_loss_bytes(training_model, shape, dtype, device_type),
+    )
+
+
+def simulate_step(
+    training_model: TrainingModel,
+    shape: MicroBatchShape,
+    *,
+    dtype: torch.dtype,
+    casts_weights: bool,
+    accumulates: bool,
+) -> int:
+    """Most bytes that forward and backward of one micro-batch hold beside weights and gradients that are there before.
+
+    casts_weights: autocast copies weights of another dtype; else they have it.
+    """
+    with FakeTensorMode(), _with_storage(training_model, None if casts_weights else dtype):
+        for parameter in training_model.parameters():
+            if parameter.requires_grad and accumulates:
+                parameter.grad = torch.empty_like(parameter)
+        batch = _build_micro_batch(shape)
+        tracker = _PeakTracker()
+        with tracker:
+            with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+                loss = training_model.train()(**batch)
+            loss.backward()
+    return tracker.peak
+
+
+class _PeakTracker(TorchDispatchMode):
+    """Counts bytes of storages as they come and go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self._now = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._note(tensor.untyped_storage())
+        return result
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self._now += size
+        self.peak = max(self.peak, self._now)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._now -= size
+
+
+@contextmanager
+def _with_storage(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Let a model's tensors be fake ones on the CPU meanwhile, cast to a dtype where one is given."""
+    tables: list[Any] = [table for module in model.modules() for table in (module._parameters, module._buffers)]
+    before = [dict(table) for table in tables]
+    made: dict[int, Tensor] = {}
+    for table in tables:
+        for name, tensor in table.items():
+            if tensor is None:
+                continue
+            if id(tensor) not in made:
+                casts = dtype is not None and isinstance(tensor, nn.Parameter)
+                empty = torch.empty(tensor.shape, dtype=dtype if casts else tensor.dtype, device="cpu")
+                is_parameter = isinstance(tensor, nn.Parameter)
+                made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+            table[name] = made[id(tensor)]
+    try:
+        yield
+    finally:
+        for table, tensors in zip(tables, before, strict=True):
+            table.update(tensors)
+
+
+def _build_micro_batch(shape: MicroBatchShape) -> dict[str, Any]:
+    """Inputs of TrainingModel.forward; what is in them has no value."""
+    rows, width = (1, sum(shape.lengths)) if shape.packed else (len(shape.lengths), max(shape.lengths))
+    batch: dict[str, Any] = {
+        "input_ids": torch.empty(rows, width, dtype=torch.long),
+        "target_index": torch.empty(shape.num_targets, dtype=torch.long),
+        "targets": torch.empty(shape.num_targets, dtype=torch.long),
+    }
+    if shape.packed:
+        batch |= {
+            "position_ids": torch.empty(1, width, dtype=torch.long),
+            "lengths": list(shape.lengths),
+            "row_starts": torch.empty(len(shape.lengths) + 1, dtype=torch.int32),
+        }
+    return batch
+
+
+def _loss_bytes(training_model: TrainingModel, shape: MicroBatchShape, dtype: torch.dtype, device_type: str) -> int:
+    """Buffers of the loss: logits and probabilities of a chunk, and the whole gradient of a matrix that trains."""
+    causal_lm = training_model.causal_lm
+    weight = causal_lm.get_output_embeddings().weight
+    rows = min(shape.num_targets, chunk_rows(shape.num_targets, len(weight), device_type))
+    in_place = dtype == torch.float32 and device_type == "cpu"
+    # Half precision on a CPU: softmax makes a float32 copy of its input first.
+    copies = 4 if in_place else dtype.itemsize + (8 if device_type == "cpu" else 4)
+    chunk = rows * len(weight) * copies
+    hidden = shape.num_targets * weight.shape[1] * 4
+    trains = any(p.requires_grad and p.shape == weight.shape for p in causal_lm.get_output_embeddings().parameters())
+    return chunk + hidden + (weight.numel() * 4 if trains else 0)
+
+
+def _gathered_bytes(training_model: TrainingModel, dtype: torch.dtype) -> int:
+    """What is whole at a time: two layers (one is fetched ahead), and all that lies in no layer."""
+    causal_lm = training_model.causal_lm
+    names = set(getattr(causal_lm, "_no_split_modules", None) or [])
+    layers = [m for m in causal_lm.modules() if type(m).__name__ in names]
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
+    rest = sum(p.numel() for p in training_model.parameters()) - sum(sizes)
+    return (2 * max(sizes, default=0) + rest) * dtype.itemsize
+
+
+def largest_micro_batch(total_of: Any, *, row: int, limit: int) -> int:
+    """Tokens of the largest micro-batch whose memory stays below a limit.
+
+    total_of: tokens -> bytes, for a number of rows of `row` tokens each; memory grows with tokens as a straight line.
+    Returns: tokens, rounded down to whole rows; 0 where not even one row fits.
+    """
+    few, many = 2 * row, 6 * row
+    low, high = total_of(few), total_of(many)
+    slope = (high - low) / (many - few)
+    if slope <= 0:
+        return many
+    return max(0, math.floor((few + (limit - low) / slope) / row)) * row
+
+
+def rows_of(length: int, tokens: int) -> Sequence[int]:
+    """Rows of one length that make up so many tokens."""
+    return [length] * max(1, tokens // length)

@@ -1,0 +1,191 @@
+"""What a run will do and take, before its weights are loaded: parameters, memory of a device, time of a step."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from tuning.attention import NAME
+from tuning.errors import SettingsError
+from tuning.flops import count_flops, measure_matmul_flops
+from tuning.machine import memory_limit, process_memory
+from tuning.memory import Memory, MicroBatchShape, estimate_memory, largest_micro_batch, rows_of
+from tuning.model import TrainingModel, count_parameters, enable_gradient_checkpointing
+
+# Share of the limit that a plan may take: estimates are within 15 % of what was measured (benchmarks/LOG.md).
+_USABLE = 0.9
+# Measured share of the device's matrix products that a step reaches (benchmarks/results); others are not known.
+_MATMUL_SHARE = {"cpu": 0.7}
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Survey:
+    """How rows lie, over the steps that were looked at.
+
+    steps_per_epoch, num_steps: of the run. micro_batches: of a step on each process, on average. fill: tokens over the
+    positions that micro-batches have (max_tokens each). num_tokens, num_targets, num_pairs: of a step, on average, over
+    all processes (collate.Step). largest: the micro-batch of most positions.
+    """
+
+    steps_per_epoch: int
+    num_steps: int
+    micro_batches: float
+    fill: float
+    num_tokens: float
+    num_targets: float
+    num_pairs: float
+    max_tokens: int
+    largest: MicroBatchShape
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do and take.
+
+    memory: at the peak, on one device; None where it cannot be told, unknown says why. limit: bytes there are; None
+    where nothing says it. largest_micro_batch: tokens that would fit. step_s: None where no rate was measured on such a
+    device. checkpointing: whether activations are computed again.
+    """
+
+    trainable: int
+    total: int
+    layout: Survey
+    memory: Memory | None
+    unknown: str | None
+    limit: int | None
+    largest_micro_batch: int | None
+    step_s: float | None
+    checkpointing: bool
+    notes: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        """False only where it is known."""
+        return self.memory is None or self.limit is None or self.memory.total <= self.limit
+
+    def describe(self) -> list[str]:
+        """Lines for the log."""
+        layout = self.layout
+        lines = [
+            f"{layout.steps_per_epoch:,} steps an epoch, {layout.num_steps:,} in all; {layout.micro_batches:.3g} "
+            f"micro-batches a step, {layout.fill:.0%} full ({layout.max_tokens:,} tokens each)",
+            f"{self.trainable:,} of {self.total:,} parameters train"
+            + ("; activations are computed again" if self.checkpointing else ""),
+            self.describe_memory(),
+        ]
+        if self.largest_micro_batch is not None:
+            lines.append(f"the largest micro-batch that fits: {self.largest_micro_batch:,} tokens")
+        if self.step_s is not None:
+            lines.append(f"{self.step_s:.3g} s a step, {self.step_s * layout.num_steps / 3600:.2g} h in all")
+        else:
+            lines.append("time: no rate was measured on such a device")
+        return [*lines, *self.notes]
+
+    def describe_memory(self) -> str:
+        """One line."""
+        if self.memory is None:
+            return f"memory: cannot be told for this model ({self.unknown})"
+        parts = ", ".join(
+            f"{name} {size / _GIB:.2f}" for name, size in self.memory.parts.items() if size > 0.005 * _GIB
+        )
+        limit = "" if self.limit is None else f" of {self.limit / _GIB:.1f}"
+        return f"memory: {self.memory.total / _GIB:.2f}{limit} GiB a device at the peak ({parts})"
+
+    def to_json(self) -> dict[str, Any]:
+        """For plan.json and run.json."""
+        values = asdict(self)
+        if self.memory is not None:
+            values["memory"] |= {"total": self.memory.total}
+        return values
+
+
+def make_plan(
+    skeleton: TrainingModel,
+    survey: Survey,
+    *,
+    settings: Any,
+    dtype: torch.dtype,
+    row_tokens: int,
+    checkpointing: bool | None,
+    notes: tuple[str, ...] = (),
+) -> Plan:
+    """Plan a run of a model without storage.
+
+    settings: RunArguments. dtype: of the computation. row_tokens: of rows that fill the largest micro-batch.
+    checkpointing: whether activations are computed again; None: where it is needed.
+    """
+    device = settings.device
+    limit = memory_limit(device) if settings.device_memory_gib is None else int(settings.device_memory_gib * _GIB)
+    process_bytes = process_memory() if device.type == "cpu" else 0
+
+    def estimate(shape: MicroBatchShape) -> Memory:
+        skeleton.causal_lm.set_attn_implementation(NAME if shape.packed else "sdpa")
+        return estimate_memory(
+            skeleton,
+            shape,
+            dtype=dtype,
+            engine=settings.engine,
+            num_processes=settings.world_size,
+            optimizer=str(settings.optim.value),
+            device_type=device.type,
+            process_bytes=process_bytes,
+            accumulates=survey.micro_batches > 1,
+        )
+
+    trainable, total = count_parameters(skeleton)
+    plan = Plan(
+        trainable=trainable,
+        total=total,
+        layout=survey,
+        memory=None,
+        unknown=None,
+        limit=limit,
+        largest_micro_batch=None,
+        step_s=_step_seconds(skeleton, survey, device, dtype, settings.world_size),
+        checkpointing=bool(checkpointing),
+        notes=notes,
+    )
+    try:
+        if checkpointing:
+            enable_gradient_checkpointing(skeleton.causal_lm)
+        memory = estimate(survey.largest)
+        if checkpointing is None and limit is not None and memory.total > _USABLE * limit:
+            enable_gradient_checkpointing(skeleton.causal_lm)
+            memory, plan = estimate(survey.largest), replace(plan, checkpointing=True)
+        fitting = None if limit is None else _find_largest(estimate, survey, row_tokens, int(_USABLE * limit))
+    except Exception as error:  # a model may do anything with tensors that have no values
+        return replace(plan, unknown=(str(error).strip() or type(error).__name__).splitlines()[0][:200])
+    return replace(plan, memory=memory, largest_micro_batch=fitting)
+
+
+def check_plan(plan: Plan) -> None:
+    """Raises: SettingsError: the run cannot fit."""
+    if not plan.fits:
+        what = "lower --per_device_train_batch_size or --model_max_length, spread it over more devices"
+        if not plan.checkpointing:
+            what += ", or pass --gradient_checkpointing True"
+        raise SettingsError(f"{plan.describe_memory()}: too much; {what}. --ignore_memory_plan True tries all the same")
+
+
+def _find_largest(estimate: Callable[[MicroBatchShape], Memory], survey: Survey, row_tokens: int, limit: int) -> int:
+    supervised = survey.num_targets / survey.num_tokens
+
+    def total_of(tokens: int) -> int:
+        lengths = tuple(rows_of(row_tokens, tokens))
+        shape = MicroBatchShape(lengths, max(1, int(supervised * sum(lengths))), survey.largest.packed)
+        return estimate(shape).total
+
+    return largest_micro_batch(total_of, row=row_tokens, limit=limit)
+
+
+def _step_seconds(
+    skeleton: TrainingModel, survey: Survey, device: torch.device, dtype: torch.dtype, num_processes: int
+) -> float | None:
+    share, flops = _MATMUL_SHARE.get(device.type), count_flops(skeleton)
+    if share is None or flops is None:
+        return None
+    rate = measure_matmul_flops(device, dtype, size=1024) * share * num_processes
+    counts = {name: getattr(survey, name) for name in ("num_tokens", "num_targets", "num_pairs")}
+    return flops.of(counts) / rate
