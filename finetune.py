@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from data_utils.cache import RowCache, default_root
 from data_utils.collate import StepDataset
@@ -383,9 +383,7 @@ def write_plan(output_dir: Path, plan: Plan, account: Account) -> None:
     say(f"plan: {output_dir / checkpoint.PLAN_FILE}")
 
 
-def build_model(
-    arguments: Arguments, data: Data, model: PreTrainedModel, *, is_base: bool, base_fingerprint: str
-) -> TrainingModel:
+def build_model(arguments: Arguments, data: Data, model: Any, *, is_base: bool, base_fingerprint: str) -> TrainingModel:
     """A loaded model, or one without storage, with what trains of it."""
     return build_training_model(
         model,

@@ -99,7 +99,7 @@ def estimate_memory(
     working = simulate_step(training_model, shape, dtype=dtype, casts_weights=casts, accumulates=accumulates)
     if not accumulates:  # gradients come while activations go
         working -= min(working, sum(p.numel() * p.element_size() for p in trained))
-    simulated_loss = _loss_bytes(training_model, shape, dtype, "cpu")
+    simulated_loss = _loss_bytes(training_model, shape, dtype, "cpu", simulated=True)
     return Memory(
         process=process_bytes,
         weights=weights,
@@ -205,15 +205,22 @@ def _build_micro_batch(shape: MicroBatchShape) -> dict[str, Any]:
     return batch
 
 
-def _loss_bytes(training_model: TrainingModel, shape: MicroBatchShape, dtype: torch.dtype, device_type: str) -> int:
+def _loss_bytes(
+    training_model: TrainingModel,
+    shape: MicroBatchShape,
+    dtype: torch.dtype,
+    device_type: str,
+    *,
+    simulated: bool = False,
+) -> int:
     """Buffers of the loss: logits and probabilities of a chunk, and the whole gradient of a matrix that trains."""
     causal_lm = training_model.causal_lm
     weight = causal_lm.get_output_embeddings().weight
     rows = min(shape.num_targets, chunk_rows(shape.num_targets, len(weight), device_type))
     in_place = dtype == torch.float32 and device_type == "cpu"
-    # Half precision on a CPU: softmax makes a float32 copy of its input first.
-    copies = 4 if in_place else dtype.itemsize + (8 if device_type == "cpu" else 4)
-    chunk = rows * len(weight) * copies
+    chunk = rows * len(weight) * (4 if in_place else dtype.itemsize + 4)
+    if device_type == "cpu" and not in_place and not simulated:
+        chunk += rows * len(weight) * 4  # softmax copies its input to float32 first
     hidden = shape.num_targets * weight.shape[1] * 4
     trains = any(p.requires_grad and p.shape == weight.shape for p in causal_lm.get_output_embeddings().parameters())
     return chunk + hidden + (weight.numel() * 4 if trains else 0)
