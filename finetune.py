@@ -33,7 +33,7 @@ from tuning.args import Arguments, RunArguments, describe_settings
 from tuning.base_model import judge_base_model
 from tuning.command_line import parse_arguments
 from tuning.errors import MachineError, SettingsError
-from tuning.machine import check_device, check_reporters, describe_device
+from tuning.machine import check_device, check_reporters, describe_device, process_memory
 from tuning.memory import MicroBatchShape
 from tuning.model import (
     TrainingModel,
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     say(plan.describe_memory())
     if not run_args.ignore_memory_plan:
-        check_plan(plan)
+        check_plan(plan, run_args)
 
     # ---- model ----
     transformers.set_seed(run_args.seed)  # fresh adapters are random
@@ -134,6 +134,7 @@ def main(argv: list[str] | None = None) -> int:
             "processes": run_args.world_size,
             "batch": run_args.per_device_train_batch_size,
             "engine": run_args.engine,
+            "micro_batch_tokens": plan.layout.max_tokens,
         },
         **{name: environment[name] for name in ("command", "versions")},
     }
@@ -171,7 +172,9 @@ def main(argv: list[str] | None = None) -> int:
     train_steps = build_steps(
         arguments, data.rows, packed=packed, rows_per_step=start.rows_per_step, max_tokens=plan.layout.max_tokens
     )
-    eval_steps = build_eval_steps(arguments, data.eval_rows, packed=packed) if data.eval_rows else None
+    eval_steps = None
+    if data.eval_rows:
+        eval_steps = build_eval_steps(arguments, data.eval_rows, packed=packed, limit=plan.layout.max_tokens)
     facts["rows_per_step"] = train_steps.rows_per_step
     writer = checkpoint.ResultWriter(training_model, tokenizer, generation, base=base, dtype=compute_dtype, facts=facts)
     run: dict[str, Any] = {
@@ -311,7 +314,7 @@ def check_output_directory(arguments: Arguments, output_dir: Path) -> None:
     )
     inputs = [path for path in (arguments.model.model_name_or_path, arguments.lora.lora_weight_path) if path]
     checkpoint.check_output_directory(
-        output_dir, overwrite=arguments.run.overwrite_output_dir, resume=resumes, inputs=inputs
+        output_dir, overwrite=arguments.run.overwrite_output_dir or arguments.run.dry_run, resume=resumes, inputs=inputs
     )
 
 
@@ -320,24 +323,33 @@ def plan_run(
 ) -> Plan:
     """What the run will do and take, from the checkpoint's configuration and the lengths of the rows."""
     model_args, run_args = arguments.model, arguments.run
-    model = load_model(
-        model_args.model_name_or_path,
-        dtype=load_dtype,
-        skeleton=True,
-        cache_dir=model_args.cache_dir,
-        trust_remote_code=model_args.trust_remote_code,
-    )
-    evidence = judge_base_model(model, data.template.stop_id, data.template.stop, len(data.tokenizer))
-    skeleton = build_model(arguments, data, model, is_base=evidence.is_base, base_fingerprint=base_fingerprint)
-    longest = int(data.rows.lengths.max())
-    packed = find_obstacle(skeleton, longest) is None
+    process_bytes, unknown = process_memory(), None
+    skeleton: TrainingModel | None = None
+    notes: tuple[str, ...] = ()
+    try:
+        model = load_model(
+            model_args.model_name_or_path,
+            dtype=load_dtype,
+            skeleton=True,
+            cache_dir=model_args.cache_dir,
+            trust_remote_code=model_args.trust_remote_code,
+        )
+        evidence = judge_base_model(model, data.template.stop_id, data.template.stop, len(data.tokenizer))
+        skeleton = build_model(arguments, data, model, is_base=evidence.is_base, base_fingerprint=base_fingerprint)
+        notes = (evidence.describe(),)
+    except SettingsError:
+        raise
+    except Exception as error:  # code that comes with a model may need values
+        unknown = (str(error).strip() or type(error).__name__).splitlines()[0]
+    longest = max(int(rows.lengths.max()) for rows in (data.rows, data.eval_rows) if rows is not None)
+    packed = skeleton is None or find_obstacle(skeleton, longest) is None
     budget, wanted = run_args.per_device_train_batch_size * arguments.data.model_max_length, run_args.micro_batch_tokens
     if wanted is not None and wanted != "auto":
         budget = int(wanted)
         if budget < longest:
             raise SettingsError(f"--micro_batch_tokens {wanted}: the longest row has {longest} tokens")
 
-    def plan_with(budget: int) -> Plan:
+    def plan_with(budget: int, checkpointing: bool | None) -> Plan:
         steps = build_steps(arguments, data.rows, packed=packed, max_tokens=budget)
         return make_plan(
             skeleton,
@@ -345,23 +357,27 @@ def plan_run(
             settings=run_args,
             dtype=compute_dtype,
             row_tokens=min(arguments.data.model_max_length, longest),
-            checkpointing=None if run_args.checkpoints_if_needed else bool(run_args.gradient_checkpointing),
-            notes=(evidence.describe(),),
+            checkpointing=checkpointing,
+            process_bytes=process_bytes,
+            unknown=unknown,
+            notes=notes,
         )
 
-    plan = plan_with(budget)
+    plan = plan_with(budget, None if run_args.checkpoints_if_needed else bool(run_args.gradient_checkpointing))
     if wanted != "auto":
         return plan
     if plan.largest_micro_batch is None:
         raise SettingsError(f"--micro_batch_tokens auto: {plan.unknown or 'the memory of this device is not known'}")
-    return plan_with(max(longest, plan.largest_micro_batch))
+    # Whether activations are computed again is settled: the skeleton computes them so by now.
+    return plan_with(max(longest, plan.largest_micro_batch), plan.checkpointing)
 
 
 def survey_steps(arguments: Arguments, steps: StepDataset) -> Survey:
     """How rows lie, looked at over some steps."""
-    run_args, found = arguments.run, steps.survey(_SURVEYED_STEPS)
-    lengths, num_targets = found["largest"]
+    run_args = arguments.run
     num_steps = run_args.max_steps if run_args.max_steps > 0 else math.ceil(run_args.num_train_epochs * len(steps))
+    found = steps.survey(min(_SURVEYED_STEPS, num_steps))
+    lengths, num_targets = found["largest"]
     max_tokens = steps.layout.max_tokens
     return Survey(
         steps_per_epoch=len(steps),
@@ -416,14 +432,18 @@ def build_steps(
     )
 
 
-def build_eval_steps(arguments: Arguments, rows: TokenizedRows, *, packed: bool) -> StepDataset:
-    """This rank's share of the evaluation, in the order of the file."""
+def build_eval_steps(arguments: Arguments, rows: TokenizedRows, *, packed: bool, limit: int) -> StepDataset:
+    """This rank's share of the evaluation, in the order of the file.
+
+    limit: tokens of a micro-batch of training, whose memory was planned; how rows lie does not change the loss.
+    """
     run = arguments.run
     batch = run.per_device_eval_batch_size
+    budget = batch * arguments.data.model_max_length
     return StepDataset(
         rows,
         rows_per_step=batch * run.world_size,
-        max_tokens=batch * arguments.data.model_max_length,
+        max_tokens=max(int(rows.lengths.max()), min(budget, limit)),
         packed=packed,
         seed=None,
         rank=run.process_index,

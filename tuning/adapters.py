@@ -233,6 +233,9 @@ def load_lora(model: PreTrainedModel, directory: Path) -> tuple[PeftModel, Token
     hide_gptqmodel()
     peft_model = get_peft_model(model, config)
     assert isinstance(peft_model, PeftModel)
+    if model.get_input_embeddings().weight.is_meta:  # nothing to put values into
+        speed_up_lora(peft_model)
+        return peft_model, rows
     try:
         if rows is not None:
             rows.load_peft_state(row_state)

@@ -139,7 +139,7 @@ class RunArguments(TrainingArguments):
         # To the Trainer a step is one item, whatever it accumulates, and the model comes to it sharded (sharding.py).
         given: Any = self
         accumulation, fsdp = given.gradient_accumulation_steps, given.fsdp
-        self.checkpoints_if_needed = str(given.gradient_checkpointing) == "auto"
+        self.checkpoints_if_needed = str(given.gradient_checkpointing).lower() == "auto"
         given.gradient_checkpointing = _read_checkpointing(given.gradient_checkpointing)
         if self.deepspeed is not None:
             given.deepspeed = read_deepspeed_config(self.deepspeed, self)
@@ -162,11 +162,14 @@ class RunArguments(TrainingArguments):
 
 
 def _read_checkpointing(value: str | bool | None) -> bool | None:
-    known = {"None": None, "true": True, "false": False, "auto": False}
-    word = str(value) if value is None else str(value).lower()
-    if word not in known:
-        raise SettingsError(f"--gradient_checkpointing {value}: say True, False or auto")
-    return known[word]
+    if value is None:
+        return None
+    word = str(value).lower()
+    if word in ("true", "yes", "t", "y", "1"):
+        return True
+    if word in ("false", "no", "f", "n", "0", "auto"):
+        return False
+    raise SettingsError(f"--gradient_checkpointing {value}: say True, False or auto")
 
 
 @dataclass

@@ -25,7 +25,7 @@ from tuning.token_rows import TokenRows
 PLAN_FILE = "plan.json"  # of a dry run; a run may begin beside it
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 # Not run.json: the new one takes its place, so that a directory never holds files of a run without it.
-_RUN_FILES = (MANIFEST_FILE, METRICS_FILE, "adapter_config.json", "config.json")
+_RUN_FILES = (MANIFEST_FILE, METRICS_FILE, PLAN_FILE, "adapter_config.json", "config.json")
 
 
 class ResultWriter:

@@ -69,11 +69,12 @@ def memory_limit(device: torch.device) -> int | None:
         return torch.cuda.get_device_properties(device).total_memory
     if device.type != "cpu":
         return None
-    limits = [psutil.virtual_memory().available + process_memory()]
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    limits = [psutil.virtual_memory().available // processes + process_memory()]
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-            limits.append(int(Path(path).read_text()))
-    return min(limits) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            limits.append(int(Path(path).read_text()) // processes)
+    return min(limits)
 
 
 def check_reporters(names: list[str]) -> None:

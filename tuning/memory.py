@@ -4,7 +4,7 @@ import math
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ class Memory:
     process: what the process takes without any of it (on CPUs). weights, gradients, optimizer: this process's share.
     gathered: layers brought together for their computation where weights are in shards. activations: what forward
     keeps for backward, and what both work with. loss: logits of one chunk, and gradients of the output layer.
+    allocator: on CPUs, what the C library keeps between its blocks.
     """
 
     process: int
@@ -47,6 +48,7 @@ class Memory:
     gathered: int
     activations: int
     loss: int
+    allocator: int = 0
 
     @property
     def total(self) -> int:
@@ -59,6 +61,8 @@ class Memory:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
+# Of resident memory over what is allocated, measured on CPUs (benchmarks/LOG.md).
+_ALLOCATOR_SHARE = 0.12
 # Bytes of state a trained parameter has; weights that are no fp32 have their masters with it where DeepSpeed trains.
 _STATE_BYTES = {"adamw_torch": 8, "adamw_torch_fused": 8, "sgd": 0, "adamw_bnb_8bit": 2, "adamw_8bit": 2}
 
@@ -74,11 +78,14 @@ def estimate_memory(
     device_type: str,
     process_bytes: int,
     accumulates: bool,
+    keeps_whole: bool = False,
+    offloaded: tuple[str, ...] = (),
 ) -> Memory:
     """Memory of training a model that has no storage (on the meta device).
 
     dtype: of the computation. engine: RunArguments.engine. optimizer: --optim. process_bytes: before any of it.
-    accumulates: a step has several micro-batches, so that gradients are there from the first on.
+    accumulates: a step has several micro-batches, so that gradients are there from the first on. keeps_whole: weights
+    stay together between forward and backward (--fsdp shard_grad_op). offloaded: "optimizer", "param", of DeepSpeed.
 
     Raises: whatever a model does with tensors without values: where its computation depends on them.
     """
@@ -95,20 +102,30 @@ def estimate_memory(
         gradients = sum(p.numel() * p.element_size() for p in trained) * (2 if engine == "ddp" else 1)  # DDP's buckets
     masters = 4 if zero else 0
     state = (_STATE_BYTES.get(optimizer, 8) + masters) * num_trained // (num_processes if zero or sharded else 1)
-    casts = not zero and not sharded
-    working = simulate_step(training_model, shape, dtype=dtype, casts_weights=casts, accumulates=accumulates)
-    if not accumulates:  # gradients come while activations go
+    plain = engine in ("single", "ddp")  # others sum gradients over processes layer by layer, and keep their share
+    working = simulate_step(
+        training_model, shape, dtype=dtype, casts_weights=plain, accumulates=accumulates or not plain
+    )
+    if plain and not accumulates:  # gradients come while activations go
         working -= min(working, sum(p.numel() * p.element_size() for p in trained))
+    on_gpu = device_type != "cpu"
+    if "optimizer" in offloaded and on_gpu:
+        state = gradients = 0
+    if "param" in offloaded and on_gpu:
+        weights = 0
     simulated_loss = _loss_bytes(training_model, shape, dtype, "cpu", simulated=True)
-    return Memory(
+    memory = Memory(
         process=process_bytes,
         weights=weights,
         gradients=gradients,
         optimizer=state,
-        gathered=_gathered_bytes(training_model, dtype) if sharded else 0,
+        gathered=_gathered_bytes(training_model, dtype, keeps_whole) if sharded else 0,
         activations=max(0, working - simulated_loss),
         loss=_loss_bytes(training_model, shape, dtype, device_type),
     )
+    if device_type != "cpu":
+        return memory
+    return replace(memory, allocator=int(_ALLOCATOR_SHARE * (memory.total - memory.process)))
 
 
 def simulate_step(
@@ -191,6 +208,9 @@ def _with_storage(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]
 def _build_micro_batch(shape: MicroBatchShape) -> dict[str, Any]:
     """Inputs of TrainingModel.forward; what is in them has no value."""
     rows, width = (1, sum(shape.lengths)) if shape.packed else (len(shape.lengths), max(shape.lengths))
+    # Each packed row is an operation of its own in every layer; what they hold together is the same for a few.
+    few = min(len(shape.lengths), 8)
+    lengths = [width // few] * (few - 1) + [width - width // few * (few - 1)]
     batch: dict[str, Any] = {
         "input_ids": torch.empty(rows, width, dtype=torch.long),
         "target_index": torch.empty(shape.num_targets, dtype=torch.long),
@@ -199,8 +219,8 @@ def _build_micro_batch(shape: MicroBatchShape) -> dict[str, Any]:
     if shape.packed:
         batch |= {
             "position_ids": torch.empty(1, width, dtype=torch.long),
-            "lengths": list(shape.lengths),
-            "row_starts": torch.empty(len(shape.lengths) + 1, dtype=torch.int32),
+            "lengths": lengths,
+            "row_starts": torch.empty(few + 1, dtype=torch.int32),
         }
     return batch
 
@@ -226,8 +246,10 @@ def _loss_bytes(
     return chunk + hidden + (weight.numel() * 4 if trains else 0)
 
 
-def _gathered_bytes(training_model: TrainingModel, dtype: torch.dtype) -> int:
-    """What is whole at a time: two layers (one is fetched ahead), and all that lies in no layer."""
+def _gathered_bytes(training_model: TrainingModel, dtype: torch.dtype, keeps_whole: bool) -> int:
+    """What is whole at a time: two layers (one is fetched ahead), and all that lies in no layer; or everything."""
+    if keeps_whole:
+        return sum(p.numel() for p in training_model.parameters()) * dtype.itemsize
     causal_lm = training_model.causal_lm
     names = set(getattr(causal_lm, "_no_split_modules", None) or [])
     layers = [m for m in causal_lm.modules() if type(m).__name__ in names]
