@@ -95,6 +95,9 @@ EVALUATED = ["--eval_data_path", "e.json", "--eval_strategy", "steps", "--eval_s
         (["--use_lora", "--loraplus_lr_ratio", "-1"], "--loraplus_lr_ratio -1.0: must be above 0"),
         (["--learning_rate", "nan"], "--learning_rate nan: must be a number above 0"),
         (["--fp16"], "--fp16: needs a GPU"),
+        (["--gradient_checkpointing", "maybe"], "--gradient_checkpointing maybe: say True, False or auto"),
+        (["--micro_batch_tokens", "many"], "--micro_batch_tokens many: say a number of tokens, or auto"),
+        (["--device_memory_gib", "0"], "--device_memory_gib 0.0: must be above 0"),
         (["--do_train", "False"], "--do_train False: training is what"),
         (["--save_total_limit", "0"], "--save_total_limit 0: must be at least 1"),
         (["--eval_steps", "5"], "--eval_steps: has no effect without"),
@@ -111,3 +114,13 @@ def test_required_settings_are_named():
         parse_arguments(["--output_dir", "x"])
     with pytest.raises(SettingsError, match="required: --output_dir"):
         parse_arguments(["--model_name_or_path", "m", "--data_path", "d"])
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [([], False), (["--gradient_checkpointing"], True), (["--gradient_checkpointing", "no"], False),
+     (["--gradient_checkpointing=true"], True), (["--gradient_checkpointing", "Auto"], "auto")],
+)  # fmt: skip
+def test_spellings_of_gradient_checkpointing(words, expected):
+    run = parse_arguments([*BASE, *words]).run
+    assert ("auto" if run.checkpoints_if_needed else bool(run.gradient_checkpointing)) == expected

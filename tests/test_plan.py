@@ -99,6 +99,22 @@ def test_engines_divide_what_they_divide(tokenizer):
     assert zero2.gathered == 0 < zero3.gathered == fsdp.gathered
 
 
+def test_what_is_offloaded_or_kept_whole_counts_so(tokenizer):
+    model = skeleton(tokenizer, "full")
+    options = {"engine": "zero3", "num_processes": 4, "device_type": "cuda"}
+    both = estimate(model, offloaded=("optimizer", "param"), **options)
+    assert both.optimizer == both.gradients == both.weights == 0 < both.gathered
+    assert estimate(model, **options).optimizer > 0
+    whole = estimate(model, engine="fsdp", num_processes=4, keeps_whole=True)
+    assert whole.gathered == sum(p.numel() for p in model.parameters()) * 4
+
+
+def test_many_short_rows_take_no_longer_to_plan(tokenizer):
+    few, many = (MicroBatchShape((length,) * (512 // length), 100, packed=True) for length in (64, 2))
+    model = skeleton(tokenizer, "full")
+    assert estimate(model, many).activations == estimate(model, few).activations
+
+
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_survey_counts_what_the_steps_hold(checkpoints, packed):
     rows, _ = runs.example_rows(checkpoints["untied"])
@@ -186,11 +202,22 @@ def test_micro_batch_tokens_are_the_budget(run_script, words, tmp_path):
     assert code == 2 and "--micro_batch_tokens 7: the longest row has" in stderr
 
 
-def test_a_model_that_cannot_be_planned_trains_all_the_same(run_script, words, tmp_path, monkeypatch):
+def test_what_auto_needs_stays_needed_with_both_autos(run_script, words, tmp_path):
+    small = ["--device_memory_gib", "0.01", "--gradient_checkpointing", "AUTO", "--micro_batch_tokens", "auto"]
+    code, stdout, stderr = run_script("finetune.py", *words, *small, "--dry_run")
+    assert code == 0, stderr
+    assert "activations are computed again" in stdout
+    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert plan["checkpointing"] and plan["largest_micro_batch"] == 0
+    assert plan["layout"]["max_tokens"] == 147, "the longest row"
+
+
+@pytest.mark.parametrize("place", ["tuning.plan.estimate_memory", "transformers.AutoModelForCausalLM.from_config"])
+def test_a_model_that_cannot_be_planned_trains_all_the_same(run_script, words, tmp_path, monkeypatch, place):
     def fail(*_, **__):
         raise RuntimeError("data-dependent")
 
-    monkeypatch.setattr("tuning.plan.estimate_memory", fail)
+    monkeypatch.setattr(place, fail)
     code, stdout, stderr = run_script("finetune.py", *words)
     assert code == 0, stderr
     assert "memory: cannot be told for this model (data-dependent)" in stdout
