@@ -154,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     trainable, total = count_parameters(training_model)
     say(f"model: {evidence.describe()}")
     say(f"       {trainable:,} of {total:,} parameters train; computing in {str(compute_dtype).removeprefix('torch.')}")
-    longest = max(int(rows.lengths.max()) for rows in (data.rows, data.eval_rows) if rows is not None)
+    longest = data.longest
     check_positions(training_model, longest)
     obstacle = enable_packing(training_model, max_length=longest, dtype=compute_dtype)
     say(
@@ -272,6 +272,11 @@ class Data:
     eval_account: Account | None
     samples: list[tuple[str, list[int]]]
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(int(rows.lengths.max()) for rows in (self.rows, self.eval_rows) if rows is not None)
+
 
 def read_data(arguments: Arguments) -> Data:
     """Tokenise the files, or find them tokenised. Raises: DataError, SettingsError."""
@@ -341,7 +346,7 @@ def plan_run(
         raise
     except Exception as error:  # code that comes with a model may need values
         unknown = (str(error).strip() or type(error).__name__).splitlines()[0]
-    longest = max(int(rows.lengths.max()) for rows in (data.rows, data.eval_rows) if rows is not None)
+    longest = data.longest
     packed = skeleton is None or find_obstacle(skeleton, longest) is None
     budget, wanted = run_args.per_device_train_batch_size * arguments.data.model_max_length, run_args.micro_batch_tokens
     if wanted is not None and wanted != "auto":

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from tuning.loss import chunk_rows
 from tuning.model import TrainingModel
+from tuning.sharding import SHARDED, find_layers
 
 
 @dataclass(frozen=True)
@@ -93,21 +94,22 @@ def estimate_memory(
     trained = [p for p in parameters if p.requires_grad]
     num_trained = sum(p.numel() for p in trained)
     zero = int(engine.removeprefix("zero")) if engine.startswith("zero") else 0
-    sharded = engine in ("zero3", "fsdp")
+    sharded = engine in SHARDED
     share = num_processes if sharded else 1
     size = dtype.itemsize if zero else None  # DeepSpeed casts all weights
     weights = sum(p.numel() * (size or p.element_size()) for p in parameters) // share
+    plain = engine in ("single", "ddp")  # others sum gradients over processes layer by layer, and keep their share
+    own_gradients = sum(p.numel() * p.element_size() for p in trained)
     gradients = num_trained * 4 // (num_processes if zero >= 2 or sharded else 1)
-    if engine in ("single", "ddp"):
-        gradients = sum(p.numel() * p.element_size() for p in trained) * (2 if engine == "ddp" else 1)  # DDP's buckets
+    if plain:
+        gradients = own_gradients * (2 if engine == "ddp" else 1)  # DDP's buckets
     masters = 4 if zero else 0
     state = (_STATE_BYTES.get(optimizer, 8) + masters) * num_trained // (num_processes if zero or sharded else 1)
-    plain = engine in ("single", "ddp")  # others sum gradients over processes layer by layer, and keep their share
     working = simulate_step(
         training_model, shape, dtype=dtype, casts_weights=plain, accumulates=accumulates or not plain
     )
     if plain and not accumulates:  # gradients come while activations go
-        working -= min(working, sum(p.numel() * p.element_size() for p in trained))
+        working -= min(working, own_gradients)
     on_gpu = device_type != "cpu"
     if "optimizer" in offloaded and on_gpu:
         state = gradients = 0
@@ -250,10 +252,7 @@ def _gathered_bytes(training_model: TrainingModel, dtype: torch.dtype, keeps_who
     """What is whole at a time: two layers (one is fetched ahead), and all that lies in no layer; or everything."""
     if keeps_whole:
         return sum(p.numel() for p in training_model.parameters()) * dtype.itemsize
-    causal_lm = training_model.causal_lm
-    names = set(getattr(causal_lm, "_no_split_modules", None) or [])
-    layers = [m for m in causal_lm.modules() if type(m).__name__ in names]
-    sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in find_layers(training_model)]
     rest = sum(p.numel() for p in training_model.parameters()) - sum(sizes)
     return (2 * max(sizes, default=0) + rest) * dtype.itemsize
 

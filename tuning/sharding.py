@@ -34,7 +34,7 @@ def deal_out(training_model: TrainingModel, settings: Any, dtype: torch.dtype) -
     dtypes = {id(t): described[name][1] for name, t in _named_tensors(training_model)}
     shard = _prepare_zero3(settings, dtype) if settings.engine == "zero3" else _prepare_fsdp(settings, dtype)
     done: set[int] = set()
-    for module in [*_find_layers(training_model), training_model]:
+    for module in [*find_layers(training_model), training_model]:
         for tensor in [*module.parameters(), *module.buffers()]:
             if id(tensor) in done or isinstance(tensor, DTensor) or hasattr(tensor, "ds_id"):
                 continue
@@ -161,7 +161,7 @@ def _check_nothing_left(model: nn.Module) -> None:
                 )
 
 
-def _find_layers(training_model: TrainingModel) -> list[nn.Module]:
+def find_layers(training_model: TrainingModel) -> list[nn.Module]:
     """The decoder's layers, by the class names that transformers keeps for this purpose."""
     causal_lm = training_model.causal_lm
     names = set(getattr(causal_lm, "_no_split_modules", None) or [])

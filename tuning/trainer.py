@@ -138,8 +138,8 @@ class StepTrainer(ResumableTrainer):
         Returns: this rank's share of the step's loss, times the number of ranks (the Trainer logs the mean over
             ranks; DDP, ZeRO and FSDP average gradients over ranks).
         """
-        if not model.training:
-            model.train()
+        if not self.model.training:  # DeepSpeed's wrapper says that it trains whatever its model does
+            self.model.train()
         if self._window is None:
             self._window = StepWindow(
                 self.args.device,
@@ -211,7 +211,7 @@ class StepTrainer(ResumableTrainer):
         started = time.perf_counter()
         self.evaluation_due = False
         model = self.model_wrapped
-        model.eval()
+        self.model.eval()
         sums, num_targets = [], 0
         with torch.no_grad():
             for step in build_loader(dataset, self.args):
