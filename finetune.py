@@ -364,6 +364,7 @@ def plan_run(
             row_tokens=min(arguments.data.model_max_length, longest),
             checkpointing=checkpointing,
             process_bytes=process_bytes,
+            outlook=run_args.dry_run or wanted == "auto",
             unknown=unknown,
             notes=notes,
         )

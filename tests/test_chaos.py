@@ -20,7 +20,9 @@ ENGINES = {
 }
 
 
-def words(checkpoint, out, kind, *, steps, rows_per_process=8, dropout=0.1, save_steps=2, engine="ddp", eval_steps=None):
+def words(
+    checkpoint, out, kind, *, steps, rows_per_process=8, dropout=0.1, save_steps=2, engine="ddp", eval_steps=None
+):
     batch = rows_per_process // 2
     lora = ["--use_lora", "--lora_r", 4, "--lora_dropout", dropout] if kind == "lora" else []
     return [
@@ -111,7 +113,9 @@ def test_kills_under_every_engine(forks, checkpoints, tmp_path, engine, kind):
     kill_and_resume(forks, checkpoints["untied"], tmp_path, kind, 2, engine=engine, **plan)
 
 
-@pytest.mark.parametrize(("engine", "kind"), [("zero2", "lora"), ("zero3", "lora"), ("zero3", "full"), ("fsdp", "lora")])
+@pytest.mark.parametrize(
+    ("engine", "kind"), [("zero2", "lora"), ("zero3", "lora"), ("zero3", "full"), ("fsdp", "lora")]
+)
 def test_one_kill_under_every_engine(forks, checkpoints, tmp_path, engine, kind):
     # It resumes behind an evaluation, so a step without dropout (or with it in evaluation) would show.
     plan = {"kills": [{"at": 4, "only": "step", "rank": 1}], "steps": 5, "seed": engine, "eval_steps": 2}

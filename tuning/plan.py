@@ -112,6 +112,7 @@ def make_plan(
     row_tokens: int,
     checkpointing: bool | None,
     process_bytes: int,
+    outlook: bool,
     unknown: str | None = None,
     notes: tuple[str, ...] = (),
 ) -> Plan:
@@ -119,7 +120,8 @@ def make_plan(
 
     settings: RunArguments. dtype: of the computation. row_tokens: of rows that fill the largest micro-batch.
     checkpointing: whether activations are computed again; None: where it is needed. process_bytes: of this process
-    before the plan. skeleton None: the model cannot be built without storage, unknown says why.
+    before the plan. outlook: also the time of a step and the micro-batch that would fit, which takes seconds to find
+    out. skeleton None: the model cannot be built without storage, unknown says why.
     """
     device = settings.device
     limit = memory_limit(device) if settings.device_memory_gib is None else int(settings.device_memory_gib * _GIB)
@@ -164,11 +166,14 @@ def make_plan(
         if checkpointing is None and limit is not None and memory.total > _USABLE * limit:
             enable_gradient_checkpointing(skeleton.causal_lm)
             memory, plan = estimate(survey.largest), replace(plan, checkpointing=True)
-        plan = replace(plan, step_s=_step_seconds(skeleton, plan, device, dtype, settings.world_size))
+        plan = replace(plan, memory=memory)
+        if not outlook:
+            return plan
         fitting = None if limit is None else _find_largest(estimate, survey, row_tokens, int(_USABLE * limit))
+        step_s = _step_seconds(skeleton, plan, device, dtype, settings.world_size)
     except Exception as error:  # a model may do anything with tensors that have no values
         return replace(plan, unknown=(str(error).strip() or type(error).__name__).splitlines()[0][:200])
-    return replace(plan, memory=memory, largest_micro_batch=fitting)
+    return replace(plan, largest_micro_batch=fitting, step_s=step_s)
 
 
 def check_plan(plan: Plan, settings: Any) -> None:
