@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 from data_utils.sources import DataError, read_lines
 from data_utils.template import ChatTemplate
 from data_utils.tokenizer import load_tokenizer
-from tuning.adapters import load_lora
+from tuning.adapters import find_trained_quantization, load_lora
 from tuning.command_line import OneLineParser
 from tuning.errors import SettingsError
 from tuning.generate import generate_answers, stream_answer
@@ -56,13 +56,15 @@ class Chat:
         if (path / "adapter_config.json").is_file():
             base = find_base(path, args.base, None)
             self.tokenizer = load_tokenizer(str(tokenizer_source(path, base)), **options)
-            model = load_model(str(base), dtype=dtype, **options)
+            model = load_model(
+                str(base), dtype=dtype, quantization=find_trained_quantization(path), device=device, **options
+            )
             training_model = TrainingModel(*load_lora(model, path))
             if (path / "generation_config.json").is_file():  # where the adapter was trained to stop
                 model.generation_config = GenerationConfig.from_pretrained(path)
         else:
             self.tokenizer = load_tokenizer(args.model, **options)
-            training_model = TrainingModel(load_model(args.model, dtype=dtype, **options))
+            training_model = TrainingModel(load_model(args.model, dtype=dtype, device=device, **options))
         self.training_model = training_model.to(device).eval()
         self.model = training_model.causal_lm
         self.template = ChatTemplate(self.tokenizer)

@@ -28,7 +28,7 @@ from data_utils.sources import DataError, read_lines
 from data_utils.template import ChatTemplate
 from data_utils.tokenizer import load_tokenizer
 from tuning import checkpoint, record
-from tuning.adapters import build_training_model
+from tuning.adapters import build_training_model, find_trained_quantization
 from tuning.args import Arguments, RunArguments, describe_settings
 from tuning.base_model import judge_base_model
 from tuning.command_line import parse_arguments
@@ -42,6 +42,7 @@ from tuning.model import (
     choose_dtypes,
     count_parameters,
     enable_gradient_checkpointing,
+    find_quantization,
     identify_checkpoint,
     load_model,
 )
@@ -58,6 +59,7 @@ from tuning.processes import (
     speaks_for_machine,
 )
 from tuning.progress import LOSS_PLOT_FILE, ProgressCallback, SampleCallback
+from tuning.quantization import Quantization, choose_quantization
 from tuning.resume import describe_trajectory, find_starting_point
 from tuning.sharding import SHARDED, deal_out
 from tuning.stopping import GO_ON
@@ -104,7 +106,13 @@ def main(argv: list[str] | None = None) -> int:
         fp16=run_args.fp16,
         deepspeed=run_args.deepspeed is not None,
     )
-    plan = on_first(lambda: plan_run(arguments, data, base["fingerprint"], load_dtype, compute_dtype))
+    quantization = on_first(lambda: choose_model(arguments, load_dtype))
+    if lora_args.lora_weight_path:
+        before = find_trained_quantization(Path(lora_args.lora_weight_path))
+        if before != quantization:
+            was, is_ = (q.describe() if q else "no quantisation" for q in (before, quantization))
+            say(f"adapter: trained with {was} before, goes on with {is_}")
+    plan = on_first(lambda: plan_run(arguments, data, base["fingerprint"], quantization, load_dtype, compute_dtype))
     if run_args.dry_run:
         say("plan: " + "\n      ".join(plan.describe()))
         on_first(lambda: write_plan(output_dir, plan, account))
@@ -122,13 +130,19 @@ def main(argv: list[str] | None = None) -> int:
             dtype=load_dtype,
             allow_pickle=model_args.allow_pickle,
             skeleton=is_sharded and not is_first_process(),
+            quantization=quantization,
+            device=None if is_sharded else run_args.device,
             cache_dir=model_args.cache_dir,
             trust_remote_code=model_args.trust_remote_code,
         )
     )
     facts = {
         "trajectory": describe_trajectory(
-            arguments, base_fingerprint=base["fingerprint"], rows_fingerprint=account.fingerprint, files=account.files
+            arguments,
+            base_fingerprint=base["fingerprint"],
+            rows_fingerprint=account.fingerprint,
+            files=account.files,
+            quantization=quantization,
         ),
         "layout": {
             "processes": run_args.world_size,
@@ -137,6 +151,7 @@ def main(argv: list[str] | None = None) -> int:
             "micro_batch_tokens": plan.layout.max_tokens,
         },
         **{name: environment[name] for name in ("command", "versions")},
+        "quantization": quantization.to_json() if quantization else None,
     }
     wanted, force = run_args.resume_from_checkpoint, run_args.force_resume
     start = on_first(lambda: find_starting_point(wanted, output_dir, facts, force=force))
@@ -154,6 +169,8 @@ def main(argv: list[str] | None = None) -> int:
     trainable, total = count_parameters(training_model)
     say(f"model: {evidence.describe()}")
     say(f"       {trainable:,} of {total:,} parameters train; computing in {str(compute_dtype).removeprefix('torch.')}")
+    if quantization:
+        say(f"       its linear layers: {quantization.describe()}")
     longest = data.longest
     check_positions(training_model, longest)
     obstacle = enable_packing(training_model, max_length=longest, dtype=compute_dtype)
@@ -186,6 +203,7 @@ def main(argv: list[str] | None = None) -> int:
         "data": account.to_json(),
         "eval_data": eval_account.to_json() if eval_account else None,
         "parameters": {"trainable": trainable, "total": total},
+        "quantization": facts["quantization"],
         "rows_per_step": train_steps.rows_per_step,
         "layout": {"packed": packed, "padded_because": obstacle},
         "plan": plan.to_json(),
@@ -323,8 +341,23 @@ def check_output_directory(arguments: Arguments, output_dir: Path) -> None:
     )
 
 
+def choose_model(arguments: Arguments, load_dtype: torch.dtype) -> Quantization | None:
+    """How the model is quantised in training. Raises: SettingsError: not as the flags and the checkpoint say."""
+    model_args, lora = arguments.model, arguments.lora
+    path = model_args.model_name_or_path
+    own = find_quantization(path, cache_dir=model_args.cache_dir, trust_remote_code=model_args.trust_remote_code)
+    return choose_quantization(
+        own, path=path, q_lora=lora.q_lora, bits=lora.bits, quant_type=lora.quant_type, dtype=load_dtype
+    )
+
+
 def plan_run(
-    arguments: Arguments, data: Data, base_fingerprint: str, load_dtype: torch.dtype, compute_dtype: torch.dtype
+    arguments: Arguments,
+    data: Data,
+    base_fingerprint: str,
+    quantization: Quantization | None,
+    load_dtype: torch.dtype,
+    compute_dtype: torch.dtype,
 ) -> Plan:
     """What the run will do and take, from the checkpoint's configuration and the lengths of the rows."""
     model_args, run_args = arguments.model, arguments.run
@@ -336,6 +369,7 @@ def plan_run(
             model_args.model_name_or_path,
             dtype=load_dtype,
             skeleton=True,
+            quantization=quantization,
             cache_dir=model_args.cache_dir,
             trust_remote_code=model_args.trust_remote_code,
         )

@@ -17,6 +17,7 @@ from tuning.args import LoraArguments
 from tuning.errors import SettingsError
 from tuning.lora_linear import speed_up_lora
 from tuning.model import TrainingModel, hide_gptqmodel
+from tuning.quantization import Quantization
 from tuning.record import MANIFEST_FILE, check_manifest, read_manifest
 from tuning.token_rows import PEFT_SUFFIX, TokenRows, find_module_name, is_tied
 
@@ -142,6 +143,14 @@ def check_adapter_base(directory: Path, base_fingerprint: str) -> None:
                 f"{directory}: this adapter was trained on another base model ({config.base_model_name_or_path} as it "
                 "was then); name that one"
             )
+
+
+def find_trained_quantization(directory: Path) -> Quantization | None:
+    """How the model was quantised that an adapter was trained on; None where it was not, or nothing says so."""
+    if not (directory / MANIFEST_FILE).is_file():
+        return None
+    values = read_manifest(directory).get("quantization")
+    return None if values is None else Quantization(**values)
 
 
 def add_lora(

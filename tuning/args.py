@@ -63,7 +63,14 @@ class LoraArguments:
     """How it is trained."""
 
     use_lora: bool = field(default=False, metadata={"help": "train LoRA adapters instead of all weights"})
-    q_lora: bool = field(default=False, metadata={"help": "LoRA on a 4-bit model (not available yet)"})
+    q_lora: bool = field(
+        default=False,
+        metadata={"help": "LoRA on a quantised model: a GPTQ or bitsandbytes checkpoint, or any, quantised at loading"},
+    )
+    bits: int | None = field(default=None, metadata={"help": "bits to quantise to at loading: 4 (default) or 8"})
+    quant_type: Literal["nf4", "fp4"] | None = field(
+        default=None, metadata={"help": "numbers that 4 bits stand for: nf4 (default) or fp4"}
+    )
     lora_r: int = field(default=64, metadata={"help": "rank of the adapters"})
     lora_alpha: int = field(default=16, metadata={"help": "scale: alpha / r (rsLoRA: alpha / sqrt(r))"})
     lora_dropout: float = field(default=0.05, metadata={"help": "dropout before the adapters, 0 to 1"})

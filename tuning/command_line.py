@@ -71,6 +71,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
         raise SettingsError(
             f"--warmup_ratio {arguments.run.warmup_steps}: a share of the steps, at least 0 and below 1"
         )
+    if arguments.lora.q_lora and not arguments.lora.use_lora:
+        if "use_lora" in given:
+            raise SettingsError("--use_lora False and --q_lora True: only adapters train on a quantised model")
+        arguments.lora.use_lora = True
     check_settings(arguments, given)
     return arguments
 

@@ -9,6 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tuning.model import TrainingModel
+from tuning.quantization import PackedLinear
 from tuning.sharding import shape_of
 
 
@@ -58,6 +59,8 @@ def count_flops(training_model: TrainingModel) -> StepFlops | None:
 
 
 def _per_input(linear: nn.Linear | Conv1D) -> int:
+    if isinstance(linear, PackedLinear):
+        return linear.in_features * linear.out_features * 4
     return shape_of(linear.weight).numel() * (6 if linear.weight.requires_grad else 4)
 
 

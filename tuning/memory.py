@@ -96,8 +96,8 @@ def estimate_memory(
     zero = int(engine.removeprefix("zero")) if engine.startswith("zero") else 0
     sharded = engine in SHARDED
     share = num_processes if sharded else 1
-    size = dtype.itemsize if zero else None  # DeepSpeed casts all weights
-    weights = sum(p.numel() * (size or p.element_size()) for p in parameters) // share
+    weights = sum(_size(p, dtype if zero else None) for p in parameters) // share  # DeepSpeed casts all weights
+    weights += sum(buffer.nbytes for buffer in training_model.buffers())  # tables of packed weights, mostly
     plain = engine in ("single", "ddp")  # others sum gradients over processes layer by layer, and keep their share
     own_gradients = sum(p.numel() * p.element_size() for p in trained)
     gradients = num_trained * 4 // (num_processes if zero >= 2 or sharded else 1)
@@ -195,7 +195,7 @@ def _with_storage(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]
             if tensor is None:
                 continue
             if id(tensor) not in made:
-                casts = dtype is not None and isinstance(tensor, nn.Parameter)
+                casts = dtype is not None and isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
                 empty = torch.empty(tensor.shape, dtype=dtype if casts else tensor.dtype, device="cpu")
                 is_parameter = isinstance(tensor, nn.Parameter)
                 made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
@@ -251,10 +251,17 @@ def _loss_bytes(
 def _gathered_bytes(training_model: TrainingModel, dtype: torch.dtype, keeps_whole: bool) -> int:
     """What is whole at a time: two layers (one is fetched ahead), and all that lies in no layer; or everything."""
     if keeps_whole:
-        return sum(p.numel() for p in training_model.parameters()) * dtype.itemsize
-    sizes = [sum(p.numel() for p in layer.parameters()) for layer in find_layers(training_model)]
-    rest = sum(p.numel() for p in training_model.parameters()) - sum(sizes)
-    return (2 * max(sizes, default=0) + rest) * dtype.itemsize
+        return sum(_size(p, dtype) for p in training_model.parameters())
+    sizes = [sum(_size(p, dtype) for p in layer.parameters()) for layer in find_layers(training_model)]
+    rest = sum(_size(p, dtype) for p in training_model.parameters()) - sum(sizes)
+    return 2 * max(sizes, default=0) + rest
+
+
+def _size(parameter: Tensor, dtype: torch.dtype | None) -> int:
+    """Bytes, cast to a dtype where one is given; packed weights are not cast."""
+    if dtype is not None and parameter.is_floating_point():
+        return parameter.numel() * dtype.itemsize
+    return parameter.nbytes
 
 
 def largest_micro_batch(total_of: Any, *, row: int, limit: int) -> int:

@@ -17,6 +17,14 @@ from tuning.attention import describe_packing
 from tuning.errors import SettingsError
 from tuning.loss import OutputHead
 from tuning.machine import is_out_of_memory
+from tuning.quantization import (
+    PackedLinear,
+    Quantization,
+    pack_like,
+    prepare_loading,
+    read_quantization,
+    take_over,
+)
 from tuning.token_rows import TokenRows
 
 
@@ -28,12 +36,17 @@ def load_model(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     skeleton: bool = False,
+    quantization: Quantization | None = None,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model from safetensors (or .bin where allow_pickle).
 
-    skeleton: build it without storage for its weights, for sharding.deal_out to fill.
+    skeleton: build it without storage for its weights, for sharding.deal_out to fill. quantization: quantise it while
+    it loads; a checkpoint that is quantised already stays as it is. device: where that is done (default: the CPU);
+    what is not quantised is always loaded there.
 
-    Raises: SettingsError: nothing there, no causal language model, no safetensors, weights missing.
+    Raises: SettingsError: nothing there, no causal language model, no safetensors, weights missing, a kind of
+        quantisation that is not supported.
     """
     if (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file():
         raise SettingsError(
@@ -41,21 +54,31 @@ def load_model(
         )
     try:
         config = AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+        own = read_quantization(config, path)
+        if isinstance(dtype, str):
+            dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
         if skeleton:
+            vars(config).pop("quantization_config", None)
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
             with contextlib.suppress(OSError):  # there may be none
                 model.generation_config = GenerationConfig.from_pretrained(path, cache_dir=cache_dir)
+            if kept := own or quantization:
+                pack_like(model, kept, dtype)
             return model
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype=dtype,
-            cache_dir=cache_dir,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=None if allow_pickle else True,
-            output_loading_info=True,
-        )
+        with prepare_loading(config, own, quantization, dtype, device or torch.device("cpu")) as options:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path,
+                config=config,
+                dtype=dtype,
+                cache_dir=cache_dir,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=None if allow_pickle else True,
+                output_loading_info=True,
+                **options,
+            )
+    except SettingsError:
+        raise
     except (OSError, ValueError) as error:
         raise SettingsError(f"{path}: cannot load a model: {str(error).strip().splitlines()[0]}") from None
     if info["missing_keys"] or info["mismatched_keys"]:
@@ -63,13 +86,25 @@ def load_model(
         raise SettingsError(f"{path}: {len(lacking)} weights are missing or of another shape, the first: {lacking[0]}")
     if getattr(config.get_text_config(), "output_router_logits", False):
         raise SettingsError(f"{path}: output_router_logits asks for a loss on the router, which is not supported yet")
-    if getattr(config, "quantization_config", None) is not None:
-        raise SettingsError(f"{path}: a quantised checkpoint; training on it is not available yet")
+    if own or quantization:
+        take_over(model, path)
     return model
 
 
+def find_quantization(path: str, *, cache_dir: str | None, trust_remote_code: bool) -> Quantization | None:
+    """What a checkpoint is quantised with; None where it is not, or where there is none (load_model says so).
+
+    Raises: SettingsError: in a way that is not supported.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError):
+        return None
+    return read_quantization(config, path)
+
+
 def hide_gptqmodel() -> None:
-    """Keep peft from importing gptqmodel (seconds, and a banner) for models that are not GPTQ-quantised."""
+    """Keep peft from importing gptqmodel (seconds, and a banner), whose layers no model here has (quantization.py)."""
     import peft.tuners.lora.awq
     import peft.tuners.lora.gptq
     import peft.utils.other
@@ -243,9 +278,11 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Trainable and all parameters; tied ones count once."""
+    """Trainable and all parameters; tied ones count once, packed ones as what they hold."""
+    packed = {m.weight: m.in_features * m.out_features for m in model.modules() if isinstance(m, PackedLinear)}
     parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+    total = sum(packed.get(p) or p.numel() for p in parameters)
+    return sum(p.numel() for p in parameters if p.requires_grad), total
 
 
 def list_eos_ids(config: Any) -> list[int]:

@@ -9,6 +9,7 @@ from tuning.adapters import read_adapter_config
 from tuning.args import Arguments, describe_settings
 from tuning.checkpoint import list_checkpoints, step_of
 from tuning.errors import SettingsError
+from tuning.quantization import Quantization
 from tuning.record import MANIFEST_FILE, find_fault, read_manifest
 from tuning.training_state import STATE_FILE
 
@@ -44,7 +45,12 @@ class StartingPoint:
 
 
 def describe_trajectory(
-    arguments: Arguments, *, base_fingerprint: str, rows_fingerprint: str, files: list[dict[str, Any]]
+    arguments: Arguments,
+    *,
+    base_fingerprint: str,
+    rows_fingerprint: str,
+    files: list[dict[str, Any]],
+    quantization: Quantization | None = None,
 ) -> dict[str, Any]:
     """What the weights after each step follow from, as JSON values; rows per step aside.
 
@@ -58,6 +64,7 @@ def describe_trajectory(
         chosen["lora_weight_path"] = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     data = {Path(str(file["path"])).name: str(file["sha256"])[:12] for file in files}
     trajectory = {**chosen, "base model": base_fingerprint[:12], "data": data, "tokenised rows": rows_fingerprint[:12]}
+    trajectory["quantization"] = quantization.to_json() if quantization else None
     return json.loads(json.dumps(trajectory))
 
 

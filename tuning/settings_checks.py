@@ -9,6 +9,7 @@ from tuning.errors import SettingsError
 from tuning.transformers_settings import FIELDS, HONOURED, LATER, OWN_LOOP
 
 _LORA_FIELDS = {declared.name for declared in fields(LoraArguments)}
+_MODEL_FIELDS = {"use_lora", "q_lora", "bits", "quant_type"}  # of the model that adapters are on
 _RATES = {"loraplus_lr_ratio"}  # of the optimizer, not of the adapter
 
 
@@ -19,6 +20,11 @@ def check_settings(arguments: Arguments, given: set[str]) -> None:
     """
     _check_lora(arguments.lora, arguments.model, given)
     _check_engine(arguments.run, arguments.model)
+    if arguments.lora.q_lora and arguments.run.engine == "zero3":
+        raise SettingsError(
+            "--q_lora and ZeRO-3: it casts and cuts packed weights; use --deepspeed finetune/ds_config_zero2.json, or "
+            "--fsdp full_shard, which spreads the model, too"
+        )
     _check_run(arguments.run, arguments.model, arguments.data, given)
     _check_evaluation(arguments.run, arguments.data, given)
     _check_transformers_settings(arguments.run)
@@ -34,14 +40,13 @@ def _check_transformers_settings(run: RunArguments) -> None:
 
 
 def _check_lora(lora: LoraArguments, model: ModelArguments, given: set[str]) -> None:
-    if lora.q_lora:
-        raise SettingsError("--q_lora: not available yet; use --use_lora")
+    _check_quantization(lora)
     if not lora.use_lora:
-        void = sorted(given & (_LORA_FIELDS - {"use_lora", "q_lora"}))
+        void = sorted(given & (_LORA_FIELDS - _MODEL_FIELDS))
         if void:
             raise SettingsError(f"--{void[0]}: has no effect without --use_lora")
     elif lora.lora_weight_path and (
-        taken := sorted(given & (_LORA_FIELDS - {"use_lora", "lora_weight_path"} - _RATES))
+        taken := sorted(given & (_LORA_FIELDS - {"lora_weight_path"} - _MODEL_FIELDS - _RATES))
     ):
         raise SettingsError(f"--{taken[0]}: has no effect with --lora_weight_path, whose adapter says it")
     elif model.pure_bf16:
@@ -54,6 +59,18 @@ def _check_lora(lora: LoraArguments, model: ModelArguments, given: set[str]) -> 
         raise SettingsError(f"--loraplus_lr_ratio {lora.loraplus_lr_ratio}: must be above 0")
     if not 0 <= lora.lora_dropout < 1:
         raise SettingsError(f"--lora_dropout {lora.lora_dropout}: must be at least 0 and below 1")
+
+
+def _check_quantization(lora: LoraArguments) -> None:
+    for name in ("bits", "quant_type"):
+        if getattr(lora, name) is not None and not lora.q_lora:
+            raise SettingsError(f"--{name}: has no effect without --q_lora")
+    if lora.bits not in (None, 4, 8):
+        raise SettingsError(f"--bits {lora.bits}: must be 4 or 8")
+    if lora.bits == 8 and lora.quant_type is not None:
+        raise SettingsError(f"--quant_type {lora.quant_type}: has no effect with --bits 8")
+    if lora.q_lora and lora.use_dora:
+        raise SettingsError("--use_dora and --q_lora: DoRA needs whole weights; choose one")
 
 
 def _check_plan(run: RunArguments) -> None:

@@ -31,6 +31,33 @@ from tuning.training_state import trained_parameters
 from tuning.window import StepWindow
 
 
+class GradientWatch:
+    """Sees whether gradients reach all parameters in the step that follows."""
+
+    def __init__(self, parameters: dict[str, torch.nn.Parameter]):
+        self._parameters = parameters
+        self._without = set(parameters)
+        self._hooks = [
+            parameter.register_hook(lambda _, name=name: self._without.discard(name))
+            for name, parameter in parameters.items()
+            if not isinstance(parameter, DTensor)  # which stands for the one that computes, and gets its gradient
+        ]
+
+    def check(self) -> None:
+        """All processes must call this. Raises: MachineError: a parameter that none reached."""
+        for hook in self._hooks:
+            hook.remove()
+        without = sorted(name for name in self._without if self._parameters[name].grad is None)
+        fault = None
+        if without:
+            fault = (
+                f"no gradient reached {without[0]} and {len(without) - 1} more of {len(self._parameters)} trained "
+                "tensors: the model, or the kernels of its quantised layers, cut the way back; choose other "
+                "--lora_target_modules"
+            )
+        raise_together(fault)
+
+
 class StepTrainer(ResumableTrainer):
     """Trains a TrainingModel on steps.
 
@@ -81,6 +108,7 @@ class StepTrainer(ResumableTrainer):
         self._saved_window: dict[str, Any] | None = None
         self._num_tokens_seen = self._num_targets_seen = 0
         self._train_s = 0.0  # before _began
+        self._gradients_seen = False
         self._training_model, self._flops = model, count_flops(model)
         self._peak_flops_per_s: float | None = None
         self._began = time.perf_counter()
@@ -148,6 +176,10 @@ class StepTrainer(ResumableTrainer):
                 num_ranks=self.args.world_size,
             )
             self._saved_window = None
+        watch = None
+        if not self._gradients_seen and hasattr(self.model.model, "peft_config"):
+            watch = GradientWatch(trained_parameters(self.model))
+        self._gradients_seen = True
         scale = self.args.world_size / num_items_in_batch
         losses = []
         micro_batches = [move_micro_batch(micro_batch, self.args.device) for micro_batch in inputs["micro_batches"]]
@@ -165,6 +197,8 @@ class StepTrainer(ResumableTrainer):
                 raise self._explain(error, micro_batch, inputs["row_ids"][index]) from error
         self._num_tokens_seen += inputs["num_tokens"]
         self._num_targets_seen += inputs["num_targets"]
+        if watch is not None:
+            watch.check()
         return self._window.add(self.state.global_step + 1, inputs, losses)
 
     def _run_micro_batch(self, model: Any, micro_batch: Any, scale: float, options: dict[str, Any]) -> torch.Tensor:
