@@ -27,7 +27,12 @@ def main(argv: list[str] | None = None) -> None:
     adapter, out, trust = Path(args.adapter), Path(args.out), args.trust_remote_code
     if not re.fullmatch(r"\d+(\.\d+)?[KMGT]i?B", args.max_shard_size):
         raise SettingsError(f"--max_shard_size {args.max_shard_size}: expected a size such as 5GB or 500MB")
-    base = merge.find_base(adapter, args.base, args.cache_dir)
+    trained = merge.choose_onto(adapter, args.onto, args.base, trust_remote_code=trust)
+    # A checkpoint that is quantised itself has another one that it was made from.
+    other = args.onto == "base" and trained is not None and trained.dtype is None
+    base = merge.find_base(adapter, args.base, args.cache_dir, other=other)
+    onto = None if args.onto == "base" else trained
+    trained_on = merge.find_base(adapter, None, args.cache_dir) if other else base
     merge.check_out(out, [adapter, base], overwrite=args.overwrite)
     tokenizer = load_tokenizer(str(merge.tokenizer_source(adapter, base)), trust_remote_code=trust)
     dtype = merge.read_dtype(base, trust_remote_code=trust) if args.dtype == "auto" else DTYPES[args.dtype]
@@ -36,8 +41,8 @@ def main(argv: list[str] | None = None) -> None:
     probes = merge.build_probes(tokenizer)
     expected = None
     if not args.no_verify:
-        expected = merge.compute_expected_logits(adapter, base, probes, trust_remote_code=trust)
-    model = merge.merge_adapter(adapter, base, trust_remote_code=trust)
+        expected = merge.compute_expected_logits(adapter, base, onto, probes, trust_remote_code=trust)
+    model = merge.merge_adapter(adapter, base, onto, trust_remote_code=trust)
     if out.exists():
         shutil.rmtree(out)
     try:
@@ -48,7 +53,14 @@ def main(argv: list[str] | None = None) -> None:
             if not comparison.holds:
                 raise SettingsError(f"the merged model differs from the adapter: {comparison.describe()}")
             verdict = f"merge verified: {comparison.describe()}"
-        write_manifest(out)
+            if trained is not None:
+                if onto is None:
+                    expected = merge.compute_expected_logits(
+                        adapter, trained_on, trained, probes, trust_remote_code=trust
+                    )
+                distance = merge.measure_distance(out, expected, probes, dtype=dtype, trust_remote_code=trust)
+                verdict += f"\nfrom the {trained.describe()} model it was trained on: {distance.describe()}"
+        write_manifest(out, onto="base" if onto is None else "dequantized")
     except BaseException:
         shutil.rmtree(out, ignore_errors=True)  # complete or absent
         raise
@@ -62,6 +74,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("adapter", help="output directory of a LoRA run, or one of its checkpoints")
     parser.add_argument("out", help="directory for the merged model; absent or empty")
     parser.add_argument("--base", help="base model (default: the one the adapter names)")
+    parser.add_argument(
+        "--onto",
+        choices=["dequantized", "base"],
+        help="of a Q-LoRA adapter: the weights it was trained on, unpacked (default), or the unquantised base",
+    )
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="of the result (auto: the base's)")
     parser.add_argument("--max_shard_size", default="5GB", help="largest weights file")
     parser.add_argument("--no-verify", action="store_true", help="skip the check of the merged logits")

@@ -25,13 +25,13 @@ def words(
 ):
     batch = rows_per_process // 2
     lora = ["--use_lora", "--lora_r", 4, "--lora_dropout", dropout] if kind == "lora" else []
+    evaluate = ["--eval_strategy", "steps", "--eval_steps", eval_steps] if eval_steps else ["--eval_strategy", "epoch"]
     return [
         *("--model_name_or_path", checkpoint, "--data_path", CONVERSATIONS, "--output_dir", out, "--report_to", "none"),
         *("--per_device_train_batch_size", batch, "--gradient_accumulation_steps", 2, "--model_max_length", MAX_LENGTH),
         *("--learning_rate", 3e-3 if lora else 1e-3, "--max_steps", steps, "--lr_scheduler_type", "cosine"),
         *("--logging_steps", 3, "--save_steps", save_steps, "--save_total_limit", 2, *lora),
-        *("--eval_data_path", CONVERSATIONS, "--resume_from_checkpoint", "auto"),
-        *(["--eval_strategy", "steps", "--eval_steps", eval_steps] if eval_steps else ["--eval_strategy", "epoch"]),
+        *("--eval_data_path", CONVERSATIONS, *evaluate, "--resume_from_checkpoint", "auto"),
         *ENGINES[engine],
     ]
 

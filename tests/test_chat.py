@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -182,8 +183,11 @@ class Terminal:
         return text
 
 
-def test_a_session_in_a_terminal(models):
-    terminal = Terminal("chat.py", models / "merged", "--max_new_tokens", "400")
+def test_a_session_in_a_terminal(models, tmp_path):
+    shutil.copytree(models / "merged", model := tmp_path / "endless")  # Ctrl-C must find it at work
+    settings = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": None}))
+    terminal = Terminal("chat.py", model, "--max_new_tokens", "400")
     try:
         terminal.wait_for(r":exit leaves")
         terminal.wait_for("> ")

@@ -10,10 +10,25 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from tuning.adapters import check_adapter_base, load_lora, read_adapter, read_adapter_config
+from tuning.adapters import (
+    check_adapter_base,
+    find_trained_quantization,
+    load_lora,
+    read_adapter,
+    read_adapter_config,
+)
 from tuning.checkpoint import check_writable, gather_state, lies_in, save_full_model
 from tuning.errors import SettingsError
-from tuning.model import TrainingModel, hide_gptqmodel, identify_checkpoint, list_eos_ids, load_model, local_directory
+from tuning.model import (
+    TrainingModel,
+    find_quantization,
+    hide_gptqmodel,
+    identify_checkpoint,
+    list_eos_ids,
+    load_model,
+    local_directory,
+)
+from tuning.quantization import Quantization, dequantize
 from tuning.record import MANIFEST_FILE, RUN_FILE
 from tuning.token_rows import TokenRows
 
@@ -43,8 +58,10 @@ class Comparison:
         )
 
 
-def find_base(adapter: Path, base: str | None, cache_dir: str | None) -> Path:
+def find_base(adapter: Path, base: str | None, cache_dir: str | None, *, other: bool = False) -> Path:
     """Directory of the base model: the one named, or the one the adapter names.
+
+    other: it may be another one than the adapter was trained on.
 
     Raises: SettingsError: no adapter there, or no base.
     """
@@ -58,8 +75,37 @@ def find_base(adapter: Path, base: str | None, cache_dir: str | None) -> Path:
         raise SettingsError(f"{named}: no such model (the adapter's base model); name it with --base") from None
     if not (directory / "config.json").is_file():
         raise SettingsError(f"{directory}: no config.json, so no model; name the adapter's base model with --base")
-    check_adapter_base(adapter, identify_checkpoint(str(directory))["fingerprint"])
+    if not other:
+        check_adapter_base(adapter, identify_checkpoint(str(directory))["fingerprint"])
     return directory
+
+
+def choose_onto(adapter: Path, onto: str | None, base: str | None, *, trust_remote_code: bool) -> Quantization | None:
+    """How the model was quantised that the adapter was trained on; None where it was not.
+
+    onto: of the command line, "dequantized", "base" or None.
+
+    Raises: SettingsError: onto has no effect, or the unquantised base is not known.
+    """
+    trained = find_trained_quantization(adapter)
+    if trained is None and not (adapter / MANIFEST_FILE).is_file():  # a plain peft adapter: its base says it
+        name = base or read_adapter_config(adapter).base_model_name_or_path
+        trained = find_quantization(str(name), cache_dir=None, trust_remote_code=trust_remote_code) if name else None
+    if trained is None and onto is not None:
+        raise SettingsError(f"--onto {onto}: has no effect; {adapter} was not trained on a quantised model")
+    if onto == "base" and trained is not None and trained.dtype is None and base is None:
+        raise SettingsError(
+            f"--onto base: {adapter} was trained on a checkpoint that is quantised itself; name the unquantised model "
+            "with --base"
+        )
+    return trained
+
+
+def load_base(base: Path, quantization: Quantization | None, *, trust_remote_code: bool) -> PreTrainedModel:
+    """The model to merge onto, in float32: as it is, or quantised as in training and unpacked again."""
+    dtype = getattr(torch, quantization.dtype) if quantization and quantization.dtype else torch.float32
+    model = load_model(str(base), dtype=dtype, quantization=quantization, trust_remote_code=trust_remote_code)
+    return dequantize(model)
 
 
 def check_out(out: Path, inputs: list[Path], *, overwrite: bool) -> None:
@@ -84,18 +130,20 @@ def read_dtype(base: Path, *, trust_remote_code: bool) -> torch.dtype:
 
 
 def compute_expected_logits(
-    adapter: Path, base: Path, probes: list[list[int]], *, trust_remote_code: bool
+    adapter: Path, base: Path, quantization: Quantization | None, probes: list[list[int]], *, trust_remote_code: bool
 ) -> list[Tensor]:
     """Logits of base and adapter as peft itself loads them: a road of its own, so that our mistakes show."""
     read_adapter(adapter)  # a damaged file is one line here, and a traceback in peft
-    model = load_model(str(base), dtype=torch.float32, trust_remote_code=trust_remote_code)
+    model = load_base(base, quantization, trust_remote_code=trust_remote_code)
     hide_gptqmodel()
     return compute_logits(PeftModel.from_pretrained(model, str(adapter)).eval(), probes)
 
 
-def merge_adapter(adapter: Path, base: Path, *, trust_remote_code: bool) -> PreTrainedModel:
+def merge_adapter(
+    adapter: Path, base: Path, quantization: Quantization | None, *, trust_remote_code: bool
+) -> PreTrainedModel:
     """The base model in float32 with adapters and trained rows or matrices folded in. Tied weights stay tied."""
-    model = load_model(str(base), dtype=torch.float32, trust_remote_code=trust_remote_code)
+    model = load_base(base, quantization, trust_remote_code=trust_remote_code)
     return merge_weights(TrainingModel(*load_lora(model, adapter)))
 
 
@@ -168,6 +216,14 @@ def verify_saved(
             raise SettingsError(f"{out}: {name} does not load as it was saved")
     saved.load_state_dict(merged, assign=True)
     return compare_logits(expected, compute_logits(saved, probes))
+
+
+def measure_distance(
+    out: Path, expected: list[Tensor], probes: list[list[int]], *, dtype: torch.dtype, trust_remote_code: bool
+) -> Comparison:
+    """How far the saved weights, rounded to dtype, are from other logits; computed in float32."""
+    saved = load_model(str(out), dtype=dtype, trust_remote_code=trust_remote_code)
+    return compare_logits(expected, compute_logits(saved.float().eval(), probes))
 
 
 @torch.no_grad()
