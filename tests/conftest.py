@@ -6,6 +6,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,16 @@ def checkpoints(tokenizer, tmp_path_factory) -> dict[str, Path]:
         build_model(tokenizer, tied=tied, seed=seed).save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
     return {path.name: path for path in root.iterdir()}
+
+
+@pytest.fixture(scope="session")
+def gptq(checkpoints, tmp_path_factory) -> dict[int, Path]:
+    """The "untied" checkpoint quantised by quantize.py, by bits (4 and 8)."""
+    root = tmp_path_factory.mktemp("gptq")
+    with ThreadPoolExecutor() as pool:
+        words = [checkpoints["untied"], "--data", CONVERSATIONS, "--group_size", 32]
+        list(pool.map(lambda bits: run_python("quantize.py", *words, root / str(bits), "--bits", bits), (4, 8)))
+    return {bits: root / str(bits) for bits in (4, 8)}
 
 
 @pytest.fixture(scope="session")

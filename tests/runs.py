@@ -15,11 +15,15 @@ from tuning.adapters import adapter_config, adapter_state, add_lora
 from tuning.args import RunArguments
 from tuning.model import TrainingModel, load_model
 from tuning.packing import enable_packing
+from tuning.quantization import Quantization
 from tuning.sharding import deal_out
 from tuning.trainer import StepTrainer
 
 MAX_LENGTH = 160
-LEARNING_RATES = {"full": 1e-3, "lora": 3e-3, "tokens": 3e-3, "matrices": 1e-3, "loraplus": 1e-3}
+LEARNING_RATES = {"full": 1e-3, "lora": 3e-3, "tokens": 3e-3, "matrices": 1e-3, "loraplus": 1e-3, "nf4": 3e-3}
+
+
+NF4 = Quantization("bitsandbytes", 4, "nf4", double=True, dtype="float32")
 
 
 def example_rows(checkpoint: Path) -> tuple[TokenizedRows, ChatTemplate]:
@@ -32,12 +36,13 @@ def build(
     checkpoint: Path, kind: str, template: ChatTemplate, *, dropout: float = 0.0, skeleton: bool = False
 ) -> TrainingModel:
     """kind: "full", "lora", "tokens" (LoRA and control tokens' rows) or "matrices" (LoRA and both whole matrices),
-    "loraplus" (as "tokens"; the rate is train_with's)."""
+    "loraplus" (as "tokens"; the rate is train_with's), "nf4" (as "tokens", on a model quantised at loading)."""
     torch.manual_seed(1)
-    model = load_model(str(checkpoint), dtype=torch.float32, skeleton=skeleton)
+    quantization = NF4 if kind == "nf4" else None
+    model = load_model(str(checkpoint), dtype=torch.float32, skeleton=skeleton, quantization=quantization)
     if kind == "full":
         return TrainingModel(model)
-    embeddings = {"lora": "off", "tokens": "tokens", "matrices": "full", "loraplus": "tokens"}[kind]
+    embeddings = {"lora": "off", "tokens": "tokens", "matrices": "full", "loraplus": "tokens", "nf4": "tokens"}[kind]
     ids = template.encoder.template_ids
     return TrainingModel(*add_lora(model, r=4, alpha=8, dropout=dropout, embeddings=embeddings, token_ids=ids))
 

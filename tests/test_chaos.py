@@ -24,7 +24,8 @@ def words(
     checkpoint, out, kind, *, steps, rows_per_process=8, dropout=0.1, save_steps=2, engine="ddp", eval_steps=None
 ):
     batch = rows_per_process // 2
-    lora = ["--use_lora", "--lora_r", 4, "--lora_dropout", dropout] if kind == "lora" else []
+    lora = ["--lora_r", 4, "--lora_dropout", dropout] if kind != "full" else []
+    lora += {"full": [], "lora": ["--use_lora"], "qlora": ["--q_lora"]}[kind]
     evaluate = ["--eval_strategy", "steps", "--eval_steps", eval_steps] if eval_steps else ["--eval_strategy", "epoch"]
     return [
         *("--model_name_or_path", checkpoint, "--data_path", CONVERSATIONS, "--output_dir", out, "--report_to", "none"),
@@ -58,18 +59,20 @@ def assert_same_run(one: Path, other: Path, last_step: int) -> None:
     assert states[0] == states[1]
 
 
-def kill_and_resume(forks, checkpoint, tmp_path, kind, processes, *, kills, steps, seed, engine="ddp", **more):
+def kill_and_resume(
+    forks, checkpoint, tmp_path, kind, processes, *, kills, steps, seed, engine="ddp", flags=(), **more
+):
     """Train uninterrupted, then again with kills (their number, or where they fall); both must end alike."""
     chance = random.Random(seed)
     calm, killed = tmp_path / "calm", tmp_path / "killed"
     rows_per_process = 8 // processes
     options = {"steps": steps, "rows_per_process": rows_per_process, "engine": engine, **more}
-    calm_words = words(checkpoint, calm, kind, **options)
+    calm_words = [*words(checkpoint, calm, kind, **options), *flags]
     code, _, stderr = forks.run(*calm_words, processes=processes)
     assert code == 0, stderr
     num_events = forks.num_events  # of each rank
 
-    killed_words = words(checkpoint, killed, kind, **options)
+    killed_words = [*words(checkpoint, killed, kind, **options), *flags]
     torn = 0
     plans = kills if isinstance(kills, list) else []
     for _ in range(0 if plans else kills):

@@ -33,7 +33,15 @@ def modules(folder: str) -> list[Path]:
 )
 def test_packages_do_not_know_each_other_nor_an_entry_script(path):
     other = {"data_utils": "tuning", "tuning": "data_utils"}[path.parent.name]
-    assert not {i.partition(".")[0] for i in imports(path)} & {other, "finetune", "merge_lora", "examples", "tests"}
+    assert not {i.partition(".")[0] for i in imports(path)} & {
+        other,
+        "finetune",
+        "merge_lora",
+        "quantize",
+        "chat",
+        "examples",
+        "tests",
+    }
     assert not {i.partition(".")[0] for i in imports(path, top_level_only=True)} & OPTIONAL
 
 

@@ -24,6 +24,9 @@ ENGINES = {
     "finetune_lora_ds": "zero2",
     "finetune_fsdp": "fsdp",
     "finetune_lora_fsdp": "fsdp",
+    "finetune_qlora_single_gpu": "single",
+    "finetune_qlora_ds": "zero2",
+    "finetune_qlora_fsdp": "fsdp",
 }
 
 

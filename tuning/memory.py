@@ -65,7 +65,14 @@ class Memory:
 # Of resident memory over what is allocated, measured on CPUs (benchmarks/LOG.md).
 _ALLOCATOR_SHARE = 0.12
 # Bytes of state a trained parameter has; weights that are no fp32 have their masters with it where DeepSpeed trains.
-_STATE_BYTES = {"adamw_torch": 8, "adamw_torch_fused": 8, "sgd": 0, "adamw_bnb_8bit": 2, "adamw_8bit": 2}
+_STATE_BYTES = {
+    "adamw_torch": 8,
+    "adamw_torch_fused": 8,
+    "sgd": 0,
+    "adamw_bnb_8bit": 2,
+    "adamw_8bit": 2,
+    "paged_adamw_8bit": 2,
+}
 
 
 def estimate_memory(

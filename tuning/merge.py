@@ -178,13 +178,18 @@ def save_merged(
         model.config.get_text_config().eos_token_id = next(iter(list_eos_ids(model.generation_config)), None)
     state = gather_state(model.state_dict(keep_vars=True), dtype)
     save_full_model(model, out, state, dtype=dtype, max_shard_size=max_shard_size)
-    own = {"adapter_config.json", "generation_config.json", "run.json", "manifest.json", "config.json"}
-    for file in tokenizer_source(adapter, base).iterdir():
-        weights_index = file.name.endswith(".index.json")
-        if file.suffix in (".json", ".jinja", ".txt", ".model") and file.name not in own and not weights_index:
-            shutil.copy2(file, out / file.name)
+    copy_tokenizer(tokenizer_source(adapter, base), out)
     if getattr(model.config, "auto_map", None):
         for file in base.glob("*.py"):
+            shutil.copy2(file, out / file.name)
+
+
+def copy_tokenizer(source: Path, out: Path) -> None:
+    """Copy the tokenizer's files and its chat template as they are."""
+    own = {"adapter_config.json", "generation_config.json", "run.json", "manifest.json", "config.json", "plan.json"}
+    for file in source.iterdir():
+        weights_index = file.name.endswith(".index.json")
+        if file.suffix in (".json", ".jinja", ".txt", ".model") and file.name not in own and not weights_index:
             shutil.copy2(file, out / file.name)
 
 

@@ -62,7 +62,8 @@ def read_quantization(config: Any, path: str) -> Quantization | None:
     if found is None:
         return None
     values: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
-    method, bits = str(values.get("quant_method", "gptq")), values.get("bits")
+    method, bits = values.get("quant_method", "gptq"), values.get("bits")
+    method = str(getattr(method, "value", method))
     if method == "bitsandbytes":
         bits = 8 if values.get("load_in_8bit") else 4
         kind = None if bits == 8 else values.get("bnb_4bit_quant_type", "fp4")
@@ -120,7 +121,7 @@ def prepare_loading(
         assert wanted is not None
         from transformers import BitsAndBytesConfig
 
-        _require("bitsandbytes")
+        require("bitsandbytes")
         options: dict[str, Any] = {"load_in_8bit": True}
         if wanted.bits == 4:
             options = {
@@ -131,11 +132,11 @@ def prepare_loading(
             }
         yield {"quantization_config": BitsAndBytesConfig(**options), "device_map": {"": device}}
     elif method == "bitsandbytes":
-        _require("bitsandbytes")
+        require("bitsandbytes")
         yield {"device_map": {"": device}}
     else:
         with silence_gptqmodel():
-            _require("gptqmodel", "optimum")
+            require("gptqmodel", "optimum")
             config.quantization_config = {**_as_dict(config.quantization_config), "backend": "torch"}
             yield {"device_map": {"": torch.device("cpu")}}
 
@@ -143,9 +144,10 @@ def prepare_loading(
 @contextlib.contextmanager
 def silence_gptqmodel() -> Iterator[None]:
     """Keep gptqmodel's banner and log from the terminal, and its settings of the allocator from other programs."""
-    before, logger = dict(os.environ), logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    before = dict(os.environ)
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("transformers", "tokenicer"))}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             with contextlib.suppress(ImportError):
@@ -154,12 +156,14 @@ def silence_gptqmodel() -> Iterator[None]:
                 LogBar.shared().setLevel(logging.ERROR)
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)
         for name in set(os.environ) - set(before):
             del os.environ[name]
 
 
-def _require(*libraries: str) -> None:
+def require(*libraries: str) -> None:
+    """Raises: SettingsError: a library is not installed."""
     import importlib
 
     for name in libraries:

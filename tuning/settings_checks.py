@@ -125,6 +125,8 @@ def _check_run(run: RunArguments, model: ModelArguments, data: DataArguments, gi
     optim = str(run.optim.value)
     if any(word in optim for word in ("layerwise", "lomo")):
         raise SettingsError(f"--optim {optim}: steps inside the backward pass, which {OWN_LOOP}")
+    if optim.startswith("paged_") and run.use_cpu:
+        raise SettingsError(f"--optim {optim}: moves its state between GPU and host; on a CPU use adamw_8bit")
     if "schedule_free" in optim:
         raise SettingsError(f"--optim {optim}: {LATER}")
     if optim in ("adamw_torch_4bit", "adamw_torch_8bit") and not run.save_only_model:

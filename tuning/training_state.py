@@ -45,6 +45,8 @@ def save_training_state(
 
     Raises: SettingsError: an optimizer whose state is not made of tensors and plain values.
     """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # what is paged is read on the host's side
     number, size = 1, 0
     tensors: dict[str, Tensor] = {}
     for name, tensor in _named_state(model, optimizer):
@@ -112,7 +114,15 @@ def load_optimizer(directory: Path, model: nn.Module, optimizer: torch.optim.Opt
             optimizer.state[parameter][key] = scatter(value, parameter)
             continue
         stays = key == "step" and not (group.get("capturable") or group.get("fused"))  # torch's own rule for steps
-        optimizer.state[parameter][key] = value if stays else value.to(parameter.device)
+        optimizer.state[parameter][key] = value if stays else _place(optimizer, parameter, value)
+
+
+def _place(optimizer: Any, parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """On the parameter's device; bitsandbytes' paged optimizers keep large states where both sides reach them."""
+    optimizer = _innermost(optimizer)
+    if getattr(optimizer, "is_paged", False) and value.shape == parameter.shape:
+        return optimizer.get_state_buffer(parameter, dtype=value.dtype).copy_(value)
+    return value.to(parameter.device)
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -162,10 +172,14 @@ def _write_tensors(directory: Path, number: int, tensors: dict[str, Tensor]) -> 
 
 def _kind(optimizer: Any) -> str:
     """The optimizer's class, behind accelerate's and DeepSpeed's; offloaded, its state is the same."""
+    name = type(_innermost(optimizer)).__name__
+    return "AdamW" if name == "DeepSpeedCPUAdam" else name
+
+
+def _innermost(optimizer: Any) -> Any:
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
-    name = type(optimizer).__name__
-    return "AdamW" if name == "DeepSpeedCPUAdam" else name
+    return optimizer
 
 
 def _read_tensors(directory: Path) -> Iterator[tuple[str, str, Tensor]]:

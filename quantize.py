@@ -1,0 +1,111 @@
+"""Quantise a model with GPTQ: python quantize.py MODEL OUT --data DATA.
+
+Calibrates on conversations rendered as in training, and prints the perplexity of held-back ones before and after.
+"""
+
+import argparse
+import random
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from data_utils.dataset import DataOptions, load_rows
+from data_utils.sources import DataError
+from data_utils.template import ChatTemplate
+from data_utils.tokenizer import load_tokenizer
+from tuning import export, merge
+from tuning.command_line import OneLineParser
+from tuning.errors import SettingsError
+from tuning.model import find_quantization, load_model, local_directory
+from tuning.record import write_manifest
+
+_HELD_BACK = 64  # rows to measure on, or a fifth of all
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, quantise, load again, measure. Raises: DataError, SettingsError: the user's mistakes, or no result."""
+    args = build_parser().parse_args(argv)
+    trust, out = args.trust_remote_code, Path(args.out)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.num_rows < 1 or args.model_max_length < 2:
+        raise SettingsError("--num_rows: must be at least 1, and --model_max_length at least 2")
+    try:
+        path = local_directory(args.model, args.cache_dir)
+    except (OSError, ValueError):
+        raise SettingsError(f"{args.model}: no such model") from None
+    merge.check_out(out, [path, *map(Path, args.data)], overwrite=args.overwrite)
+    if own := find_quantization(str(path), cache_dir=None, trust_remote_code=trust):
+        raise SettingsError(f"{path}: is quantised already ({own.describe()})")
+    tokenizer = load_tokenizer(str(path), trust_remote_code=trust)
+    options = DataOptions(max_length=args.model_max_length)
+    rows, account = load_rows(args.data, ChatTemplate(tokenizer), options)
+    print("data: " + account.describe()[0])
+    chosen = random.Random(args.seed).sample(range(len(rows)), min(len(rows), args.num_rows + _HELD_BACK))
+    examples = [rows[index][:2] for index in chosen]
+    num_held_back = min(_HELD_BACK, len(examples) // 5)
+    if not num_held_back:
+        raise SettingsError(f"--data: {len(rows)} rows; at least 5 are needed, to calibrate on and to measure on")
+    held_back, calibration = examples[:num_held_back], examples[num_held_back:]
+
+    model = load_model(str(path), dtype="auto", trust_remote_code=trust).to(device)
+    export.check_group_size(model, args.group_size)
+    before = export.measure_perplexity(model, held_back)
+    del model
+    print(f"quantising to {args.bits} bits, calibrated on {len(calibration):,} rows; large models take long")
+    started = time.perf_counter()
+    if out.exists():
+        shutil.rmtree(out)
+    try:
+        export.quantize_gptq(
+            path,
+            out,
+            [input_ids.tolist() for input_ids, _ in calibration],
+            bits=args.bits,
+            group_size=args.group_size,
+            device=device,
+            trust_remote_code=trust,
+        )
+        merge.copy_tokenizer(path, out)
+        for file in [*path.glob("generation_config.json"), *path.glob("*.py")]:
+            shutil.copy2(file, out / file.name)
+        model = load_model(str(out), dtype="auto", device=device, trust_remote_code=trust).to(device)
+        after = export.measure_perplexity(model, held_back)
+        write_manifest(out, quantized_from=str(path), perplexity={"before": before, "after": after})
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)  # complete or absent
+        raise
+    print(f"perplexity of {len(held_back):,} held-back rows: before {before:.3f}, after {after:.3f}")
+    print(f"quantised: {out} ({time.perf_counter() - started:.0f} s)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Command line."""
+    parser = OneLineParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("model", help="a standalone model: of full training, or merged")
+    parser.add_argument("out", help="directory for the quantised model; absent or empty")
+    parser.add_argument("--data", nargs="+", required=True, help="conversations to calibrate and to measure on")
+    parser.add_argument("--bits", type=int, choices=[4, 8], default=4, help="bits a weight (default 4)")
+    parser.add_argument(
+        "--group_size", type=int, default=128, help="input channels that share a scale (default 128); -1: all"
+    )
+    parser.add_argument("--num_rows", type=int, default=256, help="rows to calibrate on, at most (default 256)")
+    parser.add_argument("--model_max_length", type=int, default=2048, help="tokens a row may have (default 2048)")
+    parser.add_argument("--seed", type=int, default=42, help="of the choice of rows (default 42)")
+    parser.add_argument("--overwrite", action="store_true", help="delete OUT first")
+    parser.add_argument("--cache_dir", help="where hub downloads are kept")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    return parser
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (DataError, SettingsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: nothing was quantised", file=sys.stderr)
+        sys.exit(130)

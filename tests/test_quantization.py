@@ -1,0 +1,440 @@
+"""Q-LoRA on all kinds of packed layers: what they compute, what is saved, merged, quantised and refused."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import nn
+
+import merge_lora
+import quantize
+from data_utils.collate import StepDataset
+from tests import runs
+from tests.conftest import CONVERSATIONS, run_python
+from tests.runs import MAX_LENGTH, NF4, probe_logits
+from tests.test_chaos import kill_and_resume, words
+from tuning.adapters import add_lora, find_lora_targets, load_lora
+from tuning.errors import MachineError, SettingsError
+from tuning.memory import MicroBatchShape, estimate_memory
+from tuning.model import TrainingModel, count_parameters
+from tuning.model import load_model as load
+from tuning.packing import enable_packing
+from tuning.quantization import (
+    GptqLinear,
+    PackedLinear,
+    Quantization,
+    choose_quantization,
+    dequantize,
+    read_quantization,
+)
+
+KINDS = {
+    "nf4": NF4,
+    "fp4": Quantization("bitsandbytes", 4, "fp4", double=True, dtype="float32"),
+    "int8": Quantization("bitsandbytes", 8, dtype="float32"),
+    "gptq4": None,
+    "gptq8": None,
+}
+IDS = [1022, 40, 41, 1023, 5, 1022, 7, 8, 1023, 1021]
+
+
+@pytest.fixture
+def source(checkpoints, gptq):
+    """Kind -> (checkpoint, quantisation at loading)."""
+    return lambda kind: (gptq[int(kind[4:])] if kind.startswith("gptq") else checkpoints["untied"], KINDS[kind])
+
+
+@pytest.fixture
+def packed(source):
+    def get(kind, **options):
+        path, quantization = source(kind)
+        return load(str(path), dtype=torch.float32, quantization=quantization, **options)
+
+    return get
+
+
+def library_logits(base, kind, adapter, out):
+    run_python("-m", "tests.library_logits", base, kind, adapter, out, *IDS, TORCHDYNAMO_DISABLE="1")
+    return load_file(out)["logits"]
+
+
+@torch.no_grad()
+def our_logits(model):
+    return model.eval()(input_ids=torch.tensor([IDS])).logits
+
+
+# ---- what packed layers compute ----
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_are_the_librarys(source, packed, tmp_path, kind):
+    path, quantization = source(kind)
+    theirs = library_logits(path, kind if quantization else "own", "-", tmp_path / "logits")
+    # Int8: the library rounds activations to 8 bits as well, and computes in fp16.
+    assert (theirs - our_logits(packed(kind))).abs().max() < (0.1 if kind == "int8" else 1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_but_embedding_and_output_is_packed(packed, kind):
+    model = packed(kind)
+    linear = {name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    assert {name for name, m in model.named_modules() if isinstance(m, PackedLinear)} == linear - {"lm_head"}
+    assert find_lora_targets(model) == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    skeleton = packed(kind, skeleton=True)
+    described = [
+        {name: (t.shape, t.dtype) for name, t in [*m.named_parameters(), *m.named_buffers()]} for m in (model, skeleton)
+    ]
+    assert described[0] == described[1]
+    assert count_parameters(model) == count_parameters(skeleton)
+    assert count_parameters(model)[1] == count_parameters(dequantize(model))[1]
+
+
+def gradients(model, *, half, layout, rows):
+    """(loss, gradients of all that trains) of one step, behind an evaluation."""
+    steps = StepDataset(rows, rows_per_step=6, max_tokens=6 * MAX_LENGTH, packed=layout == "packed", seed=1)
+    micro_batch = steps[0]["micro_batches"][0]
+    with torch.no_grad():
+        model.eval()(**micro_batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+        loss = model.train()(**micro_batch)
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_of_unpacked_weights(checkpoints, packed, kind, half, layout):
+    rows, template = runs.example_rows(checkpoints["untied"])
+    results = []
+    for unpacks in (False, True):
+        model = dequantize(packed(kind)) if unpacks else packed(kind)
+        torch.manual_seed(1)
+        ids = template.encoder.template_ids
+        wrapped = TrainingModel(*add_lora(model, r=4, alpha=8, dropout=0.0, embeddings="tokens", token_ids=ids))
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.1)
+        if layout == "packed":
+            assert enable_packing(wrapped, max_length=MAX_LENGTH, dtype=torch.float32) is None
+        results.append(gradients(wrapped, half=half, layout=layout, rows=rows))
+    (loss, ours), (expected_loss, expected) = results
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert ours.keys() == expected.keys() and len(ours) == 2 * 7 * 2 + 2
+    for name, gradient in ours.items():
+        assert gradient.norm() > 0
+        assert (gradient - expected[name]).norm() <= (2e-2 if half else 1e-5) * expected[name].norm(), name
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    bits=st.sampled_from([4, 8]),
+    groups=st.integers(1, 4),
+    outputs=st.sampled_from([8, 16, 24]),
+    seed=st.integers(0, 1000),
+)
+def test_gptq_numbers_are_unpacked_one_by_one_alike(bits, groups, outputs, seed):
+    torch.manual_seed(seed)
+    inputs, per_word = 32, 32 // bits
+    codes = torch.randint(0, 2**bits, (inputs, outputs))
+    zeros = torch.randint(0, 2**bits, (groups, outputs))
+    scales = torch.rand(groups, outputs).half()
+    group_index = torch.randint(0, groups, (inputs,), dtype=torch.int32)  # in any order, as with desc_act
+
+    def pack(numbers, dim):
+        words = (
+            torch.zeros_like(numbers.select(dim, 0))
+            .unsqueeze(dim)
+            .repeat_interleave(numbers.shape[dim] // per_word, dim)
+        )
+        for index in range(numbers.shape[dim]):
+            shifted = numbers.select(dim, index) << (bits * (index % per_word))
+            words.select(dim, index // per_word).bitwise_or_(shifted)
+        return ((words + 2**31) % 2**32 - 2**31).int()
+
+    layer = GptqLinear(
+        inputs, outputs, pack(codes, 0), None, bits=bits, zeros=pack(zeros, 1), scales=scales, group_index=group_index
+    )
+    weight = layer.unpack()
+    for i in range(inputs):
+        for o in range(outputs):
+            group = int(group_index[i])
+            assert weight[o, i] == scales[group, o] * (codes[i, o] - zeros[group, o])
+
+
+# ---- training, saving, going on ----
+
+
+@pytest.fixture(scope="session")
+def trained(forks, checkpoints, gptq, tmp_path_factory):
+    """Kind -> directory of an adapter that finetune.py trained, once."""
+    known = {}
+
+    def get(kind):
+        if kind not in known:
+            base = gptq[int(kind[4:])] if kind.startswith("gptq") else checkpoints["untied"]
+            out = tmp_path_factory.mktemp("qlora") / kind
+            flags = {"fp4": ["--quant_type", "fp4"], "int8": ["--bits", "8"]}.get(kind, [])
+            command = words(base, out, "qlora", steps=8, dropout=0.0, eval_steps=8)
+            code, stdout, stderr = forks.run(*command, *flags)
+            assert code == 0, stderr
+            known[kind] = base, out, stdout
+        return known[kind]
+
+    return get
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_saved_is_what_was_trained(source, trained, tmp_path, kind):
+    base, out, stdout = trained(kind)
+    log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.05
+    described = {
+        "nf4": "bitsandbytes NF4, double quantisation",
+        "fp4": "bitsandbytes FP4, double quantisation",
+        "int8": "bitsandbytes Int8",
+        "gptq4": "GPTQ, 4 bits, groups of 32",
+        "gptq8": "GPTQ, 8 bits, groups of 32",
+    }[kind]
+    assert f"its linear layers: {described}" in stdout and "computing in float32" in stdout
+    model = load(str(base), dtype=torch.float32, quantization=source(kind)[1])
+    wrapped = TrainingModel(*load_lora(model, out))
+    assert wrapped.token_rows is not None, "of a base model"
+    rows, _ = runs.example_rows(base)
+    with torch.no_grad():
+        steps = StepDataset(rows, rows_per_step=8, max_tokens=8 * MAX_LENGTH, packed=False, seed=None)
+        total = sum(wrapped.eval()(**b).item() for i in range(len(steps)) for b in steps[i]["micro_batches"])
+        targets = sum(steps[i]["num_targets"] for i in range(len(steps)))
+    assert total / targets == pytest.approx(log[-1]["eval_loss"], abs=1e-4), "the model in memory, and what is saved"
+    theirs = library_logits(base, kind if source(kind)[1] else "own", out, tmp_path / "logits")
+    fresh = our_logits(load(str(base), dtype=torch.float32, quantization=source(kind)[1]))
+    ours = our_logits(wrapped.model)
+    limit = 0.1 if kind == "int8" else 1e-4
+    assert (ours - theirs).abs().max() < limit < (ours - fresh).abs().max()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "gptq4"])
+def test_a_kill_changes_nothing(forks, source, tmp_path, kind):
+    plan = {"kills": [{"at": 4, "only": "step"}], "steps": 5, "seed": kind, "eval_steps": 2}
+    flags = ["--bits", "8"] if kind == "int8" else []
+    kill_and_resume(forks, source(kind)[0], tmp_path, "qlora", 1, flags=flags, **plan)
+
+
+@pytest.mark.parametrize(("kind", "engine"), [("nf4", "zero2"), ("nf4", "fsdp"), ("gptq8", "zero2")])
+def test_a_kill_of_one_of_two_processes_changes_nothing(forks, source, tmp_path, kind, engine):
+    plan = {"kills": [{"at": 4, "only": "step", "rank": 1}], "steps": 5, "seed": kind, "eval_steps": 2}
+    kill_and_resume(forks, source(kind)[0], tmp_path, "qlora", 2, engine=engine, **plan)
+
+
+def test_another_quantisation_is_another_run(forks, checkpoints, tmp_path):
+    command = words(checkpoints["untied"], tmp_path / "out", "qlora", steps=2)
+    assert forks.run(*command)[0] == 0
+    command[command.index("--max_steps") + 1] = 4
+    code, _, stderr = forks.run(*command, "--quant_type", "fp4", "--force_resume", "False")
+    assert code == 2 and "quantization" in stderr and "fp4" in stderr
+
+
+def test_a_checkpoint_that_bitsandbytes_quantised(packed, checkpoints, forks, tmp_path):
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    model = AutoModelForCausalLM.from_pretrained(checkpoints["untied"], quantization_config=config, dtype=torch.float32)
+    shutil.copytree(checkpoints["untied"], base := tmp_path / "base")
+    model.save_pretrained(base)
+    own = read_quantization(model.config, "x")
+    assert own == Quantization("bitsandbytes", 4, "nf4", double=True)
+    assert torch.equal(our_logits(load(str(base), dtype=torch.float32)), our_logits(packed("nf4")))
+    code, stdout, stderr = forks.run(*words(base, tmp_path / "out", "qlora", steps=2))
+    assert code == 0 and "bitsandbytes NF4, double quantisation" in stdout, stderr
+    merge_lora.main([str(tmp_path / "out"), str(tmp_path / "merged")])
+
+
+class Cut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None
+
+
+def test_a_gradient_that_does_not_arrive_is_an_error(checkpoints, tmp_path, monkeypatch):
+    rows, template = runs.example_rows(checkpoints["untied"])
+    model = runs.build(checkpoints["untied"], "nf4", template)
+    layer = model.causal_lm.model.layers[0].mlp.down_proj
+    whole = layer.forward
+    layer.forward = lambda x: whole(x).detach()
+    with pytest.raises(MachineError, match=r"no gradient reached .*layers.0.mlp.down_proj.lora_A.* of 30 trained"):
+        runs.train(model, rows, tmp_path, kind="nf4", batch=2, accumulation=2, steps=1)
+
+
+def test_adapters_go_on_with_another_quantisation_and_say_so(forks, trained, tmp_path):
+    base, adapter, _ = trained("nf4")
+    command = words(base, tmp_path / "out", "full", steps=2)
+    code, stdout, stderr = forks.run(*command, "--use_lora", "--lora_weight_path", adapter)
+    assert code == 0, stderr
+    assert "trained with bitsandbytes NF4, double quantisation before, goes on with no quantisation" in stdout
+
+
+# ---- merging ----
+
+
+def merge(capsys, *words):
+    merge_lora.main([str(word) for word in words])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "gptq4", "gptq8"])
+def test_merging_onto_what_it_was_trained_on(source, trained, tmp_path, capsys, kind):
+    base, adapter, _ = trained(kind)
+    said = merge(capsys, adapter, tmp_path / "merged", "--dtype", "fp32")
+    assert "merge verified" in said and "top-1 100 %" in said.splitlines()[1]
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert "quantization_config" not in config
+    merged = library_logits(tmp_path / "merged", "own", "-", tmp_path / "logits")
+    model = load(str(base), dtype=torch.float32, quantization=source(kind)[1])
+    assert (merged - our_logits(load_lora(model, adapter)[0])).abs().max() < 1e-4
+
+
+def test_merging_onto_the_unquantised_base(checkpoints, trained, tmp_path, capsys):
+    base, adapter, _ = trained("nf4")
+    said = merge(capsys, adapter, tmp_path / "merged", "--onto", "base")
+    assert "merge verified" in said and "from the bitsandbytes NF4, double quantisation model" in said
+    expected = probe_logits(base, adapter)
+    assert (library_logits(tmp_path / "merged", "own", "-", tmp_path / "logits") - expected).abs().max() < 1e-4
+    assert json.loads((tmp_path / "merged" / "manifest.json").read_text())["onto"] == "base"
+    _, adapter, _ = trained("gptq4")
+    merge(capsys, adapter, tmp_path / "second", "--onto", "base", "--base", checkpoints["untied"], "--dtype", "fp32")
+    expected = probe_logits(checkpoints["untied"], adapter)
+    assert (library_logits(tmp_path / "second", "own", "-", tmp_path / "logits") - expected).abs().max() < 1e-4
+
+
+def test_merges_that_are_refused(checkpoints, gptq, trained, forks, tmp_path):
+    adapter = trained("gptq4")[1]
+    for more, message in [
+        (["--onto", "base"], "quantised itself; name the unquantised model with --base"),
+        (["--onto", "base", "--base", gptq[8]], "is quantised"),
+        (["--base", checkpoints["untied"]], "trained on another base model"),
+    ]:
+        with pytest.raises(SettingsError, match=message):
+            merge_lora.main([str(adapter), str(tmp_path / "merged"), *map(str, more)])
+        assert not (tmp_path / "merged").exists()
+    plain = tmp_path / "plain"
+    assert forks.run(*words(checkpoints["untied"], plain, "lora", steps=1))[0] == 0
+    with pytest.raises(SettingsError, match="--onto dequantized: has no effect"):
+        merge_lora.main([str(plain), str(tmp_path / "merged"), "--onto", "dequantized"])
+
+
+# ---- quantize.py ----
+
+
+def test_quantised_models_load_in_transformers(checkpoints, gptq, packed, tmp_path):
+    fresh = our_logits(load(str(checkpoints["untied"]), dtype=torch.float32))
+    for bits, furthest in ((4, 2.0), (8, 0.1)):
+        assert (library_logits(gptq[bits], "own", "-", tmp_path / "logits") - fresh).abs().max() < furthest
+        names = {path.name for path in gptq[bits].iterdir()}
+        assert {"config.json", "tokenizer.json", "generation_config.json", "manifest.json"} <= names
+        assert "quant_log.csv" not in names
+        measured = json.loads((gptq[bits] / "manifest.json").read_text())["perplexity"]
+        assert abs(measured["after"] / measured["before"] - 1) < (0.2 if bits == 4 else 0.02)
+        assert (gptq[bits] / "tokenizer.json").read_bytes() == (checkpoints["untied"] / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--group_size", "128"], "has 32 input channels, which it does not divide; choose 32, 64, 128, or -1"),
+        (["--data", "absent.json"], "absent.json"),
+        (["--num_rows", "0"], "--num_rows: must be at least 1"),
+        (["--bits", "3"], "invalid choice"),
+    ],
+)
+def test_what_cannot_be_quantised(checkpoints, tmp_path, more, message):
+    with pytest.raises((SettingsError, ValueError), match=message):
+        quantize.main([str(checkpoints["untied"]), str(tmp_path / "out"), "--data", str(CONVERSATIONS), *more])
+    assert not (tmp_path / "out").exists()
+
+
+def test_inputs_that_cannot_be_quantised(checkpoints, gptq, trained, tmp_path, write_json):
+    words = ["--data", str(CONVERSATIONS)]
+    with pytest.raises(SettingsError, match="is quantised already"):
+        quantize.main([str(gptq[4]), str(tmp_path / "out"), *words])
+    with pytest.raises(SettingsError, match="is an adapter, not a model; merge it first"):
+        quantize.main([str(trained("nf4")[1]), str(tmp_path / "out"), *words])
+    few = write_json([{"prompt": "a", "completion": "b"}] * 4)
+    with pytest.raises(SettingsError, match="4 rows; at least 5 are needed"):
+        quantize.main([str(checkpoints["untied"]), str(tmp_path / "out"), "--data", str(few)])
+
+
+# ---- what is chosen and refused ----
+
+
+def test_how_a_model_is_quantised_is_decided_by_its_checkpoint():
+    own = Quantization("gptq", 4, group_size=128)
+    plain = {"path": "p", "q_lora": True, "bits": None, "quant_type": None, "dtype": torch.bfloat16}
+    assert choose_quantization(own, **plain) == own
+    nf4 = Quantization("bitsandbytes", 4, "nf4", double=True, dtype="bfloat16")
+    assert choose_quantization(None, **plain) == nf4
+    assert choose_quantization(None, **plain | {"bits": 8}) == Quantization("bitsandbytes", 8, dtype="bfloat16")
+    assert choose_quantization(None, **plain | {"q_lora": False}) is None
+    for change, message in [
+        (
+            {"q_lora": False},
+            r"is quantised \(GPTQ, 4 bits, groups of 128\): its own weights cannot train; pass --q_lora",
+        ),
+        ({"bits": 4}, "--bits 4: has no effect on p"),
+        ({"quant_type": "fp4"}, "--quant_type fp4: has no effect on p"),
+    ]:
+        with pytest.raises(SettingsError, match=message):
+            choose_quantization(own, **plain | change)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"quant_method": "awq", "bits": 4}, "quantised with awq; bitsandbytes, and GPTQ with 4 or 8 bits, are"),
+        ({"quant_method": "fp8"}, "quantised with fp8"),
+        ({"quant_method": "mxfp4"}, "quantised with mxfp4"),
+        ({"quant_method": "gptq", "bits": 3}, "GPTQ and 3 bits"),
+        ({"quant_method": "gptq", "bits": 4, "dynamic": {"x": {}}}, "other bits in some layers"),
+        ({"quant_method": "gptq", "bits": 4, "lm_head": True}, "its output layer is quantised"),
+    ],
+)
+def test_kinds_that_are_not_supported(config, message):
+    with pytest.raises(SettingsError, match=message):
+        read_quantization(SimpleNamespace(quantization_config=config), "p")
+
+
+def test_a_quantised_checkpoint_is_not_trained_as_a_whole(forks, gptq, tmp_path):
+    for kind in ("full", "lora"):
+        code, _, stderr = forks.run(*words(gptq[4], tmp_path / "out", kind, steps=1))
+        assert code == 2 and "its own weights cannot train; pass --q_lora" in stderr and stderr.count("\n") == 1
+        assert not (tmp_path / "out").exists()
+
+
+# ---- the plan ----
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "gptq4"])
+def test_the_plan_knows_packed_weights(packed, kind):
+    def plan(model):
+        wrapped = TrainingModel(*add_lora(model, r=4, alpha=8, dropout=0.0))
+        return estimate_memory(
+            wrapped, MicroBatchShape((64,) * 4, 100, packed=False), dtype=torch.float32, engine="single",
+            num_processes=1, optimizer="adamw_torch", device_type="cuda", process_bytes=0, accumulates=False,
+        )  # fmt: skip
+
+    skeleton = packed(kind, skeleton=True)
+    memory = plan(skeleton)
+    model = packed(kind)
+    loaded = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    adapters = sum(p.nbytes for p in skeleton.parameters() if p.requires_grad)
+    assert memory.weights == pytest.approx(loaded + adapters, rel=0.01)
+    assert memory.activations > 0
