@@ -16,6 +16,7 @@ from data_utils.tokenizer import load_tokenizer
 from tuning import merge
 from tuning.command_line import OneLineParser
 from tuning.errors import SettingsError
+from tuning.model import find_quantization
 from tuning.record import write_manifest
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -31,6 +32,10 @@ def main(argv: list[str] | None = None) -> None:
     # A checkpoint that is quantised itself has another one that it was made from.
     other = args.onto == "base" and trained is not None and trained.dtype is None
     base = merge.find_base(adapter, args.base, args.cache_dir, other=other)
+    if args.onto == "base" and (own := find_quantization(str(base), cache_dir=None, trust_remote_code=trust)):
+        raise SettingsError(
+            f"--onto base: {base} is quantised ({own.describe()}); --base must name the unquantised model"
+        )
     onto = None if args.onto == "base" else trained
     trained_on = merge.find_base(adapter, None, args.cache_dir) if other else base
     merge.check_out(out, [adapter, base], overwrite=args.overwrite)

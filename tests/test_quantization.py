@@ -8,14 +8,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import save_file
 from torch import nn
 
 import merge_lora
 import quantize
 from data_utils.collate import StepDataset
 from tests import runs
-from tests.conftest import CONVERSATIONS, run_python
+from tests.conftest import CONVERSATIONS, ROOT
+from tests.library_logits import Library
 from tests.runs import MAX_LENGTH, NF4, probe_logits
 from tests.test_chaos import kill_and_resume, words
 from tuning.adapters import add_lora, find_lora_targets, load_lora
@@ -58,9 +59,12 @@ def packed(source):
     return get
 
 
-def library_logits(base, kind, adapter, out):
-    run_python("-m", "tests.library_logits", base, kind, adapter, out, *IDS, TORCHDYNAMO_DISABLE="1")
-    return load_file(out)["logits"]
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """Plain transformers and peft, in a process of their own."""
+    process = Library(ROOT, tmp_path_factory.mktemp("library"))
+    yield process
+    process.close()
 
 
 @torch.no_grad()
@@ -72,9 +76,9 @@ def our_logits(model):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_are_the_librarys(source, packed, tmp_path, kind):
+def test_logits_are_the_librarys(source, packed, library, kind):
     path, quantization = source(kind)
-    theirs = library_logits(path, kind if quantization else "own", "-", tmp_path / "logits")
+    theirs = library.logits(path, IDS, kind=kind if quantization else "own")
     # Int8: the library rounds activations to 8 bits as well, and computes in fp16.
     assert (theirs - our_logits(packed(kind))).abs().max() < (0.1 if kind == "int8" else 1e-4)
 
@@ -190,7 +194,7 @@ def trained(forks, checkpoints, gptq, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_saved_is_what_was_trained(source, trained, tmp_path, kind):
+def test_what_is_saved_is_what_was_trained(source, trained, library, kind):
     base, out, stdout = trained(kind)
     log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     losses = [entry["loss"] for entry in log if "loss" in entry]
@@ -212,21 +216,29 @@ def test_what_is_saved_is_what_was_trained(source, trained, tmp_path, kind):
         total = sum(wrapped.eval()(**b).item() for i in range(len(steps)) for b in steps[i]["micro_batches"])
         targets = sum(steps[i]["num_targets"] for i in range(len(steps)))
     assert total / targets == pytest.approx(log[-1]["eval_loss"], abs=1e-4), "the model in memory, and what is saved"
-    theirs = library_logits(base, kind if source(kind)[1] else "own", out, tmp_path / "logits")
+    theirs = library.logits(base, IDS, kind=kind if source(kind)[1] else "own", adapter=out)
     fresh = our_logits(load(str(base), dtype=torch.float32, quantization=source(kind)[1]))
     ours = our_logits(wrapped.model)
     limit = 0.1 if kind == "int8" else 1e-4
     assert (ours - theirs).abs().max() < limit < (ours - fresh).abs().max()
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8", "gptq4"])
+@pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=pytest.mark.slow), "gptq4"])
 def test_a_kill_changes_nothing(forks, source, tmp_path, kind):
     plan = {"kills": [{"at": 4, "only": "step"}], "steps": 5, "seed": kind, "eval_steps": 2}
     flags = ["--bits", "8"] if kind == "int8" else []
     kill_and_resume(forks, source(kind)[0], tmp_path, "qlora", 1, flags=flags, **plan)
 
 
-@pytest.mark.parametrize(("kind", "engine"), [("nf4", "zero2"), ("nf4", "fsdp"), ("gptq8", "zero2")])
+@pytest.mark.parametrize(
+    ("kind", "engine"),
+    [
+        ("nf4", "zero2"),
+        pytest.param("nf4", "fsdp", marks=pytest.mark.slow),
+        pytest.param("gptq8", "zero2", marks=pytest.mark.slow),
+        pytest.param("gptq4", "fsdp", marks=pytest.mark.slow),
+    ],
+)
 def test_a_kill_of_one_of_two_processes_changes_nothing(forks, source, tmp_path, kind, engine):
     plan = {"kills": [{"at": 4, "only": "step", "rank": 1}], "steps": 5, "seed": kind, "eval_steps": 2}
     kill_and_resume(forks, source(kind)[0], tmp_path, "qlora", 2, engine=engine, **plan)
@@ -246,7 +258,8 @@ def test_a_checkpoint_that_bitsandbytes_quantised(packed, checkpoints, forks, tm
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     model = AutoModelForCausalLM.from_pretrained(checkpoints["untied"], quantization_config=config, dtype=torch.float32)
     shutil.copytree(checkpoints["untied"], base := tmp_path / "base")
-    model.save_pretrained(base)
+    save_file(model.state_dict(), base / "model.safetensors", metadata={"format": "pt"})
+    model.config.save_pretrained(base)
     own = read_quantization(model.config, "x")
     assert own == Quantization("bitsandbytes", 4, "nf4", double=True)
     assert torch.equal(our_logits(load(str(base), dtype=torch.float32)), our_logits(packed("nf4")))
@@ -292,28 +305,28 @@ def merge(capsys, *words):
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8", "gptq4", "gptq8"])
-def test_merging_onto_what_it_was_trained_on(source, trained, tmp_path, capsys, kind):
+def test_merging_onto_what_it_was_trained_on(source, trained, library, tmp_path, capsys, kind):
     base, adapter, _ = trained(kind)
     said = merge(capsys, adapter, tmp_path / "merged", "--dtype", "fp32")
     assert "merge verified" in said and "top-1 100 %" in said.splitlines()[1]
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert "quantization_config" not in config
-    merged = library_logits(tmp_path / "merged", "own", "-", tmp_path / "logits")
+    merged = library.logits(tmp_path / "merged", IDS)
     model = load(str(base), dtype=torch.float32, quantization=source(kind)[1])
     assert (merged - our_logits(load_lora(model, adapter)[0])).abs().max() < 1e-4
 
 
-def test_merging_onto_the_unquantised_base(checkpoints, trained, tmp_path, capsys):
+def test_merging_onto_the_unquantised_base(checkpoints, trained, library, tmp_path, capsys):
     base, adapter, _ = trained("nf4")
     said = merge(capsys, adapter, tmp_path / "merged", "--onto", "base")
     assert "merge verified" in said and "from the bitsandbytes NF4, double quantisation model" in said
     expected = probe_logits(base, adapter)
-    assert (library_logits(tmp_path / "merged", "own", "-", tmp_path / "logits") - expected).abs().max() < 1e-4
+    assert (library.logits(tmp_path / "merged", IDS) - expected).abs().max() < 1e-4
     assert json.loads((tmp_path / "merged" / "manifest.json").read_text())["onto"] == "base"
     _, adapter, _ = trained("gptq4")
     merge(capsys, adapter, tmp_path / "second", "--onto", "base", "--base", checkpoints["untied"], "--dtype", "fp32")
     expected = probe_logits(checkpoints["untied"], adapter)
-    assert (library_logits(tmp_path / "second", "own", "-", tmp_path / "logits") - expected).abs().max() < 1e-4
+    assert (library.logits(tmp_path / "second", IDS) - expected).abs().max() < 1e-4
 
 
 def test_merges_that_are_refused(checkpoints, gptq, trained, forks, tmp_path):
@@ -335,10 +348,10 @@ def test_merges_that_are_refused(checkpoints, gptq, trained, forks, tmp_path):
 # ---- quantize.py ----
 
 
-def test_quantised_models_load_in_transformers(checkpoints, gptq, packed, tmp_path):
+def test_quantised_models_load_in_transformers(checkpoints, gptq, library):
     fresh = our_logits(load(str(checkpoints["untied"]), dtype=torch.float32))
     for bits, furthest in ((4, 2.0), (8, 0.1)):
-        assert (library_logits(gptq[bits], "own", "-", tmp_path / "logits") - fresh).abs().max() < furthest
+        assert (library.logits(gptq[bits], IDS) - fresh).abs().max() < furthest
         names = {path.name for path in gptq[bits].iterdir()}
         assert {"config.json", "tokenizer.json", "generation_config.json", "manifest.json"} <= names
         assert "quant_log.csv" not in names

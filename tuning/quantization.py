@@ -415,7 +415,7 @@ def pack_like(model: PreTrainedModel, quantization: Quantization, dtype: torch.d
     output = model.get_output_embeddings()
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and module is not output:
-            model.set_submodule(name, layer_type.sketch(module, quantization, dtype))
+            _put(model, name, layer_type.sketch(module, quantization, dtype))
 
 
 def take_over(model: PreTrainedModel, path: str) -> None:
@@ -437,7 +437,7 @@ def take_over(model: PreTrainedModel, path: str) -> None:
             continue
         if module is output:
             raise SettingsError(f"{path}: its output layer is quantised, too, which is not supported")
-        model.set_submodule(name, packed)
+        _put(model, name, packed)
         found += 1
     experts = [name for name, p in model.named_parameters() if p.ndim == 3 and "expert" in name]
     if experts:
@@ -447,8 +447,17 @@ def take_over(model: PreTrainedModel, path: str) -> None:
     _forget_quantizer(model)
 
 
+def _put(model: PreTrainedModel, name: str, packed: PackedLinear) -> None:
+    """In the place of a layer. The library may have changed the order of layers, by which processes share tensors."""
+    model.set_submodule(name, packed)
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if not isinstance(parent, nn.ModuleList | nn.Sequential):
+        parent._modules = dict(sorted(parent._modules.items()))
+
+
 def _forget_quantizer(model: PreTrainedModel) -> None:
-    for name in ("hf_quantizer", "is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "quantization_method"):
+    marks = ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "quantization_method", "_weight_conversions")
+    for name in ("hf_quantizer", *marks):
         model.__dict__.pop(name, None)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):

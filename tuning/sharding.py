@@ -149,6 +149,8 @@ def _check_same(model: nn.Module, expected: dict[str, tuple[int, ...]]) -> None:
                 f"the model has {name} {built.get(name)} here and {expected.get(name)} in process 0; give all machines "
                 "the same checkpoint and libraries"
             )
+    if list(built) != list(expected):  # tensors are shared in this order
+        raise SettingsError("the model has its layers in another order here than in process 0; use ZeRO-2 or no engine")
 
 
 def _check_nothing_left(model: nn.Module) -> None:
