@@ -5,8 +5,9 @@ made on the device; one row x 8 accumulated, every row of the full length, half 
 
     SHAPE/METHOD/LENGTH/MODE    7b/lora/2048/fast
 
-Methods: lora, lora_emb (whole embedding and output layer train, too), lora_tokens (rows of 26 control tokens), full
-(bf16 weights and states). LoRA is r64 on every linear layer. Modes: fast, lean (activations are computed again).
+Methods: lora, lora_emb (whole embedding and output layer train, too), lora_tokens (rows of 26 control tokens),
+qlora_nf4, qlora_gptq (4 bits in groups of 128; ours only), full (bf16 weights and states). LoRA is r64 on every linear
+layer. Modes: fast, lean (activations are computed again).
 Arms: ours; plain (a loop around transformers and peft, with their own loss); trl (SFTTrainer). Each cell of each arm
 is a process of its own. Seconds a step are the median of 8 after 3; GiB are allocated and reserved at the peak
 (resident memory on a CPU).
@@ -36,17 +37,23 @@ SHAPES = {
     "1.8b": {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 24, "heads": 16, "vocab": 151_936},
     "7b": {"hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32, "heads": 32, "vocab": 151_936},
     "14b": {"hidden_size": 5120, "intermediate_size": 13_696, "num_hidden_layers": 40, "heads": 40, "vocab": 152_064},
+    "small": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12, "heads": 8, "vocab": 32_000},
     "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "heads": 2, "vocab": 512},
 }
-METHODS, MODES = ("lora", "lora_emb", "lora_tokens", "full"), ("fast", "lean")
+METHODS = ("lora", "lora_emb", "lora_tokens", "qlora_nf4", "qlora_gptq", "full")
+MODES = ("fast", "lean")
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 ACCUMULATED, WARM_UP, TIMED = 8, 3, 8
 SUPERVISED = 0.5
+GROUP_SIZE = 128
 LORA = {"r": 64, "alpha": 16, "dropout": 0.0}
-# GB of the original's README on an A100, LoRA and LoRA with embeddings trained, by length.
+# GB of the original's README on an A100, by length.
 ORIGINAL_GB = {
     ("7b", "lora"): dict(zip(LENGTHS, (20.1, 20.4, 21.5, 23.8, 29.7, 36.6), strict=True)),
     ("7b", "lora_emb"): dict(zip(LENGTHS, (33.7, 34.1, 35.2, 35.1, 39.2, 48.5), strict=True)),
+    # Its Q-LoRA is GPTQ's Int4.
+    ("7b", "qlora_gptq"): dict(zip(LENGTHS, (11.5, 11.5, 12.3, 13.9, 16.9, 23.5), strict=True)),
+    ("7b", "qlora_nf4"): dict(zip(LENGTHS, (11.5, 11.5, 12.3, 13.9, 16.9, 23.5), strict=True)),
 }
 Figures = dict[str, Any]
 
@@ -54,7 +61,8 @@ Figures = dict[str, Any]
 def main(argv: list[str] | None = None) -> None:
     """Measure cells until the time is up, print the table, keep the figures after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    every = ["/".join(map(str, cell)) for cell in itertools.product(("7b",), ("lora", "lora_tokens"), LENGTHS, MODES)]
+    methods = ("lora", "lora_tokens", "qlora_nf4", "qlora_gptq")
+    every = ["/".join(map(str, cell)) for cell in itertools.product(("7b",), methods, LENGTHS, MODES)]
     parser.add_argument("--cells", nargs="+", default=every, metavar="SHAPE/METHOD/LENGTH/MODE")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--minutes", type=float, default=60, help="no cell is begun after that")
@@ -106,6 +114,8 @@ def run_here(arm: str, shape: str, method: str, length: int, mode: str) -> Figur
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     rate = measure_matmul_flops(device, dtype, size=8192 if device.type == "cuda" else 1024)
     model = build_model(shape, device, dtype)
+    if method.startswith("qlora"):
+        pack(model, method, ours=arm == "ours")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     seconds, work = ARMS[arm](model, method, length, lean=mode == "lean")
@@ -135,6 +145,40 @@ def build_model(shape: str, device: Any, dtype: Any) -> Any:
         torch.set_default_dtype(before)
 
 
+def pack(model: Any, method: str, *, ours: bool) -> None:
+    """Quantise all linear layers but the output, where they are; with the library's layers, or ours."""
+    import torch
+    from torch import nn
+
+    from tuning.quantization import GptqLinear, Quantization, pack_like, take_over
+
+    device, dtype = model.device, model.dtype
+    if method == "qlora_gptq":
+        if not ours:
+            raise NotImplementedError("not measured: GPTQ with peft's own layers")
+        pack_like(model, Quantization("gptq", 4, group_size=GROUP_SIZE), dtype)
+        for module in (m for m in model.modules() if isinstance(m, GptqLinear)):
+            packed = torch.empty_like(module.weight, device=device).random_()
+            module.weight = nn.Parameter(packed, requires_grad=False)
+            module.zeros = torch.full_like(module.zeros, 0x77777777, device=device)
+            module.scales = torch.full_like(module.scales, 1e-3, device=device)
+            module.group_index = (torch.arange(module.in_features, device=device) // GROUP_SIZE).int()
+        return
+    import bitsandbytes as bnb
+
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and module is not model.get_output_embeddings():
+            layer = bnb.nn.Linear4bit(
+                module.in_features, module.out_features, bias=module.bias is not None, compute_dtype=dtype,
+                quant_type="nf4", device="meta",
+            )  # fmt: skip
+            layer.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4").to(device)
+            layer.bias = module.bias
+            model.set_submodule(name, layer)
+    if ours:
+        take_over(model, "the model")
+
+
 def make_rows(vocabulary: int, length: int) -> list[tuple[list[int], list[int]]]:
     """(ids, labels) of one step's rows: random tokens, the last half supervised."""
     import torch
@@ -162,7 +206,7 @@ def adapt(model: Any, method: str) -> tuple[Any, Any]:
 
     if method == "full":
         return model, None
-    embeddings = {"lora": "off", "lora_emb": "full", "lora_tokens": "tokens"}[method]
+    embeddings = {"lora_emb": "full", "lora_tokens": "tokens"}.get(method, "off")
     return add_lora(model, **LORA, embeddings=embeddings, token_ids=list(range(26)))
 
 
@@ -265,8 +309,8 @@ def run_trl(model: Any, method: str, length: int, *, lean: bool) -> tuple[list[f
     from examples.tiny_model import build_tokenizer, read_texts
     from tuning.model import TrainingModel
 
-    if method == "lora_tokens":
-        raise NotImplementedError("not measured: rows of control tokens with TRL")
+    if method == "lora_tokens" or method.startswith("qlora"):
+        raise NotImplementedError(f"not measured with TRL: {method}")
     device, dtype = model.device, model.dtype
     work = count_work(TrainingModel(adapt(build_model_like(model), method)[0]), length)
     rows = Dataset.from_list([{"input_ids": i, "labels": j} for i, j in make_rows(model.config.vocab_size, length)])

@@ -22,10 +22,13 @@ def in_this_process(monkeypatch):
 
 def test_every_method_mode_and_arm(in_this_process, tmp_path, capsys):
     cells = ["tiny/lora/64/fast", "tiny/lora/64/lean", "tiny/lora_emb/64/fast", "tiny/full/64/lean"]
-    train_table.main(["--cells", *cells, "tiny/lora_tokens/64/fast", "--arms", "ours", "plain"])
+    train_table.main(
+        ["--cells", *cells, "tiny/lora_tokens/64/fast", "tiny/qlora_nf4/64/lean", "--arms", "ours", "plain"]
+    )
+    train_table.main(["--cells", "tiny/qlora_gptq/64/fast", "--arms", "ours"])
     train_table.main(["--cells", *cells, "--arms", "trl", "--out", str(tmp_path / "table.json")])
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| tiny")]
-    assert len(rows) == 2 * 5 + 4 and not any("|  |  |  |" in row for row in rows)
+    assert len(rows) == 2 * 6 + 1 + 4 and not any("|  |  |  |" in row for row in rows)
     figures = json.loads((tmp_path / "table.json").read_text())
     assert {entry["arm"] for entry in figures["cells"]} == {"trl"} and figures["device"]
     assert all(entry["s_per_step"] > 0 and 0 < entry["matmul_share"] < 1 for entry in figures["cells"])
