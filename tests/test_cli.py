@@ -166,7 +166,6 @@ def test_bad_data_is_one_line_and_leaves_nothing(run_script, checkpoints, write_
         ({"--model_name_or_path": "tests"}, "tests: no tokenizer in this directory"),
         ({"--lora_weight_path": "tests"}, "tests: no adapter_config.json in it"),
         ({"--learning_rat": "1"}, "--learning_rat: unknown setting; did you mean --learning_rate?"),
-        ({"--q_lora": "True"}, "--q_lora: not available yet"),
         ({"--output_dir": "README.md"}, "--output_dir README.md: is a file"),
     ],
 )

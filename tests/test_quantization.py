@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+import chat
 import merge_lora
 import quantize
 from data_utils.collate import StepDataset
@@ -451,3 +452,30 @@ def test_the_plan_knows_packed_weights(packed, kind):
     adapters = sum(p.nbytes for p in skeleton.parameters() if p.requires_grad)
     assert memory.weights == pytest.approx(loaded + adapters, rel=0.01)
     assert memory.activations > 0
+
+
+# ---- beside it ----
+
+
+@pytest.mark.parametrize("kind", ["nf4", "gptq4"])
+def test_chat_answers_as_the_merged_model(trained, tmp_path, capsys, kind):
+    _, adapter, _ = trained(kind)
+    merge(capsys, adapter, tmp_path / "merged", "--dtype", "fp32")
+    answers = []
+    for model in (adapter, tmp_path / "merged"):
+        chat.main([str(model), "--prompt", "Who are you?", "--max_new_tokens", "20"])
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] and len(answers[0]) > 10
+
+
+def test_eight_bit_optimizers_go_on_exactly(forks, checkpoints, tmp_path):
+    plan = {"kills": [{"at": 4, "only": "step"}], "steps": 5, "seed": "8", "flags": ["--optim", "adamw_8bit"]}
+    kill_and_resume(forks, checkpoints["untied"], tmp_path, "full", 1, **plan)
+    names = {name.partition("/")[0] for name in load_file(tmp_path / "calm/checkpoint-5/training_state.safetensors")}
+    assert {"state1", "state2", "qmap1"} <= names, "nothing was kept in 8 bits"
+
+
+def test_zero3_is_refused(forks, checkpoints, tmp_path):
+    command = words(checkpoints["untied"], tmp_path / "out", "qlora", steps=1, engine="zero3")
+    code, _, stderr = forks.run(*command, processes=2)
+    assert code == 2 and "--q_lora and ZeRO-3" in stderr and "ds_config_zero2.json" in stderr
