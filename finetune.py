@@ -61,7 +61,7 @@ from tuning.processes import (
 from tuning.progress import LOSS_PLOT_FILE, ProgressCallback, SampleCallback
 from tuning.quantization import Quantization, choose_quantization
 from tuning.resume import describe_trajectory, find_starting_point
-from tuning.sharding import SHARDED, deal_out
+from tuning.sharding import SHARDED, check_packed_weights, deal_out
 from tuning.stopping import GO_ON
 from tuning.trainer import StepTrainer
 
@@ -107,11 +107,11 @@ def main(argv: list[str] | None = None) -> int:
         deepspeed=run_args.deepspeed is not None,
     )
     quantization = on_first(lambda: choose_model(arguments, load_dtype))
-    if lora_args.lora_weight_path:
+    if lora_args.lora_weight_path and (Path(lora_args.lora_weight_path) / record.MANIFEST_FILE).is_file():
         before = find_trained_quantization(Path(lora_args.lora_weight_path))
-        if before != quantization:
-            was, is_ = (q.describe() if q else "no quantisation" for q in (before, quantization))
-            say(f"adapter: trained with {was} before, goes on with {is_}")
+        was, now = (q.describe() if q else "no quantisation" for q in (before, quantization))
+        if was != now:
+            say(f"adapter: trained with {was} before, goes on with {now}")
     plan = on_first(lambda: plan_run(arguments, data, base["fingerprint"], quantization, load_dtype, compute_dtype))
     if run_args.dry_run:
         say("plan: " + "\n      ".join(plan.describe()))
@@ -346,6 +346,8 @@ def choose_model(arguments: Arguments, load_dtype: torch.dtype) -> Quantization 
     model_args, lora = arguments.model, arguments.lora
     path = model_args.model_name_or_path
     own = find_quantization(path, cache_dir=model_args.cache_dir, trust_remote_code=model_args.trust_remote_code)
+    if lora.q_lora:
+        check_packed_weights(arguments.run)
     return choose_quantization(
         own, path=path, q_lora=lora.q_lora, bits=lora.bits, quant_type=lora.quant_type, dtype=load_dtype
     )

@@ -28,25 +28,29 @@ def main(argv: list[str] | None = None) -> None:
     adapter, out, trust = Path(args.adapter), Path(args.out), args.trust_remote_code
     if not re.fullmatch(r"\d+(\.\d+)?[KMGT]i?B", args.max_shard_size):
         raise SettingsError(f"--max_shard_size {args.max_shard_size}: expected a size such as 5GB or 500MB")
-    trained = merge.choose_onto(adapter, args.onto, args.base, trust_remote_code=trust)
+    trained = merge.choose_onto(adapter, args.onto, args.base, args.cache_dir, trust_remote_code=trust)
+    onto = None if args.onto == "base" else trained
     # A checkpoint that is quantised itself has another one that it was made from.
     other = args.onto == "base" and trained is not None and trained.dtype is None
     base = merge.find_base(adapter, args.base, args.cache_dir, other=other)
-    if args.onto == "base" and (own := find_quantization(str(base), cache_dir=None, trust_remote_code=trust)):
-        raise SettingsError(
-            f"--onto base: {base} is quantised ({own.describe()}); --base must name the unquantised model"
-        )
-    onto = None if args.onto == "base" else trained
-    trained_on = merge.find_base(adapter, None, args.cache_dir) if other else base
-    merge.check_out(out, [adapter, base], overwrite=args.overwrite)
+    if onto is None and (own := find_quantization(str(base), cache_dir=None, trust_remote_code=trust)):
+        raise SettingsError(f"--onto base: {base} is quantised ({own.describe()}); --base must name another")
+    trained_on = base
+    if other and not args.no_verify:
+        trained_on = merge.find_base(adapter, None, args.cache_dir)
+        merge.check_same_origin(base, trained_on, trust_remote_code=trust)
+    merge.check_out(out, [adapter, base, trained_on], overwrite=args.overwrite, mark="onto")
     tokenizer = load_tokenizer(str(merge.tokenizer_source(adapter, base)), trust_remote_code=trust)
     dtype = merge.read_dtype(base, trust_remote_code=trust) if args.dtype == "auto" else DTYPES[args.dtype]
 
     # Verified in float32, where a right merge differs by almost nothing; the rounding to dtype is checked to be exact.
     probes = merge.build_probes(tokenizer)
-    expected = None
+    expected = of_trained = None
     if not args.no_verify:
         expected = merge.compute_expected_logits(adapter, base, onto, probes, trust_remote_code=trust)
+        of_trained = expected
+        if onto != trained:
+            of_trained = merge.compute_expected_logits(adapter, trained_on, trained, probes, trust_remote_code=trust)
     model = merge.merge_adapter(adapter, base, onto, trust_remote_code=trust)
     if out.exists():
         shutil.rmtree(out)
@@ -58,12 +62,9 @@ def main(argv: list[str] | None = None) -> None:
             if not comparison.holds:
                 raise SettingsError(f"the merged model differs from the adapter: {comparison.describe()}")
             verdict = f"merge verified: {comparison.describe()}"
-            if trained is not None:
-                if onto is None:
-                    expected = merge.compute_expected_logits(
-                        adapter, trained_on, trained, probes, trust_remote_code=trust
-                    )
-                distance = merge.measure_distance(out, expected, probes, dtype=dtype, trust_remote_code=trust)
+            del model
+            if trained is not None and of_trained is not None:
+                distance = merge.measure_distance(out, of_trained, probes, dtype=dtype, trust_remote_code=trust)
                 verdict += f"\nfrom the {trained.describe()} model it was trained on: {distance.describe()}"
         write_manifest(out, onto="base" if onto is None else "dequantized")
     except BaseException:

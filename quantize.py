@@ -22,6 +22,7 @@ from tuning.errors import SettingsError
 from tuning.model import find_quantization, load_model, local_directory
 from tuning.record import write_manifest
 
+_GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)  # gptqmodel's
 _HELD_BACK = 64  # rows to measure on, or a fifth of all
 
 
@@ -36,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
         path = local_directory(args.model, args.cache_dir)
     except (OSError, ValueError):
         raise SettingsError(f"{args.model}: no such model") from None
-    merge.check_out(out, [path, *map(Path, args.data)], overwrite=args.overwrite)
+    merge.check_out(out, [path, *map(Path, args.data)], overwrite=args.overwrite, mark="quantized_from")
     if own := find_quantization(str(path), cache_dir=None, trust_remote_code=trust):
         raise SettingsError(f"{path}: is quantised already ({own.describe()})")
     tokenizer = load_tokenizer(str(path), trust_remote_code=trust)
@@ -56,27 +57,29 @@ def main(argv: list[str] | None = None) -> None:
     del model
     print(f"quantising to {args.bits} bits, calibrated on {len(calibration):,} rows; large models take long")
     started = time.perf_counter()
-    if out.exists():
-        shutil.rmtree(out)
+    unfinished = out.with_name(f".{out.name}.tmp")  # complete or absent
+    shutil.rmtree(unfinished, ignore_errors=True)
     try:
         export.quantize_gptq(
             path,
-            out,
+            unfinished,
             [input_ids.tolist() for input_ids, _ in calibration],
             bits=args.bits,
             group_size=args.group_size,
             device=device,
             trust_remote_code=trust,
         )
-        merge.copy_tokenizer(path, out)
+        merge.copy_tokenizer(path, unfinished)
         for file in [*path.glob("generation_config.json"), *path.glob("*.py")]:
-            shutil.copy2(file, out / file.name)
-        model = load_model(str(out), dtype="auto", device=device, trust_remote_code=trust).to(device)
+            shutil.copy2(file, unfinished / file.name)
+        model = load_model(str(unfinished), dtype="auto", device=device, trust_remote_code=trust).to(device)
         after = export.measure_perplexity(model, held_back)
-        write_manifest(out, quantized_from=str(path), perplexity={"before": before, "after": after})
-    except BaseException:
-        shutil.rmtree(out, ignore_errors=True)  # complete or absent
-        raise
+        write_manifest(unfinished, quantized_from=str(path), perplexity={"before": before, "after": after})
+        if out.exists():
+            shutil.rmtree(out)
+        unfinished.rename(out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     print(f"perplexity of {len(held_back):,} held-back rows: before {before:.3f}, after {after:.3f}")
     print(f"quantised: {out} ({time.perf_counter() - started:.0f} s)")
 
@@ -89,7 +92,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", nargs="+", required=True, help="conversations to calibrate and to measure on")
     parser.add_argument("--bits", type=int, choices=[4, 8], default=4, help="bits a weight (default 4)")
     parser.add_argument(
-        "--group_size", type=int, default=128, help="input channels that share a scale (default 128); -1: all"
+        "--group_size",
+        type=int,
+        default=128,
+        choices=_GROUP_SIZES,
+        help="input channels that share a scale (default 128); -1: all",
     )
     parser.add_argument("--num_rows", type=int, default=256, help="rows to calibrate on, at most (default 256)")
     parser.add_argument("--model_max_length", type=int, default=2048, help="tokens a row may have (default 2048)")

@@ -176,7 +176,7 @@ def pack(model: Any, method: str, *, ours: bool) -> None:
             layer.bias = module.bias
             model.set_submodule(name, layer)
     if ours:
-        take_over(model, "the model")
+        take_over(model)
 
 
 def make_rows(vocabulary: int, length: int) -> list[tuple[list[int], list[int]]]:

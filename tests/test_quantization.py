@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
 import chat
 import merge_lora
@@ -20,6 +21,7 @@ from tests.conftest import CONVERSATIONS, ROOT
 from tests.library_logits import Library
 from tests.runs import MAX_LENGTH, NF4, probe_logits
 from tests.test_chaos import kill_and_resume, words
+from tuning import quantization
 from tuning.adapters import add_lora, find_lora_targets, load_lora
 from tuning.errors import MachineError, SettingsError
 from tuning.memory import MicroBatchShape, estimate_memory
@@ -32,6 +34,7 @@ from tuning.quantization import (
     Quantization,
     choose_quantization,
     dequantize,
+    pack_like,
     read_quantization,
 )
 
@@ -136,16 +139,56 @@ def test_gradients_are_those_of_unpacked_weights(checkpoints, packed, kind, half
         assert (gradient - expected[name]).norm() <= (2e-2 if half else 1e-5) * expected[name].norm(), name
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_biases(tokenizer, tmp_path, kind):
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=48, intermediate_size=80, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    plain = Qwen2ForCausalLM(config)
+    for name, parameter in plain.named_parameters():
+        if "bias" in name:
+            nn.init.normal_(parameter, std=0.5)
+    plain.save_pretrained(tmp_path)
+    model = load(str(tmp_path), dtype=torch.float32, quantization=KINDS[kind])
+    assert torch.equal(model.model.layers[0].self_attn.q_proj.bias, plain.model.layers[0].self_attn.q_proj.bias)
+    logits = our_logits(model)
+    assert (logits - our_logits(plain)).abs().max() < 0.2
+    assert torch.allclose(logits, our_logits(dequantize(model)), atol=1e-5)
+
+
+def test_half_precision_leaves_scales_alone(packed):
+    expected = packed("nf4").model.layers[0].mlp.up_proj.unpack()
+    assert torch.equal(packed("nf4").bfloat16().model.layers[0].mlp.up_proj.unpack(), expected)
+
+
+def test_layers_that_a_checkpoint_leaves_alone(packed):
+    some = Quantization("bitsandbytes", 4, "nf4", double=True, skipped=("down_proj", "model.layers.0.mlp"))
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2))
+    with pytest.raises(SettingsError, match="no linear ones"):
+        pack_like(model, some, torch.float32)
+    model = dequantize(packed("nf4"))
+    pack_like(model, some, torch.float32)
+    left = {name for name, m in model.named_modules() if type(m) is nn.Linear}
+    mlp = {f"model.layers.0.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
+    assert left == {"lm_head", "model.layers.1.mlp.down_proj", *mlp}
+    assert Quantization(**json.loads(json.dumps(some.to_json()))) == some
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     bits=st.sampled_from([4, 8]),
     groups=st.integers(1, 4),
+    multiple=st.sampled_from([1, 2, 3]),
     outputs=st.sampled_from([8, 16, 24]),
     seed=st.integers(0, 1000),
 )
-def test_gptq_numbers_are_unpacked_one_by_one_alike(bits, groups, outputs, seed):
+def test_gptq_numbers_are_unpacked_one_by_one_alike(bits, groups, multiple, outputs, seed):
+    # Several parts, the last one shorter.
+    quantization._UNPACKED_ROWS, whole = 64, quantization._UNPACKED_ROWS
     torch.manual_seed(seed)
-    inputs, per_word = 32, 32 // bits
+    inputs, per_word = 32 * multiple, 32 // bits
     codes = torch.randint(0, 2**bits, (inputs, outputs))
     zeros = torch.randint(0, 2**bits, (groups, outputs))
     scales = torch.rand(groups, outputs).half()
@@ -166,6 +209,7 @@ def test_gptq_numbers_are_unpacked_one_by_one_alike(bits, groups, outputs, seed)
         inputs, outputs, pack(codes, 0), None, bits=bits, zeros=pack(zeros, 1), scales=scales, group_index=group_index
     )
     weight = layer.unpack()
+    quantization._UNPACKED_ROWS = whole
     for i in range(inputs):
         for o in range(outputs):
             group = int(group_index[i])
@@ -261,22 +305,12 @@ def test_a_checkpoint_that_bitsandbytes_quantised(packed, checkpoints, forks, tm
     shutil.copytree(checkpoints["untied"], base := tmp_path / "base")
     save_file(model.state_dict(), base / "model.safetensors", metadata={"format": "pt"})
     model.config.save_pretrained(base)
-    own = read_quantization(model.config, "x")
+    own = read_quantization(model.config)
     assert own == Quantization("bitsandbytes", 4, "nf4", double=True)
     assert torch.equal(our_logits(load(str(base), dtype=torch.float32)), our_logits(packed("nf4")))
     code, stdout, stderr = forks.run(*words(base, tmp_path / "out", "qlora", steps=2))
     assert code == 0 and "bitsandbytes NF4, double quantisation" in stdout, stderr
     merge_lora.main([str(tmp_path / "out"), str(tmp_path / "merged")])
-
-
-class Cut(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return None
 
 
 def test_a_gradient_that_does_not_arrive_is_an_error(checkpoints, tmp_path, monkeypatch):
@@ -340,13 +374,43 @@ def test_merges_that_are_refused(checkpoints, gptq, trained, forks, tmp_path):
         with pytest.raises(SettingsError, match=message):
             merge_lora.main([str(adapter), str(tmp_path / "merged"), *map(str, more)])
         assert not (tmp_path / "merged").exists()
+    with pytest.raises(SettingsError, match="was not made from it"):
+        merge_lora.main([str(adapter), str(tmp_path / "m"), "--onto", "base", "--base", str(checkpoints["other"])])
+    with pytest.raises(SettingsError, match=f"{gptq[4]} is an input"):
+        words_ = [str(adapter), str(gptq[4]), "--overwrite", "--onto", "base", "--base", str(checkpoints["untied"])]
+        merge_lora.main(words_)
+    with pytest.raises(SettingsError, match="is no result of this program"):
+        merge_lora.main([str(adapter), str(gptq[8]), "--overwrite"])
     plain = tmp_path / "plain"
     assert forks.run(*words(checkpoints["untied"], plain, "lora", steps=1))[0] == 0
     with pytest.raises(SettingsError, match="--onto dequantized: has no effect"):
         merge_lora.main([str(plain), str(tmp_path / "merged"), "--onto", "dequantized"])
 
 
+def test_a_plain_adapter_on_a_gptq_checkpoint(checkpoints, trained, tmp_path, capsys):
+    _, adapter, _ = trained("gptq4")
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(adapter / name, plain)
+    assert "from the GPTQ, 4 bits" in merge(capsys, plain, tmp_path / "own")
+    more = ["--onto", "base", "--base", checkpoints["untied"]]
+    assert "from the GPTQ, 4 bits" in merge(capsys, plain, tmp_path / "base", *more)
+
+
 # ---- quantize.py ----
+
+
+def test_one_group_and_a_relative_directory(checkpoints, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = [str(checkpoints["tied"]), "out", "--data", str(CONVERSATIONS), "--group_size", "-1", "--num_rows", "8"]
+    quantize.main(words)
+    assert "perplexity of 11 held-back rows" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    model = load("out", dtype=torch.float32)
+    assert model.model.layers[0].mlp.up_proj.scales.shape == (1, 64)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    quantize.main([*words, "--overwrite"])
 
 
 def test_quantised_models_load_in_transformers(checkpoints, gptq, library):
@@ -364,6 +428,7 @@ def test_quantised_models_load_in_transformers(checkpoints, gptq, library):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--group_size", "0"], "invalid choice"),
         (["--group_size", "128"], "has 32 input channels, which it does not divide; choose 32, 64, 128, or -1"),
         (["--data", "absent.json"], "absent.json"),
         (["--num_rows", "0"], "--num_rows: must be at least 1"),
@@ -417,13 +482,16 @@ def test_how_a_model_is_quantised_is_decided_by_its_checkpoint():
         ({"quant_method": "fp8"}, "quantised with fp8"),
         ({"quant_method": "mxfp4"}, "quantised with mxfp4"),
         ({"quant_method": "gptq", "bits": 3}, "GPTQ and 3 bits"),
+        ({"quant_method": "gptq", "bits": "4"}, "GPTQ and '4' bits"),
+        ("text", "quantization_config is not an object"),
+        ({"quant_method": "gptq", "bits": 4, "modules_in_block_to_quantize": [["x"]]}, "other bits in some layers"),
         ({"quant_method": "gptq", "bits": 4, "dynamic": {"x": {}}}, "other bits in some layers"),
         ({"quant_method": "gptq", "bits": 4, "lm_head": True}, "its output layer is quantised"),
     ],
 )
 def test_kinds_that_are_not_supported(config, message):
     with pytest.raises(SettingsError, match=message):
-        read_quantization(SimpleNamespace(quantization_config=config), "p")
+        read_quantization(SimpleNamespace(quantization_config=config))
 
 
 def test_a_quantised_checkpoint_is_not_trained_as_a_whole(forks, gptq, tmp_path):

@@ -143,11 +143,14 @@ def test_a_wrong_merge_is_noticed_and_removed(results, tmp_path, monkeypatch):
     ("make", "message"),
     [
         (lambda out, tmp: [str(tmp / "absent"), str(tmp / "m")], "no adapter_config.json"),
-        (lambda out, tmp: [str(out), str(out.parent)], "is an input of this merge"),
-        (lambda out, tmp: [str(out), str(out), "--overwrite"], "is an input of this merge"),
-        (lambda out, tmp: [str(out), str(out.parent), "--overwrite"], "is an input of this merge"),
+        (lambda out, tmp: [str(out), str(out.parent)], "is an input; choose another directory"),
+        (lambda out, tmp: [str(out), str(out), "--overwrite"], "is an input; choose another directory"),
+        (lambda out, tmp: [str(out), str(out.parent), "--overwrite"], "is an input; choose another directory"),
         (lambda out, tmp: [str(out), str(CONVERSATIONS.parent)], "exists and is not empty"),
-        (lambda out, tmp: [str(out), str(CONVERSATIONS.parent), "--overwrite"], "is no merged model, so --overwrite"),
+        (
+            lambda out, tmp: [str(out), str(CONVERSATIONS.parent), "--overwrite"],
+            "is no result of this program, so --overwrite",
+        ),
         (lambda out, tmp: [str(out), str(tmp / "m"), "--base", str(tmp)], "no config.json, so no model"),
     ],
 )
@@ -173,7 +176,7 @@ def test_another_base_a_changed_file_and_a_run_are_refused(results, checkpoints,
     full = tmp_path / "full"
     shutil.copytree(results["full", "untied"][0], full)
     (full / "run.json").write_text("{}")
-    with pytest.raises(ValueError, match="is no merged model, so --overwrite does not delete it"):
+    with pytest.raises(ValueError, match="is no result of this program, so --overwrite does not delete it"):
         merge_lora.main([str(out), str(full), "--overwrite"])
     torn = tmp_path / "torn"
     shutil.copytree(out, torn)

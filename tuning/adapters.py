@@ -150,7 +150,10 @@ def find_trained_quantization(directory: Path) -> Quantization | None:
     if not (directory / MANIFEST_FILE).is_file():
         return None
     values = read_manifest(directory).get("quantization")
-    return None if values is None else Quantization(**values)
+    try:
+        return None if values is None else Quantization(**values)
+    except TypeError:
+        raise SettingsError(f"{directory}: was trained by another version, on a kind of model not known here") from None
 
 
 def add_lora(

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tuning.errors import SettingsError
-from tuning.quantization import require, silence_gptqmodel
+from tuning.quantization import first_line, require, silence_gptqmodel
 
 
 @torch.no_grad()
@@ -60,19 +60,23 @@ def quantize_gptq(
 
     Raises: SettingsError: gptqmodel cannot do it.
     """
+    path, out = path.resolve(), out.resolve()
     rows: list[dict[str, Any]] = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in calibration]
     with silence_gptqmodel(), _elsewhere():
         require("gptqmodel", "optimum")
         from gptqmodel import GPTQModel, QuantizeConfig
 
-        # Its default compiles an extension, for half a minute.
-        config = QuantizeConfig(bits=bits, group_size=group_size, pack_impl="original")
         try:
-            model = GPTQModel.load(str(path.resolve()), config, device=str(device), trust_remote_code=trust_remote_code)
+            # Its default way of packing compiles an extension, for half a minute. Groups of all channels cannot be
+            # put in the order of their activations.
+            config = QuantizeConfig(
+                bits=bits, group_size=group_size, pack_impl="original", act_group_aware=group_size > 0
+            )
+            model = GPTQModel.load(str(path), config, device=str(device), trust_remote_code=trust_remote_code)
             model.quantize(rows, batch_size=1)
-            model.save(str(out.resolve()))
-        except (ValueError, TypeError, NotImplementedError, RuntimeError, AttributeError) as error:
-            raise SettingsError(f"{path}: gptqmodel cannot quantise it: {str(error).splitlines()[0]}") from error
+            model.save(str(out))
+        except Exception as error:  # it supports some architectures, and says it in many ways
+            raise SettingsError(f"{path}: gptqmodel cannot quantise it: {first_line(error)}") from error
     for name in ("quant_log.csv", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         (out / name).unlink(missing_ok=True)  # a log, and copies that it changes
 

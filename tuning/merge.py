@@ -28,8 +28,8 @@ from tuning.model import (
     load_model,
     local_directory,
 )
-from tuning.quantization import Quantization, dequantize
-from tuning.record import MANIFEST_FILE, RUN_FILE
+from tuning.quantization import PackedLinear, Quantization, dequantize
+from tuning.record import MANIFEST_FILE, read_manifest
 from tuning.token_rows import TokenRows
 
 # Largest difference of float32 logits that rounding explains, relative to the largest logit.
@@ -80,7 +80,9 @@ def find_base(adapter: Path, base: str | None, cache_dir: str | None, *, other: 
     return directory
 
 
-def choose_onto(adapter: Path, onto: str | None, base: str | None, *, trust_remote_code: bool) -> Quantization | None:
+def choose_onto(
+    adapter: Path, onto: str | None, base: str | None, cache_dir: str | None, *, trust_remote_code: bool
+) -> Quantization | None:
     """How the model was quantised that the adapter was trained on; None where it was not.
 
     onto: of the command line, "dequantized", "base" or None.
@@ -89,8 +91,8 @@ def choose_onto(adapter: Path, onto: str | None, base: str | None, *, trust_remo
     """
     trained = find_trained_quantization(adapter)
     if trained is None and not (adapter / MANIFEST_FILE).is_file():  # a plain peft adapter: its base says it
-        name = base or read_adapter_config(adapter).base_model_name_or_path
-        trained = find_quantization(str(name), cache_dir=None, trust_remote_code=trust_remote_code) if name else None
+        for name in filter(None, (read_adapter_config(adapter).base_model_name_or_path, base)):
+            trained = trained or find_quantization(str(name), cache_dir=cache_dir, trust_remote_code=trust_remote_code)
     if trained is None and onto is not None:
         raise SettingsError(f"--onto {onto}: has no effect; {adapter} was not trained on a quantised model")
     if onto == "base" and trained is not None and trained.dtype is None and base is None:
@@ -101,6 +103,18 @@ def choose_onto(adapter: Path, onto: str | None, base: str | None, *, trust_remo
     return trained
 
 
+def check_same_origin(base: Path, trained_on: Path, *, trust_remote_code: bool) -> None:
+    """Raises: SettingsError: a quantised checkpoint was not made from this unquantised one, by some of its layers."""
+    plain = dict(load_model(str(base), dtype="auto", trust_remote_code=trust_remote_code).named_modules())
+    packed = load_model(str(trained_on), dtype="auto", trust_remote_code=trust_remote_code)
+    layers = [(name, module) for name, module in packed.named_modules() if isinstance(module, PackedLinear)]
+    for name, layer in layers[:: max(1, len(layers) // 4)]:
+        weight, unpacked = getattr(plain.get(name), "weight", None), layer.unpack().float()
+        same = weight is not None and weight.shape == unpacked.shape
+        if weight is None or not same or (weight.float() - unpacked).norm() > 0.5 * unpacked.norm():
+            raise SettingsError(f"--base {base}: {trained_on} was not made from it ({name} is another)")
+
+
 def load_base(base: Path, quantization: Quantization | None, *, trust_remote_code: bool) -> PreTrainedModel:
     """The model to merge onto, in float32: as it is, or quantised as in training and unpacked again."""
     dtype = getattr(torch, quantization.dtype) if quantization and quantization.dtype else torch.float32
@@ -108,18 +122,20 @@ def load_base(base: Path, quantization: Quantization | None, *, trust_remote_cod
     return dequantize(model)
 
 
-def check_out(out: Path, inputs: list[Path], *, overwrite: bool) -> None:
-    """Raises: SettingsError: OUT holds something that must not be deleted."""
+def check_out(out: Path, inputs: list[Path], *, overwrite: bool, mark: str) -> None:
+    """mark: what the manifests of such results have, and no others.
+
+    Raises: SettingsError: OUT holds something that must not be deleted.
+    """
     if holder := next((path for path in inputs if lies_in(path, out)), None):
-        raise SettingsError(f"{out}: {holder} is an input of this merge; choose another directory")
+        raise SettingsError(f"{out}: {holder} is an input; choose another directory")
     check_writable(out, "OUT")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not overwrite:
             raise SettingsError(f"{out}: exists and is not empty; choose another directory, or use --overwrite")
-        merged = (out / MANIFEST_FILE).is_file() and (out / "config.json").is_file() and not (out / RUN_FILE).exists()
-        if not merged:
+        if not (out / MANIFEST_FILE).is_file() or mark not in read_manifest(out):
             raise SettingsError(
-                f"{out}: is no merged model, so --overwrite does not delete it; choose another directory"
+                f"{out}: is no result of this program, so --overwrite does not delete it; choose another directory"
             )
 
 

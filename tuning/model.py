@@ -54,7 +54,7 @@ def load_model(
         )
     try:
         config = AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
-        own = read_quantization(config, path)
+        own = read_quantization(config)
         if isinstance(dtype, str):
             dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
         if skeleton:
@@ -77,8 +77,8 @@ def load_model(
                 output_loading_info=True,
                 **options,
             )
-    except SettingsError:
-        raise
+    except SettingsError as error:
+        raise SettingsError(f"{path}: {error}") from None
     except (OSError, ValueError) as error:
         raise SettingsError(f"{path}: cannot load a model: {str(error).strip().splitlines()[0]}") from None
     if info["missing_keys"] or info["mismatched_keys"]:
@@ -87,7 +87,10 @@ def load_model(
     if getattr(config.get_text_config(), "output_router_logits", False):
         raise SettingsError(f"{path}: output_router_logits asks for a loss on the router, which is not supported yet")
     if own or quantization:
-        take_over(model, path)
+        try:
+            take_over(model)
+        except SettingsError as error:
+            raise SettingsError(f"{path}: {error}") from None
     return model
 
 
@@ -100,7 +103,10 @@ def find_quantization(path: str, *, cache_dir: str | None, trust_remote_code: bo
         config = AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
     except (OSError, ValueError):
         return None
-    return read_quantization(config, path)
+    try:
+        return read_quantization(config)
+    except SettingsError as error:
+        raise SettingsError(f"{path}: {error}") from None
 
 
 def hide_gptqmodel() -> None:

@@ -18,10 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from tuning.errors import SettingsError
 
 _INSTALL = "pip install -r requirements_finetune.txt"
+_UNPACKED_ROWS = 1024  # input channels that GPTQ unpacks at a time; a multiple of 32
 _BLOCK, _NESTED_BLOCK = 64, 256  # bitsandbytes': weights that share a scale, scales that share theirs
 
 
@@ -31,7 +33,8 @@ class Quantization:
 
     method: "bitsandbytes" or "gptq". quant_type: "nf4" or "fp4", of bitsandbytes with 4 bits. group_size: input
     channels that share a scale, of GPTQ; -1 is all. double: whether bitsandbytes' scales are quantised, too.
-    dtype: that weights had when they were quantised, by name; None where a checkpoint brings them quantised.
+    dtype: that weights had when they were quantised, by name; None where a checkpoint brings them quantised. skipped:
+    names of layers, or of what holds them, that a checkpoint leaves as they are.
     """
 
     method: str
@@ -40,6 +43,10 @@ class Quantization:
     group_size: int | None = None
     double: bool = False
     dtype: str | None = None
+    skipped: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "skipped", tuple(self.skipped))  # JSON has lists
 
     def describe(self) -> str:
         """A few words for the log."""
@@ -53,7 +60,7 @@ class Quantization:
         return asdict(self)
 
 
-def read_quantization(config: Any, path: str) -> Quantization | None:
+def read_quantization(config: Any) -> Quantization | None:
     """What a checkpoint is quantised with, by its configuration; None where it is not.
 
     Raises: SettingsError: in a way that is not supported.
@@ -61,22 +68,28 @@ def read_quantization(config: Any, path: str) -> Quantization | None:
     found = getattr(config, "quantization_config", None)
     if found is None:
         return None
-    values: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
+    try:
+        values = _as_dict(found)
+    except (AttributeError, TypeError, ValueError):
+        raise SettingsError("config.json: quantization_config is not an object") from None
     method, bits = values.get("quant_method", "gptq"), values.get("bits")
     method = str(getattr(method, "value", method))
     if method == "bitsandbytes":
         bits = 8 if values.get("load_in_8bit") else 4
-        kind = None if bits == 8 else values.get("bnb_4bit_quant_type", "fp4")
-        return Quantization(method, bits, kind, double=bits == 4 and bool(values.get("bnb_4bit_use_double_quant")))
+        double = bits == 4 and bool(values.get("bnb_4bit_use_double_quant"))
+        kind = None if bits == 8 else str(values.get("bnb_4bit_quant_type", "fp4"))
+        skipped = values.get("llm_int8_skip_modules") or values.get("modules_to_not_convert") or ()
+        return Quantization(method, bits, kind, double=double, skipped=tuple(map(str, skipped)))
     known = "bitsandbytes, and GPTQ with 4 or 8 bits, are supported"
     if method != "gptq":
-        raise SettingsError(f"{path}: quantised with {method}; {known}. Take the unquantised model, with --q_lora")
-    if bits not in (4, 8) or values.get("dynamic"):
-        what = "other bits in some layers" if values.get("dynamic") else f"{bits} bits"
-        raise SettingsError(f"{path}: quantised with GPTQ and {what}; {known}")
+        raise SettingsError(f"quantised with {method}; {known}. Take the unquantised model, with --q_lora")
+    if bits not in (4, 8) or values.get("dynamic") or values.get("modules_in_block_to_quantize"):
+        what = "other bits in some layers" if bits in (4, 8) else f"{bits!r} bits"
+        raise SettingsError(f"quantised with GPTQ and {what}; {known}")
     if values.get("lm_head"):
-        raise SettingsError(f"{path}: its output layer is quantised, too, which is not supported")
-    return Quantization(method, int(bits), group_size=int(values.get("group_size", 128)))
+        raise SettingsError("its output layer is quantised, too, which is not supported")
+    size = values.get("group_size", 128)
+    return Quantization(method, int(bits), group_size=size if isinstance(size, int) else -1)
 
 
 def choose_quantization(
@@ -119,6 +132,8 @@ def prepare_loading(
     method = (own or wanted).method  # type: ignore[union-attr]
     if own is None:
         assert wanted is not None
+        if method != "bitsandbytes":
+            raise SettingsError("is not quantised; it is not the checkpoint that was trained on")
         from transformers import BitsAndBytesConfig
 
         require("bitsandbytes")
@@ -169,8 +184,13 @@ def require(*libraries: str) -> None:
     for name in libraries:
         try:
             importlib.import_module(name)
-        except ImportError as error:
-            raise SettingsError(f"quantised models need {name} ({str(error).splitlines()[0]}); {_INSTALL}") from None
+        except Exception as error:  # they look for devices and compile when they are imported
+            raise SettingsError(f"quantised models need {name} ({first_line(error)}); {_INSTALL}") from None
+
+
+def first_line(error: Exception) -> str:
+    """Of its message; the name of its class where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _as_dict(config: Any) -> dict[str, Any]:
@@ -190,8 +210,16 @@ class PackedLinear(nn.Linear):
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     def unpack(self) -> Tensor:
-        """The weight, [out, in], in the dtype it was quantised from."""
+        """The weight, [out, in], in the dtype that its scales give."""
         raise NotImplementedError
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # Cast to half precision, scales (of double quantisation above all) would give other weights.
+        def move(tensor: Tensor) -> Tensor:
+            moved: Tensor = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
 
     def forward(self, x: Tensor) -> Tensor:
         """As nn.Linear, with the unpacked weight in x's dtype (autocast's, where it is on)."""
@@ -243,11 +271,11 @@ class FourBitLinear(PackedLinear):
     @classmethod
     def take(cls, layer: Any) -> "FourBitLinear":
         """From bitsandbytes' layer."""
-        state = layer.weight.quant_state
-        assert state.blocksize == _BLOCK
+        state = getattr(layer.weight, "quant_state", None)
+        if state is None or state.blocksize != _BLOCK or (state.nested and state.state2.blocksize != _NESTED_BLOCK):
+            raise SettingsError("its weights are not packed as its configuration says")
         tables = {"absmax": state.absmax, "code": state.code}
         if state.nested:
-            assert state.state2.blocksize == _NESTED_BLOCK
             nested = {"nested_absmax": state.state2.absmax, "nested_code": state.state2.code, "offset": state.offset}
             tables |= nested
         return cls(
@@ -320,6 +348,8 @@ class Int8Linear(PackedLinear):
     @classmethod
     def take(cls, layer: Any) -> "Int8Linear":
         """From bitsandbytes' layer."""
+        if getattr(layer.weight, "SCB", None) is None:
+            raise SettingsError("its weights are not packed as its configuration says")
         scales = layer.weight.SCB.float() / 127
         return cls(layer.in_features, layer.out_features, layer.weight.data, _data(layer.bias), scales=scales)
 
@@ -368,7 +398,7 @@ class GptqLinear(PackedLinear):
         """From gptqmodel's layer, which keeps zeros as they are (format 2) whatever the file has."""
         in_features, out_features = len(layer.g_idx), layer.scales.shape[1]
         if layer.pack_dtype != torch.int32 or layer.qzero_format() != 2 or getattr(layer, "planar", False):
-            raise SettingsError(f"a GPTQ layer is packed in a way that is not supported ({type(layer).__name__})")
+            raise SettingsError(f"its layers are packed in a way that is not supported ({type(layer).__name__})")
         return cls(
             in_features,
             out_features,
@@ -401,10 +431,16 @@ class GptqLinear(PackedLinear):
         """The weight, [out, in]."""
         mask = 2**self.bits - 1
         shifts = torch.arange(0, 32, self.bits, dtype=torch.int32, device=self.weight.device)
-        codes = ((self.weight[:, None, :] >> shifts[None, :, None]) & mask).flatten(0, 1)
         zeros = ((self.zeros[:, :, None] >> shifts) & mask).flatten(1, 2)[:, : self.out_features]
-        groups = self.group_index.long()
-        return (self.scales[groups] * (codes - zeros[groups])).t()
+        weight = self.scales.new_empty(self.in_features, self.out_features)
+        # A part at a time: whole, the integers would take several times what the weight does.
+        for start in range(0, self.in_features, _UNPACKED_ROWS):
+            rows = slice(start, start + _UNPACKED_ROWS)
+            words = self.weight[rows.start * self.bits // 32 : rows.stop * self.bits // 32]
+            groups = self.group_index[rows].long()
+            codes = ((words[:, None, :] >> shifts[None, :, None]) & mask).flatten(0, 1)
+            torch.mul(codes.sub_(zeros[groups]), self.scales[groups], out=weight[rows])
+        return weight.t()
 
 
 def pack_like(model: PreTrainedModel, quantization: Quantization, dtype: torch.dtype) -> None:
@@ -414,11 +450,14 @@ def pack_like(model: PreTrainedModel, quantization: Quantization, dtype: torch.d
         layer_type = GptqLinear
     output = model.get_output_embeddings()
     for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and module is not output:
+        if isinstance(module, Conv1D):  # which bitsandbytes transposes
+            raise SettingsError(f"has layers that are no linear ones ({name}); use --use_lora")
+        skipped = any(f".{part}." in f".{name}." for part in quantization.skipped)
+        if type(module) is nn.Linear and module is not output and not skipped:
             _put(model, name, layer_type.sketch(module, quantization, dtype))
 
 
-def take_over(model: PreTrainedModel, path: str) -> None:
+def take_over(model: PreTrainedModel) -> None:
     """Put our layers in the place of the libraries', and forget that transformers quantised the model.
 
     Raises: SettingsError: no layer is quantised, or one that must not be.
@@ -427,6 +466,8 @@ def take_over(model: PreTrainedModel, path: str) -> None:
     output = model.get_output_embeddings()
     for name, module in list(model.named_modules()):
         kind = type(module).__name__
+        if getattr(module, "source_cls", None) is Conv1D:  # transposed
+            raise SettingsError(f"has layers that are no linear ones ({name}); use --use_lora")
         if kind == "Linear4bit":
             packed: PackedLinear = FourBitLinear.take(module)
         elif kind == "Linear8bitLt":
@@ -436,14 +477,14 @@ def take_over(model: PreTrainedModel, path: str) -> None:
         else:
             continue
         if module is output:
-            raise SettingsError(f"{path}: its output layer is quantised, too, which is not supported")
+            raise SettingsError("its output layer is quantised, too, which is not supported")
         _put(model, name, packed)
         found += 1
     experts = [name for name, p in model.named_parameters() if p.ndim == 3 and "expert" in name]
     if experts:
-        raise SettingsError(f"{path}: its experts are 3-D parameters ({experts[0]}), which cannot be quantised here")
+        raise SettingsError(f"its experts are 3-D parameters ({experts[0]}), which cannot be quantised here")
     if not found:
-        raise SettingsError(f"{path}: has no linear layer that could be quantised")
+        raise SettingsError("has no linear layer that could be quantised")
     _forget_quantizer(model)
 
 

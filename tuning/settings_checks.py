@@ -1,6 +1,7 @@
 """Checks across settings: what contradicts, and what would have no effect."""
 
 from dataclasses import fields
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -20,6 +21,9 @@ def check_settings(arguments: Arguments, given: set[str]) -> None:
     """
     _check_lora(arguments.lora, arguments.model, given)
     _check_engine(arguments.run, arguments.model)
+    config: Any = arguments.run.deepspeed or {}
+    if arguments.lora.q_lora and (config.get("data_types") or {}).get("buffer_dtype"):
+        raise SettingsError("--deepspeed: data_types.buffer_dtype casts the scales of packed weights; delete it")
     if arguments.lora.q_lora and arguments.run.engine == "zero3":
         raise SettingsError(
             "--q_lora and ZeRO-3: it casts and cuts packed weights; use --deepspeed finetune/ds_config_zero2.json, or "

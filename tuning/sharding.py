@@ -4,6 +4,7 @@ Only the first process loads weights; the others hold a model without storage un
 processes holds one copy, and what looks at weights before training runs as on one process.
 """
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -102,6 +103,19 @@ def reshard(model: nn.Module) -> None:
     zero3 = next((p._z3_optimizer for p in model.parameters() if hasattr(p, "_z3_optimizer")), None)
     if zero3 is not None:
         zero3.empty_partition_cache()
+
+
+def check_packed_weights(settings: Any) -> None:
+    """Raises: SettingsError: this torch's FSDP2 cannot cut integers. settings: RunArguments."""
+    if settings.engine != "fsdp":
+        return
+    from torch.distributed.fsdp._fully_shard import _fsdp_param
+
+    if "is_floating_point" not in inspect.getsource(_fsdp_param):  # since torch 2.12 or 2.13
+        raise SettingsError(
+            f"--q_lora and --fsdp: FSDP2 of torch {torch.__version__} cannot cut packed weights; use torch 2.13, or "
+            "--deepspeed finetune/ds_config_zero2.json"
+        )
 
 
 def scatter(value: Tensor, like: DTensor) -> DTensor:

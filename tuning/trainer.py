@@ -90,6 +90,8 @@ class StepTrainer(ResumableTrainer):
             args.activation_checkpointing = False
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # every trained parameter takes part in every forward
+        if args.ddp_broadcast_buffers is None:
+            args.ddp_broadcast_buffers = False  # none changes, and those of packed layers are large
         # On a machine with several GPUs one process uses one: transformers would wrap the model in DataParallel, which
         # is slow and knows nothing of steps. torchrun uses them all.
         args._n_gpu = min(args.n_gpu, 1)
@@ -178,7 +180,8 @@ class StepTrainer(ResumableTrainer):
             self._saved_window = None
         watch = None
         if not self._gradients_seen and hasattr(self.model.model, "peft_config"):
-            watch = GradientWatch(trained_parameters(self.model))
+            trained = trained_parameters(self.model)  # an expert may get no token
+            watch = GradientWatch({name: p for name, p in trained.items() if "expert" not in name})
         self._gradients_seen = True
         scale = self.args.world_size / num_items_in_batch
         losses = []
