@@ -150,7 +150,8 @@ def pack(model: Any, method: str, *, ours: bool) -> None:
     import torch
     from torch import nn
 
-    from tuning.quantization import GptqLinear, Quantization, pack_like, take_over
+    from tuning.packed_linear import GptqLinear
+    from tuning.quantization import Quantization, pack_like, take_over
 
     device, dtype = model.device, model.dtype
     if method == "qlora_gptq":

@@ -21,16 +21,15 @@ from tests.conftest import CONVERSATIONS, ROOT
 from tests.library_logits import Library
 from tests.runs import MAX_LENGTH, NF4, probe_logits
 from tests.test_chaos import kill_and_resume, words
-from tuning import quantization
+from tuning import packed_linear
 from tuning.adapters import add_lora, find_lora_targets, load_lora
 from tuning.errors import MachineError, SettingsError
 from tuning.memory import MicroBatchShape, estimate_memory
 from tuning.model import TrainingModel, count_parameters
 from tuning.model import load_model as load
+from tuning.packed_linear import GptqLinear, PackedLinear
 from tuning.packing import enable_packing
 from tuning.quantization import (
-    GptqLinear,
-    PackedLinear,
     Quantization,
     choose_quantization,
     dequantize,
@@ -186,7 +185,7 @@ def test_layers_that_a_checkpoint_leaves_alone(packed):
 )
 def test_gptq_numbers_are_unpacked_one_by_one_alike(bits, groups, multiple, outputs, seed):
     # Several parts, the last one shorter.
-    quantization._UNPACKED_ROWS, whole = 64, quantization._UNPACKED_ROWS
+    packed_linear._UNPACKED_ROWS, whole = 64, packed_linear._UNPACKED_ROWS
     torch.manual_seed(seed)
     inputs, per_word = 32 * multiple, 32 // bits
     codes = torch.randint(0, 2**bits, (inputs, outputs))
@@ -209,7 +208,7 @@ def test_gptq_numbers_are_unpacked_one_by_one_alike(bits, groups, multiple, outp
         inputs, outputs, pack(codes, 0), None, bits=bits, zeros=pack(zeros, 1), scales=scales, group_index=group_index
     )
     weight = layer.unpack()
-    quantization._UNPACKED_ROWS = whole
+    packed_linear._UNPACKED_ROWS = whole
     for i in range(inputs):
         for o in range(outputs):
             group = int(group_index[i])

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tuning.model import TrainingModel
-from tuning.quantization import PackedLinear
+from tuning.packed_linear import PackedLinear
 from tuning.sharding import shape_of
 
 

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from tuning.loss import chunk_rows
 from tuning.model import TrainingModel
-from tuning.quantization import PackedLinear
+from tuning.packed_linear import PackedLinear
 from tuning.sharding import SHARDED, find_layers
 
 

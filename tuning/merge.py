@@ -28,7 +28,8 @@ from tuning.model import (
     load_model,
     local_directory,
 )
-from tuning.quantization import PackedLinear, Quantization, dequantize
+from tuning.packed_linear import PackedLinear
+from tuning.quantization import Quantization, dequantize
 from tuning.record import MANIFEST_FILE, read_manifest
 from tuning.token_rows import TokenRows
 

@@ -17,14 +17,8 @@ from tuning.attention import describe_packing
 from tuning.errors import SettingsError
 from tuning.loss import OutputHead
 from tuning.machine import is_out_of_memory
-from tuning.quantization import (
-    PackedLinear,
-    Quantization,
-    pack_like,
-    prepare_loading,
-    read_quantization,
-    take_over,
-)
+from tuning.packed_linear import PackedLinear
+from tuning.quantization import Quantization, pack_like, prepare_loading, read_quantization, take_over
 from tuning.token_rows import TokenRows
 
 
@@ -110,7 +104,7 @@ def find_quantization(path: str, *, cache_dir: str | None, trust_remote_code: bo
 
 
 def hide_gptqmodel() -> None:
-    """Keep peft from importing gptqmodel (seconds, and a banner), whose layers no model here has (quantization.py)."""
+    """Keep peft from importing gptqmodel (seconds, and a banner), whose layers no model here has (packed_linear.py)."""
     import peft.tuners.lora.awq
     import peft.tuners.lora.gptq
     import peft.utils.other
