@@ -377,7 +377,7 @@ def plan_run(
         )
         evidence = judge_base_model(model, data.template.stop_id, data.template.stop, len(data.tokenizer))
         skeleton = build_model(arguments, data, model, is_base=evidence.is_base, base_fingerprint=base_fingerprint)
-        notes = (evidence.describe(),)
+        notes = (evidence.describe(), *([f"linear layers: {quantization.describe()}"] if quantization else []))
     except SettingsError:
         raise
     except Exception as error:  # code that comes with a model may need values

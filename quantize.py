@@ -40,6 +40,10 @@ def main(argv: list[str] | None = None) -> None:
     merge.check_out(out, [path, *map(Path, args.data)], overwrite=args.overwrite, mark="quantized_from")
     if own := find_quantization(str(path), cache_dir=None, trust_remote_code=trust):
         raise SettingsError(f"{path}: is quantised already ({own.describe()})")
+    if not (path / "config.json").is_file():
+        raise SettingsError(f"{path}: no config.json, so no model; an adapter is merged first (merge_lora.py)")
+    skeleton = load_model(str(path), dtype="auto", skeleton=True, trust_remote_code=trust)
+    export.check_group_size(skeleton, args.group_size)
     tokenizer = load_tokenizer(str(path), trust_remote_code=trust)
     options = DataOptions(max_length=args.model_max_length)
     rows, account = load_rows(args.data, ChatTemplate(tokenizer), options)
@@ -51,15 +55,18 @@ def main(argv: list[str] | None = None) -> None:
         raise SettingsError(f"--data: {len(rows)} rows; at least 5 are needed, to calibrate on and to measure on")
     held_back, calibration = examples[:num_held_back], examples[num_held_back:]
 
-    model = load_model(str(path), dtype="auto", trust_remote_code=trust).to(device)
-    export.check_group_size(model, args.group_size)
-    before = export.measure_perplexity(model, held_back)
-    del model
-    print(f"quantising to {args.bits} bits, calibrated on {len(calibration):,} rows; large models take long")
     started = time.perf_counter()
     unfinished = out.with_name(f".{out.name}.tmp")  # complete or absent
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
+        unfinished.mkdir(parents=True)
+    except OSError as error:
+        raise SettingsError(f"{out}: cannot be made: {error.strerror}") from None
+    try:
+        model = load_model(str(path), dtype="auto", trust_remote_code=trust).to(device)
+        before = export.measure_perplexity(model, held_back)
+        del model
+        print(f"quantising to {args.bits} bits, calibrated on {len(calibration):,} rows; large models take long")
         export.quantize_gptq(
             path,
             unfinished,

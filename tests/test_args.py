@@ -86,7 +86,7 @@ EVALUATED = ["--eval_data_path", "e.json", "--eval_strategy", "steps", "--eval_s
         (["--dataloader_drop_last", "True"], "--dataloader_drop_last True: the step"),
         (["--push_to_hub"], "hf upload"),
         (["--lora_r", "8"], "--lora_r: has no effect without --use_lora"),
-        (["--use_lora", "--pure_bf16"], "--pure_bf16: has no effect with --use_lora"),
+        (["--use_lora", "--pure_bf16"], "--pure_bf16: has no effect with LoRA"),
         (["--use_lora", "--lora_dropout", "1"], "--lora_dropout 1.0: must be"),
         (["--eval_data_path", "e.json"], "--eval_data_path: has no effect without --eval_strategy"),
         (["--eval_strategy", "epoch"], "--eval_strategy: needs --eval_data_path"),

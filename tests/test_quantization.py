@@ -428,7 +428,7 @@ def test_quantised_models_load_in_transformers(checkpoints, gptq, library):
     ("more", "message"),
     [
         (["--group_size", "0"], "invalid choice"),
-        (["--group_size", "128"], "has 32 input channels, which it does not divide; choose 32, 64, 128, or -1"),
+        (["--group_size", "128"], "has 32 input channels, which it does not divide; choose a smaller"),
         (["--data", "absent.json"], "absent.json"),
         (["--num_rows", "0"], "--num_rows: must be at least 1"),
         (["--bits", "3"], "invalid choice"),
@@ -436,19 +436,23 @@ def test_quantised_models_load_in_transformers(checkpoints, gptq, library):
 )
 def test_what_cannot_be_quantised(checkpoints, tmp_path, more, message):
     with pytest.raises((SettingsError, ValueError), match=message):
-        quantize.main([str(checkpoints["untied"]), str(tmp_path / "out"), "--data", str(CONVERSATIONS), *more])
+        words = ["--data", str(CONVERSATIONS), "--group_size", "32", *more]
+        quantize.main([str(checkpoints["untied"]), str(tmp_path / "out"), *words])
     assert not (tmp_path / "out").exists()
 
 
 def test_inputs_that_cannot_be_quantised(checkpoints, gptq, trained, tmp_path, write_json):
-    words = ["--data", str(CONVERSATIONS)]
+    words = ["--data", str(CONVERSATIONS), "--group_size", "32"]
     with pytest.raises(SettingsError, match="is quantised already"):
         quantize.main([str(gptq[4]), str(tmp_path / "out"), *words])
-    with pytest.raises(SettingsError, match="is an adapter, not a model; merge it first"):
+    with pytest.raises(SettingsError, match="an adapter is merged first"):
         quantize.main([str(trained("nf4")[1]), str(tmp_path / "out"), *words])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingsError, match="is in the way|cannot be made|is a file"):
+        quantize.main([str(checkpoints["untied"]), str(tmp_path / "file" / "out"), *words])
     few = write_json([{"prompt": "a", "completion": "b"}] * 4)
     with pytest.raises(SettingsError, match="4 rows; at least 5 are needed"):
-        quantize.main([str(checkpoints["untied"]), str(tmp_path / "out"), "--data", str(few)])
+        quantize.main([str(checkpoints["untied"]), str(tmp_path / "out"), *words, "--data", str(few)])
 
 
 # ---- what is chosen and refused ----
@@ -465,7 +469,7 @@ def test_how_a_model_is_quantised_is_decided_by_its_checkpoint():
     for change, message in [
         (
             {"q_lora": False},
-            r"is quantised \(GPTQ, 4 bits, groups of 128\): its own weights cannot train; pass --q_lora",
+            r"is quantised \(GPTQ, 4 bits, groups of 128\); only adapters train on it: pass --q_lora",
         ),
         ({"bits": 4}, "--bits 4: has no effect on p"),
         ({"quant_type": "fp4"}, "--quant_type fp4: has no effect on p"),
@@ -496,7 +500,7 @@ def test_kinds_that_are_not_supported(config, message):
 def test_a_quantised_checkpoint_is_not_trained_as_a_whole(forks, gptq, tmp_path):
     for kind in ("full", "lora"):
         code, _, stderr = forks.run(*words(gptq[4], tmp_path / "out", kind, steps=1))
-        assert code == 2 and "its own weights cannot train; pass --q_lora" in stderr and stderr.count("\n") == 1
+        assert code == 2 and "only adapters train on it: pass --q_lora" in stderr and stderr.count("\n") == 1
         assert not (tmp_path / "out").exists()
 
 

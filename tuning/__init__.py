@@ -12,6 +12,10 @@ for _name in ("torchao", "bitsandbytes", "torch.utils._pytree", "huggingface_hub
     logging.getLogger(_name).setLevel(logging.ERROR)
 # transformers renamed gradient_checkpointing; both names work here, and peft still asks for the old one.
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
+# peft, of an adapter whose base was moved; which base it is, is checked here by its weights.
+warnings.filterwarnings("ignore", message=".*base_model_name_or_path. was renamed")
+# accelerate passes what it is given on under a name that torch has renamed.
+warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated", category=FutureWarning)
 # DeepSpeed calls functions of torch.distributed by their old names.
 warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
 if not torch.cuda.is_available():

@@ -1,6 +1,7 @@
 """Standalone model -> GPTQ checkpoint, calibrated on rows as they are rendered in training."""
 
 import contextlib
+import json
 import math
 import os
 import tempfile
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 
 from tuning.errors import SettingsError
 from tuning.quantization import first_line, require, silence_gptqmodel
+from tuning.record import write_json
 
 
 @torch.no_grad()
@@ -40,7 +42,7 @@ def check_group_size(model: PreTrainedModel, group_size: int) -> None:
         if quantises and group_size > 0 and module.in_features % group_size:
             raise SettingsError(
                 f"--group_size {group_size}: {name} has {module.in_features} input channels, which it does not divide; "
-                "choose 32, 64, 128, or -1 (one group)"
+                "choose a smaller one that does, or -1 (one group)"
             )
 
 
@@ -79,6 +81,10 @@ def quantize_gptq(
             raise SettingsError(f"{path}: gptqmodel cannot quantise it: {first_line(error)}") from error
     for name in ("quant_log.csv", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         (out / name).unlink(missing_ok=True)  # a log, and copies that it changes
+    for name in ("config.json", "quantize_config.json"):
+        values = json.loads((out / name).read_text(encoding="utf-8"))
+        values.get("quantization_config", values).get("meta", {}).pop("offload_to_disk_path", None)  # of this machine
+        write_json(out / name, values)
 
 
 @contextlib.contextmanager

@@ -101,7 +101,7 @@ def choose_quantization(
         name = str(dtype).removeprefix("torch.")
         return Quantization("bitsandbytes", bits, kind, double=bits == 4, dtype=name)
     if not q_lora:
-        raise SettingsError(f"{path}: is quantised ({own.describe()}): its own weights cannot train; pass --q_lora")
+        raise SettingsError(f"{path}: is quantised ({own.describe()}); only adapters train on it: pass --q_lora")
     for flag, value in (("--bits", bits), ("--quant_type", quant_type)):
         if value is not None:
             raise SettingsError(f"{flag} {value}: has no effect on {path}, which is quantised ({own.describe()})")

@@ -19,6 +19,7 @@ from tuning.stopping import GO_ON
 
 RUN_FILE, METRICS_FILE, MANIFEST_FILE = "run.json", "metrics.jsonl", "manifest.json"
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
+_OPTIONAL = ("deepspeed", "bitsandbytes", "gptqmodel")  # part of some runs; None where not installed
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -59,10 +60,17 @@ def describe_environment() -> dict[str, Any]:
         "command": shlex.join([sys.executable, *sys.argv]),
         "directory": os.getcwd(),
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "versions": {name: _find_version(name) for name in (*_PACKAGES, *_OPTIONAL)},
         "machine": platform.platform(),
         "git": _git_state(),
     }
+
+
+def _find_version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def check_manifest(directory: Path, names: list[str]) -> None:

@@ -54,7 +54,7 @@ def _check_lora(lora: LoraArguments, model: ModelArguments, given: set[str]) -> 
     ):
         raise SettingsError(f"--{taken[0]}: has no effect with --lora_weight_path, whose adapter says it")
     elif model.pure_bf16:
-        raise SettingsError("--pure_bf16: has no effect with --use_lora, which keeps adapters in fp32")
+        raise SettingsError("--pure_bf16: has no effect with LoRA, which keeps adapters in fp32")
     if lora.lora_r < 1:
         raise SettingsError(f"--lora_r {lora.lora_r}: must be at least 1")
     if lora.lora_alpha <= 0:
