@@ -448,7 +448,7 @@ def test_inputs_that_cannot_be_quantised(checkpoints, gptq, trained, tmp_path, w
     with pytest.raises(SettingsError, match="an adapter is merged first"):
         quantize.main([str(trained("nf4")[1]), str(tmp_path / "out"), *words])
     (tmp_path / "file").write_text("")
-    with pytest.raises(SettingsError, match="is in the way|cannot be made|is a file"):
+    with pytest.raises(SettingsError, match="file is a file"):
         quantize.main([str(checkpoints["untied"]), str(tmp_path / "file" / "out"), *words])
     few = write_json([{"prompt": "a", "completion": "b"}] * 4)
     with pytest.raises(SettingsError, match="4 rows; at least 5 are needed"):

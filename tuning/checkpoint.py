@@ -195,7 +195,9 @@ def check_writable(directory: Path, flag: str) -> None:
     """Raises: SettingsError: no directory can be made or written to there."""
     existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
     if not existing.is_dir():
-        raise SettingsError(f"{flag} {directory}: {'is' if existing == directory.absolute() else existing} a file")
+        raise SettingsError(
+            f"{flag} {directory}: {'' if existing == directory.absolute() else f'{existing} '}is a file"
+        )
     if not os.access(existing, os.W_OK | os.X_OK):
         raise SettingsError(f"{flag} {directory}: cannot be written to ({existing} is read-only)")
 
