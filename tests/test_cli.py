@@ -186,7 +186,7 @@ def test_directories_that_are_no_run_and_places_that_cannot_be_written(run_scrip
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     for out, message in (
         (tmp_path / "mine", "is not empty (notes.txt) and holds no run"),
-        (tmp_path / "mine" / "notes.txt" / "sub", "notes.txt a file"),
+        (tmp_path / "mine" / "notes.txt" / "sub", "notes.txt is a file"),
     ):
         for more in ([], ["--overwrite_output_dir"]):
             code, _, stderr = run_script("finetune.py", *flags(checkpoints["untied"], CONVERSATIONS, out, *more))
