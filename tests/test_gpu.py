@@ -41,6 +41,27 @@ def test_lora_trains_merges_and_the_merge_is_verified(words, tmp_path, precision
     assert "merge verified" in done.stdout and find_fault(tmp_path / "out") is None
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8", "gptq"])
+def test_q_lora_trains_and_merges_onto_what_it_was_trained_on(words, gptq, tmp_path, kind):
+    if kind == "gptq":
+        words[words.index("--model_name_or_path") + 1] = gptq[4]
+    run_python("finetune.py", *words, "--q_lora", *(["--bits", 8] if kind == "int8" else []))
+    assert losses(tmp_path / "out")[-1] < losses(tmp_path / "out")[0]
+    done = run_python("merge_lora.py", tmp_path / "out", tmp_path / "merged")
+    assert "merge verified" in done.stdout and "model it was trained on" in done.stdout
+    run_python("chat.py", tmp_path / "out", "--prompt", "Hi", "--max_new_tokens", 8)
+
+
+def test_a_paged_optimizer_goes_on(words, tmp_path):
+    run_python("finetune.py", *words, "--optim", "paged_adamw_8bit")
+    out = tmp_path / "out"
+    calm = losses(out)
+    (out / "manifest.json").unlink()
+    (out / "checkpoint-6" / "manifest.json").unlink()
+    run_python("finetune.py", *words, "--optim", "paged_adamw_8bit")
+    assert losses(out) == pytest.approx(calm, rel=1e-3)
+
+
 def test_fp16_keeps_its_loss_scale_over_a_resume(words, tmp_path):
     run_python("finetune.py", *words, "--fp16")
     out = tmp_path / "out"
