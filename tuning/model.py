@@ -49,22 +49,22 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
         own = read_quantization(config)
-        if isinstance(dtype, str):
-            dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+        said = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+        one_dtype = said if isinstance(dtype, str) else dtype
         if skeleton:
             vars(config).pop("quantization_config", None)
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+                model = AutoModelForCausalLM.from_config(config, dtype=one_dtype, trust_remote_code=trust_remote_code)
             with contextlib.suppress(OSError):  # there may be none
                 model.generation_config = GenerationConfig.from_pretrained(path, cache_dir=cache_dir)
             if kept := own or quantization:
-                pack_like(model, kept, dtype)
+                pack_like(model, kept, one_dtype)
             return model
-        with prepare_loading(config, own, quantization, dtype, device or torch.device("cpu")) as options:
+        with prepare_loading(config, own, quantization, one_dtype, device or torch.device("cpu")) as options:
             model, info = AutoModelForCausalLM.from_pretrained(
                 path,
                 config=config,
-                dtype=dtype,
+                dtype=one_dtype if own or quantization else dtype,
                 cache_dir=cache_dir,
                 trust_remote_code=trust_remote_code,
                 use_safetensors=None if allow_pickle else True,

@@ -19,6 +19,7 @@ from transformers.trainer_callback import ProgressCallback
 from tuning.checkpoint import ResultWriter
 from tuning.errors import MachineError
 from tuning.flops import count_flops, measure_matmul_flops
+from tuning.gradient_watch import GradientWatch
 from tuning.machine import describe_lost_process, describe_out_of_memory, is_out_of_memory, peak_memory_gib
 from tuning.model import TrainingModel
 from tuning.processes import raise_together
@@ -29,33 +30,6 @@ from tuning.step_loader import StepSampler, build_loader, move_micro_batch
 from tuning.stopping import GO_ON
 from tuning.training_state import trained_parameters
 from tuning.window import StepWindow
-
-
-class GradientWatch:
-    """Sees whether gradients reach all parameters in the step that follows."""
-
-    def __init__(self, parameters: dict[str, torch.nn.Parameter]):
-        self._parameters = parameters
-        self._without = set(parameters)
-        self._hooks = [
-            parameter.register_hook(lambda _, name=name: self._without.discard(name))
-            for name, parameter in parameters.items()
-            if not isinstance(parameter, DTensor)  # which stands for the one that computes, and gets its gradient
-        ]
-
-    def check(self) -> None:
-        """All processes must call this. Raises: MachineError: a parameter that none reached."""
-        for hook in self._hooks:
-            hook.remove()
-        without = sorted(name for name in self._without if self._parameters[name].grad is None)
-        fault = None
-        if without:
-            fault = (
-                f"no gradient reached {without[0]} and {len(without) - 1} more of {len(self._parameters)} trained "
-                "tensors: the model, or the kernels of its quantised layers, cut the way back; choose other "
-                "--lora_target_modules"
-            )
-        raise_together(fault)
 
 
 class StepTrainer(ResumableTrainer):
