@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import train_table
+from benchmarks import plan_table, train_table
 
 
 @pytest.fixture
@@ -69,3 +69,20 @@ def test_a_cell_that_fails_says_why_and_late_ones_are_not_begun(monkeypatch, cap
     assert "| 7b | lora | 256 | fast | ours |  |  |  |  | 20.1 |" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         train_table.main(["--cells", "7b/lora/fast"])
+
+
+def test_the_table_of_plans(capsys):
+    plan_table.main(["--shape", "tiny"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 2 * len(plan_table.KINDS)
+    assert all(line.count("|") == len(train_table.LENGTHS) + 2 for line in lines)
+
+
+def test_weights_are_counted_once():
+    """By hand: bf16 weights, and nothing else of their size where activations are computed again and rows are short."""
+    train_table.SHAPES["wide"] = train_table.SHAPES["tiny"] | {"hidden_size": 512, "intermediate_size": 1024}
+    try:
+        memory = plan_table.plan("wide", None, 16, lean=True)
+    finally:
+        del train_table.SHAPES["wide"]
+    assert memory.activations + memory.loss < 0.5 * memory.weights
