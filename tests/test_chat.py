@@ -160,7 +160,10 @@ class Terminal:
         self.master, slave = pty.openpty()
         self.process = subprocess.Popen(
             [sys.executable, *map(str, words)], cwd=ROOT, stdin=slave, stdout=slave, stderr=slave, close_fds=True,
-            start_new_session=True, env=os.environ | {"TERM": "xterm", "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
+            start_new_session=True,
+            # Ignored where the tests run in a shell's background; a program in a terminal gets it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            env=os.environ | {"TERM": "xterm", "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
         )  # fmt: skip
         os.close(slave)
         self.shown = ""
