@@ -32,7 +32,7 @@ from tuning.adapters import build_training_model, find_trained_quantization
 from tuning.args import Arguments, RunArguments, describe_settings
 from tuning.base_model import judge_base_model
 from tuning.command_line import parse_arguments
-from tuning.errors import MachineError, SettingsError
+from tuning.errors import MachineError, SettingsError, first_line
 from tuning.machine import check_device, check_reporters, describe_device, process_memory
 from tuning.memory import MicroBatchShape
 from tuning.model import (
@@ -381,7 +381,7 @@ def plan_run(
     except SettingsError:
         raise
     except Exception as error:  # code that comes with a model may need values
-        unknown = (str(error).strip() or type(error).__name__).splitlines()[0]
+        unknown = first_line(error)
     longest = data.longest
     packed = skeleton is None or find_obstacle(skeleton, longest) is None
     budget, wanted = run_args.per_device_train_batch_size * arguments.data.model_max_length, run_args.micro_batch_tokens

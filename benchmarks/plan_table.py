@@ -11,9 +11,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2ForCausalLM
 
-from benchmarks.train_table import GROUP_SIZE, LENGTHS, LORA, SHAPES, SUPERVISED
+from benchmarks.train_table import GROUP_SIZE, LENGTHS, LORA, SHAPES, SUPERVISED, build_config
 from tuning.adapters import add_lora
 from tuning.attention import NAME
 from tuning.memory import Memory, MicroBatchShape, estimate_memory
@@ -42,11 +42,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def plan(shape: str, quantization: Quantization | None, length: int, *, lean: bool) -> Memory:
     """Memory of one step, of a model without storage."""
-    sizes = dict(SHAPES[shape])
-    heads, vocab = sizes.pop("heads"), sizes.pop("vocab")
-    config = Qwen2Config(**sizes, num_attention_heads=heads, num_key_value_heads=heads, vocab_size=vocab)
     with torch.device("meta"):
-        model = Qwen2ForCausalLM._from_config(config, dtype=torch.bfloat16)
+        model = Qwen2ForCausalLM._from_config(build_config(shape), dtype=torch.bfloat16)
     if quantization:
         pack_like(model, quantization, torch.bfloat16)
     if lean:

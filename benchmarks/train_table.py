@@ -127,14 +127,9 @@ def run_here(arm: str, shape: str, method: str, length: int, mode: str) -> Figur
 def build_model(shape: str, device: Any, dtype: Any) -> Any:
     """A random model, made where it is used."""
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import Qwen2ForCausalLM
 
-    sizes = dict(SHAPES[shape])
-    heads, vocab = sizes.pop("heads"), sizes.pop("vocab")
-    config = Qwen2Config(
-        **sizes, num_attention_heads=heads, num_key_value_heads=heads, vocab_size=vocab,
-        max_position_embeddings=max(LENGTHS), tie_word_embeddings=False, bos_token_id=None, eos_token_id=0,
-    )  # fmt: skip
+    config = build_config(shape)
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -143,6 +138,18 @@ def build_model(shape: str, device: Any, dtype: Any) -> Any:
             return Qwen2ForCausalLM(config)
     finally:
         torch.set_default_dtype(before)
+
+
+def build_config(shape: str) -> Any:
+    """The configuration of a model."""
+    from transformers import Qwen2Config
+
+    sizes = dict(SHAPES[shape])
+    heads, vocab = sizes.pop("heads"), sizes.pop("vocab")
+    return Qwen2Config(
+        **sizes, num_attention_heads=heads, num_key_value_heads=heads, vocab_size=vocab,
+        max_position_embeddings=max(LENGTHS), tie_word_embeddings=False, bos_token_id=None, eos_token_id=0,
+    )  # fmt: skip
 
 
 def pack(model: Any, method: str, *, ours: bool) -> None:

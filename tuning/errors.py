@@ -6,6 +6,11 @@ def name_rows(row_ids: list[str]) -> str:
     return ", ".join(row_ids[:8]) + (f" and {len(row_ids) - 8} more" if len(row_ids) > 8 else "")
 
 
+def first_line(error: Exception) -> str:
+    """Of its message; the name of its class where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class SettingsError(ValueError):
     """A setting that cannot work or would be ignored. The message names it and the way out."""
 

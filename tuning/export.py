@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from tuning.errors import SettingsError
-from tuning.quantization import first_line, require, silence_gptqmodel
+from tuning.errors import SettingsError, first_line
+from tuning.quantization import require, silence_gptqmodel
 from tuning.record import write_json
 
 

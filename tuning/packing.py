@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tuning.attention import NAME
+from tuning.errors import first_line
 from tuning.machine import is_out_of_memory
 from tuning.model import TrainingModel
 from tuning.processes import on_first
@@ -37,7 +38,7 @@ def _test_packing(training_model: TrainingModel, max_length: int, dtype: torch.d
     except Exception as error:  # whatever a model does with arguments that it does not know
         if is_out_of_memory(error):
             raise
-        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        message = first_line(error)
         return f"it does not take packed rows ({message})"
     finally:
         causal_lm.set_attn_implementation(before)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from tuning.attention import NAME
-from tuning.errors import SettingsError
+from tuning.errors import SettingsError, first_line
 from tuning.flops import count_flops, measure_matmul_flops
 from tuning.machine import memory_limit
 from tuning.memory import Memory, MicroBatchShape, estimate_memory, largest_micro_batch, rows_of
@@ -172,7 +172,7 @@ def make_plan(
         fitting = None if limit is None else _find_largest(estimate, survey, row_tokens, int(_USABLE * limit))
         step_s = _step_seconds(skeleton, plan, device, dtype, settings.world_size)
     except Exception as error:  # a model may do anything with tensors that have no values
-        return replace(plan, unknown=(str(error).strip() or type(error).__name__).splitlines()[0][:200])
+        return replace(plan, unknown=first_line(error)[:200])
     return replace(plan, largest_micro_batch=fitting, step_s=step_s)
 
 

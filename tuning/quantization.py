@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from tuning.errors import SettingsError
+from tuning.errors import SettingsError, first_line
 from tuning.packed_linear import FourBitLinear, GptqLinear, Int8Linear, PackedLinear
 
 _INSTALL = "pip install -r requirements_finetune.txt"
@@ -178,11 +178,6 @@ def require(*libraries: str) -> None:
             importlib.import_module(name)
         except Exception as error:  # they look for devices and compile when they are imported
             raise SettingsError(f"quantised models need {name} ({first_line(error)}); {_INSTALL}") from None
-
-
-def first_line(error: Exception) -> str:
-    """Of its message; the name of its class where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _as_dict(config: Any) -> dict[str, Any]:
