@@ -16,12 +16,14 @@ from transformers import GenerationConfig
 from data_utils.sources import DataError, read_lines
 from data_utils.template import ChatTemplate
 from data_utils.tokenizer import load_tokenizer
-from tuning.adapters import find_trained_quantization, load_lora
-from tuning.command_line import OneLineParser
+from inference.generate import generate_answers, stream_answer
+from tuning.checkpoint.adapter import find_trained_quantization
+from tuning.checkpoint.merge import find_base, tokenizer_source
+from tuning.entry import OneLineParser
 from tuning.errors import SettingsError
-from tuning.generate import generate_answers, stream_answer
-from tuning.merge import find_base, tokenizer_source
-from tuning.model import TrainingModel, load_model
+from tuning.model.loading import load_model
+from tuning.model.lora import load_lora
+from tuning.model.training_model import TrainingModel
 
 HELP = """\
 :help                    this text

@@ -27,43 +27,36 @@ from data_utils.report import Account
 from data_utils.sources import DataError, read_lines
 from data_utils.template import ChatTemplate
 from data_utils.tokenizer import load_tokenizer
-from tuning import checkpoint, record
-from tuning.adapters import build_training_model, find_trained_quantization
-from tuning.args import Arguments, RunArguments, describe_settings
-from tuning.base_model import judge_base_model
-from tuning.command_line import parse_arguments
-from tuning.errors import MachineError, SettingsError, first_line
-from tuning.machine import check_device, check_reporters, describe_device, process_memory
-from tuning.memory import MicroBatchShape
-from tuning.model import (
+from inference.samples import SampleCallback
+from tuning.checkpoint import files, manifest, output_directory, result, run_record
+from tuning.checkpoint.adapter import find_trained_quantization
+from tuning.checkpoint.resume import describe_trajectory, find_starting_point
+from tuning.distributed.processes import check_agreement, is_local_rank_0, is_rank_0, on_all_ranks, on_rank_0
+from tuning.distributed.sharding import SHARDED, check_quantized_sharding, shard_model
+from tuning.distributed.startup import check_connection, check_shared, join_mpi
+from tuning.errors import MachineError, SettingsError, explain_failed_write
+from tuning.machine import check_device, describe_device, process_memory
+from tuning.messages import RESUME_HINT, first_line
+from tuning.model.base_or_chat import judge_base_or_chat
+from tuning.model.build import build_training_model
+from tuning.model.loading import choose_dtypes, find_quantization, identify_checkpoint, load_model
+from tuning.model.packing import describe_rotary_switch, enable_packing, find_obstacle
+from tuning.model.quantization import Quantization, choose_quantization
+from tuning.model.stop_token import align_stop_token
+from tuning.model.training_model import (
     TrainingModel,
     check_loss_path,
     check_positions,
-    choose_dtypes,
     count_parameters,
     enable_gradient_checkpointing,
-    find_quantization,
-    identify_checkpoint,
-    load_model,
 )
-from tuning.packing import describe_rotary_switch, enable_packing, find_obstacle
-from tuning.plan import Plan, Survey, check_plan, make_plan
-from tuning.processes import (
-    adopt_mpi,
-    check_agreement,
-    check_connection,
-    check_shared,
-    is_first_process,
-    on_all,
-    on_first,
-    speaks_for_machine,
-)
-from tuning.progress import LOSS_PLOT_FILE, ProgressCallback, SampleCallback
-from tuning.quantization import Quantization, choose_quantization
-from tuning.resume import describe_trajectory, find_starting_point
-from tuning.sharding import SHARDED, check_packed_weights, deal_out
-from tuning.stopping import GO_ON
-from tuning.trainer import StepTrainer
+from tuning.planning.memory import MicroBatchShape
+from tuning.planning.plan import Plan, Survey, check_plan, make_plan
+from tuning.settings.checks import check_reporters
+from tuning.settings.command_line import parse_arguments
+from tuning.settings.options import Arguments, RunArguments, describe_settings
+from tuning.training.progress import LOSS_PLOT_FILE, ProgressCallback
+from tuning.training.trainer import StepTrainer
 
 CONSOLE = Console()
 _SURVEYED_STEPS = 1000  # enough to know how rows lie; a million rows take minutes
@@ -72,14 +65,18 @@ _SURVEYED_STEPS = 1000  # enough to know how rows lie; a million rows take minut
 def main(argv: list[str] | None = None) -> int:
     """Run one fine-tuning. Returns: exit code. Raises: DataError, SettingsError: the user's mistakes."""
     # ---- settings ----
-    adopt_mpi()
+    join_mpi()
     arguments = parse_arguments(argv)
     model_args, data_args, lora_args, run_args = arguments.model, arguments.data, arguments.lora, arguments.run
-    settings, environment, started = describe_settings(arguments), record.describe_environment(), time.perf_counter()
+    settings, environment, started = (
+        describe_settings(arguments),
+        run_record.describe_environment(),
+        time.perf_counter(),
+    )
     output_dir = Path(os.path.normpath(run_args.output_dir))
     check_connection(run_args.device)
     check_agreement({**flatten_settings(settings), **environment["versions"], "python": environment["python"]})
-    on_first(lambda: check_output_directory(arguments, output_dir))
+    on_rank_0(lambda: check_output_directory(arguments, output_dir))
     check_shared(output_dir)
     check_reporters(run_args.report_to)
     check_device(run_args.device)
@@ -88,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         say("--lazy_preprocess: rows are always tokenised first here; it has no effect")
 
     # ---- data ----
-    data = on_all(lambda: read_data(arguments))
+    data = on_all_ranks(lambda: read_data(arguments))
     tokenizer, template, account, eval_account = data.tokenizer, data.template, data.account, data.eval_account
     check_agreement(
         {
@@ -106,16 +103,16 @@ def main(argv: list[str] | None = None) -> int:
         fp16=run_args.fp16,
         deepspeed=run_args.deepspeed is not None,
     )
-    quantization = on_first(lambda: choose_model(arguments, load_dtype))
-    if lora_args.lora_weight_path and (Path(lora_args.lora_weight_path) / record.MANIFEST_FILE).is_file():
+    quantization = on_rank_0(lambda: choose_model(arguments, load_dtype))
+    if lora_args.lora_weight_path and (Path(lora_args.lora_weight_path) / manifest.MANIFEST_FILE).is_file():
         before = find_trained_quantization(Path(lora_args.lora_weight_path))
         was, now = (q.describe() if q else "no quantisation" for q in (before, quantization))
         if was != now:
             say(f"adapter: trained with {was} before, goes on with {now}")
-    plan = on_first(lambda: plan_run(arguments, data, base["fingerprint"], quantization, load_dtype, compute_dtype))
+    plan = on_rank_0(lambda: plan_run(arguments, data, base["fingerprint"], quantization, load_dtype, compute_dtype))
     if run_args.dry_run:
         say("plan: " + "\n      ".join(plan.describe()))
-        on_first(lambda: write_plan(output_dir, plan, account))
+        on_rank_0(lambda: write_plan(output_dir, plan, account))
         return 0
     say(plan.describe_memory())
     if not run_args.ignore_memory_plan:
@@ -124,12 +121,12 @@ def main(argv: list[str] | None = None) -> int:
     # ---- model ----
     transformers.set_seed(run_args.seed)  # fresh adapters are random
     is_sharded = run_args.engine in SHARDED
-    model = on_all(
+    model = on_all_ranks(
         lambda: load_model(
             model_args.model_name_or_path,
             dtype=load_dtype,
             allow_pickle=model_args.allow_pickle,
-            skeleton=is_sharded and not is_first_process(),
+            meta=is_sharded and not is_rank_0(),
             quantization=quantization,
             device=None if is_sharded else run_args.device,
             cache_dir=model_args.cache_dir,
@@ -154,18 +151,18 @@ def main(argv: list[str] | None = None) -> int:
         "quantization": quantization.to_json() if quantization else None,
     }
     wanted, force = run_args.resume_from_checkpoint, run_args.force_resume
-    start = on_first(lambda: find_starting_point(wanted, output_dir, facts, force=force))
+    start = on_rank_0(lambda: find_starting_point(wanted, output_dir, facts, force=force))
     for note in start.notes:
         say(note)
     if start.finished:
         return 0
-    evidence = on_first(lambda: judge_base_model(model, template.stop_id, template.stop, len(tokenizer)))
+    evidence = on_rank_0(lambda: judge_base_or_chat(model, template.stop_id, template.stop, len(tokenizer)))
     training_model = build_model(arguments, data, model, is_base=evidence.is_base, base_fingerprint=base["fingerprint"])
     if plan.checkpointing:
         enable_gradient_checkpointing(model)
     if not is_sharded:
         training_model.to(run_args.device)
-    on_first(lambda: check_loss_path(training_model))
+    on_rank_0(lambda: check_loss_path(training_model))
     trainable, total = count_parameters(training_model)
     say(f"model: {evidence.describe()}")
     say(f"       {trainable:,} of {total:,} parameters train; computing in {str(compute_dtype).removeprefix('torch.')}")
@@ -181,8 +178,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     if warning := describe_rotary_switch(model.config, longest):
         say(f"layout: {warning}")
-    generation = checkpoint.align_stop_token(model, tokenizer, stop_id=template.stop_id, is_base=evidence.is_base)
-    deal_out(training_model, run_args, compute_dtype)
+    generation = align_stop_token(model, tokenizer, stop_id=template.stop_id, is_base=evidence.is_base)
+    shard_model(training_model, run_args, compute_dtype)
 
     # ---- training ----
     packed = obstacle is None
@@ -193,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
     if data.eval_rows:
         eval_steps = build_eval_steps(arguments, data.eval_rows, packed=packed, limit=plan.layout.max_tokens)
     facts["rows_per_step"] = train_steps.rows_per_step
-    writer = checkpoint.ResultWriter(training_model, tokenizer, generation, base=base, dtype=compute_dtype, facts=facts)
+    writer = result.ResultWriter(training_model, tokenizer, generation, base=base, dtype=compute_dtype, facts=facts)
     run: dict[str, Any] = {
         **environment,
         "settings": settings,
@@ -212,11 +209,13 @@ def main(argv: list[str] | None = None) -> int:
     }
 
     def open_run() -> None:
-        checkpoint.prepare_output_directory(output_dir, overwrite=start.checkpoint is None, checkpoint=start.checkpoint)
+        output_directory.prepare_output_directory(
+            output_dir, overwrite=start.checkpoint is None, checkpoint=start.checkpoint
+        )
         if account.dropped:
             shutil.copy(data.rows.directory / DROPPED_FILE, output_dir / DROPPED_FILE)
         run["status"] = "running"
-        record.write_run(output_dir, run)
+        run_record.write_run(output_dir, run)
 
     trainer = StepTrainer(
         training_model,
@@ -227,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
         on_begin=open_run,
         loraplus_lr_ratio=lora_args.loraplus_lr_ratio,
     )
-    if is_first_process():
+    if is_rank_0():
         if data.samples:
             trainer.add_callback(
                 SampleCallback(
@@ -243,36 +242,38 @@ def main(argv: list[str] | None = None) -> int:
     try:
         trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
     except BaseException as error:
-        if is_first_process():
+        if is_rank_0():
             progress.close()
         if "status" in run:  # begun, on the first process
             run["status"] = f"failed: {error}"
             with contextlib.suppress(MachineError):  # where the disk is full, the error itself is what to say
-                record.write_run(output_dir, run)
+                run_record.write_run(output_dir, run)
         raise
     run |= trainer.summarize()
     if trainer.stopped_by:
         name = signal.Signals(trainer.stopped_by).name
         run["status"] = f"stopped by {name}"
-        on_first(lambda: record.write_run(output_dir, run))
+        on_rank_0(lambda: run_record.write_run(output_dir, run))
         step, last = trainer.state.global_step, trainer.state.max_steps
-        then = "it was saved without what going on needs (--save_only_model)" if run_args.save_only_model else GO_ON
+        then = (
+            "it was saved without what going on needs (--save_only_model)" if run_args.save_only_model else RESUME_HINT
+        )
         say(f"stopped by {name} at step {step:,} of {last:,}; {then}")
         trainer.close()
         return 128 + trainer.stopped_by
 
     # ---- result ----
     run |= {"status": "finished", "wall_s": round(time.perf_counter() - started, 1)}
-    result = writer.collect()
+    collected = writer.collect()
 
     def write_result() -> None:
-        with record.explain_failed_write(output_dir, GO_ON):
-            writer.write(output_dir, result)
-            record.write_run(output_dir, run)
+        with explain_failed_write(output_dir, RESUME_HINT):
+            writer.write(output_dir, collected)
+            run_record.write_run(output_dir, run)
             writer.seal(output_dir, step=run["steps"])
 
-    on_first(write_result)
-    if is_first_process():
+    on_rank_0(write_result)
+    if is_rank_0():
         say_summary(run, output_dir, use_lora=lora_args.use_lora)
     trainer.close()
     return 0
@@ -333,10 +334,12 @@ def check_output_directory(arguments: Arguments, output_dir: Path) -> None:
     """Raises: SettingsError: it holds something that may neither be deleted nor gone on with."""
     wanted = arguments.run.resume_from_checkpoint
     resumes = wanted is not None and (
-        wanted == "auto" or checkpoint.lies_in(Path(wanted), output_dir) or not checkpoint.holds_results(output_dir)
+        wanted == "auto"
+        or output_directory.lies_in(Path(wanted), output_dir)
+        or not output_directory.holds_results(output_dir)
     )
     inputs = [path for path in (arguments.model.model_name_or_path, arguments.lora.lora_weight_path) if path]
-    checkpoint.check_output_directory(
+    output_directory.check_output_directory(
         output_dir, overwrite=arguments.run.overwrite_output_dir or arguments.run.dry_run, resume=resumes, inputs=inputs
     )
 
@@ -347,7 +350,7 @@ def choose_model(arguments: Arguments, load_dtype: torch.dtype) -> Quantization 
     path = model_args.model_name_or_path
     own = find_quantization(path, cache_dir=model_args.cache_dir, trust_remote_code=model_args.trust_remote_code)
     if lora.q_lora:
-        check_packed_weights(arguments.run)
+        check_quantized_sharding(arguments.run)
     return choose_quantization(
         own, path=path, q_lora=lora.q_lora, bits=lora.bits, quant_type=lora.quant_type, dtype=load_dtype
     )
@@ -364,26 +367,26 @@ def plan_run(
     """What the run will do and take, from the checkpoint's configuration and the lengths of the rows."""
     model_args, run_args = arguments.model, arguments.run
     process_bytes, unknown = process_memory(), None
-    skeleton: TrainingModel | None = None
+    meta: TrainingModel | None = None
     notes: tuple[str, ...] = ()
     try:
         model = load_model(
             model_args.model_name_or_path,
             dtype=load_dtype,
-            skeleton=True,
+            meta=True,
             quantization=quantization,
             cache_dir=model_args.cache_dir,
             trust_remote_code=model_args.trust_remote_code,
         )
-        evidence = judge_base_model(model, data.template.stop_id, data.template.stop, len(data.tokenizer))
-        skeleton = build_model(arguments, data, model, is_base=evidence.is_base, base_fingerprint=base_fingerprint)
+        evidence = judge_base_or_chat(model, data.template.stop_id, data.template.stop, len(data.tokenizer))
+        meta = build_model(arguments, data, model, is_base=evidence.is_base, base_fingerprint=base_fingerprint)
         notes = (evidence.describe(), *([f"linear layers: {quantization.describe()}"] if quantization else []))
     except SettingsError:
         raise
     except Exception as error:  # code that comes with a model may need values
         unknown = first_line(error)
     longest = data.longest
-    packed = skeleton is None or find_obstacle(skeleton, longest) is None
+    packed = meta is None or find_obstacle(meta, longest) is None
     budget, wanted = run_args.per_device_train_batch_size * arguments.data.model_max_length, run_args.micro_batch_tokens
     if wanted is not None and wanted != "auto":
         budget = int(wanted)
@@ -393,7 +396,7 @@ def plan_run(
     def plan_with(budget: int, checkpointing: bool | None) -> Plan:
         steps = build_steps(arguments, data.rows, packed=packed, max_tokens=budget)
         return make_plan(
-            skeleton,
+            meta,
             survey_steps(arguments, steps),
             settings=run_args,
             dtype=compute_dtype,
@@ -410,7 +413,7 @@ def plan_run(
         return plan
     if plan.largest_micro_batch is None:
         raise SettingsError(f"--micro_batch_tokens auto: {plan.unknown or 'the memory of this device is not known'}")
-    # Whether activations are computed again is settled: the skeleton computes them so by now.
+    # Whether activations are computed again is settled: the meta computes them so by now.
     return plan_with(max(longest, plan.largest_micro_batch), plan.checkpointing)
 
 
@@ -437,8 +440,8 @@ def survey_steps(arguments: Arguments, steps: StepDataset) -> Survey:
 def write_plan(output_dir: Path, plan: Plan, account: Account) -> None:
     """Write plan.json, beside which a run may begin."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    record.write_json(output_dir / checkpoint.PLAN_FILE, {"data": account.to_json(), **plan.to_json()})
-    say(f"plan: {output_dir / checkpoint.PLAN_FILE}")
+    files.write_json(output_dir / output_directory.PLAN_FILE, {"data": account.to_json(), **plan.to_json()})
+    say(f"plan: {output_dir / output_directory.PLAN_FILE}")
 
 
 def build_model(arguments: Arguments, data: Data, model: Any, *, is_base: bool, base_fingerprint: str) -> TrainingModel:
@@ -528,7 +531,7 @@ def describe_engine(run: RunArguments) -> str:
 
 def say(line: str) -> None:
     """Print a line on the first process."""
-    if is_first_process():
+    if is_rank_0():
         CONSOLE.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -536,14 +539,14 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (DataError, SettingsError) as error:
-        if speaks_for_machine():
+        if is_local_rank_0():
             print("\n".join(f"error: {line}" for line in str(error).split("\n")), file=sys.stderr)
         sys.exit(2)
     except MachineError as error:
-        if speaks_for_machine() or not error.agreed:
+        if is_local_rank_0() or not error.agreed:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        if speaks_for_machine():
+        if is_local_rank_0():
             print("interrupted before training began or after it ended", file=sys.stderr)
         sys.exit(130)

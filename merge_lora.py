@@ -13,11 +13,12 @@ import torch
 
 from data_utils.sources import DataError
 from data_utils.tokenizer import load_tokenizer
-from tuning import merge
-from tuning.command_line import OneLineParser
+from tuning.checkpoint import merge
+from tuning.checkpoint.manifest import write_manifest
+from tuning.checkpoint.output_directory import check_out
+from tuning.entry import OneLineParser
 from tuning.errors import SettingsError
-from tuning.model import find_quantization
-from tuning.record import write_manifest
+from tuning.model.loading import find_quantization
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     if other and not args.no_verify:
         trained_on = merge.find_base(adapter, None, args.cache_dir)
         merge.check_same_origin(base, trained_on, trust_remote_code=trust)
-    merge.check_out(out, [adapter, base, trained_on], overwrite=args.overwrite, mark="onto")
+    check_out(out, [adapter, base, trained_on], overwrite=args.overwrite, mark="onto")
     tokenizer = load_tokenizer(str(merge.tokenizer_source(adapter, base)), trust_remote_code=trust)
     dtype = merge.read_dtype(base, trust_remote_code=trust) if args.dtype == "auto" else DTYPES[args.dtype]
 

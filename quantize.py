@@ -16,11 +16,12 @@ from data_utils.dataset import DataOptions, load_rows
 from data_utils.sources import DataError
 from data_utils.template import ChatTemplate
 from data_utils.tokenizer import load_tokenizer
-from tuning import export, merge
-from tuning.command_line import OneLineParser
+from tuning.checkpoint import gptq, merge
+from tuning.checkpoint.manifest import write_manifest
+from tuning.checkpoint.output_directory import check_out
+from tuning.entry import OneLineParser
 from tuning.errors import SettingsError
-from tuning.model import find_quantization, load_model, local_directory
-from tuning.record import write_manifest
+from tuning.model.loading import find_quantization, load_model, local_directory
 
 _GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)  # gptqmodel's
 _HELD_BACK = 64  # rows to measure on, or a fifth of all
@@ -37,13 +38,13 @@ def main(argv: list[str] | None = None) -> None:
         path = local_directory(args.model, args.cache_dir)
     except (OSError, ValueError):
         raise SettingsError(f"{args.model}: no such model") from None
-    merge.check_out(out, [path, *map(Path, args.data)], overwrite=args.overwrite, mark="quantized_from")
+    check_out(out, [path, *map(Path, args.data)], overwrite=args.overwrite, mark="quantized_from")
     if own := find_quantization(str(path), cache_dir=None, trust_remote_code=trust):
         raise SettingsError(f"{path}: is quantised already ({own.describe()})")
     if not (path / "config.json").is_file():
         raise SettingsError(f"{path}: no config.json, so no model; an adapter is merged first (merge_lora.py)")
-    skeleton = load_model(str(path), dtype="auto", skeleton=True, trust_remote_code=trust)
-    export.check_group_size(skeleton, args.group_size)
+    meta_model = load_model(str(path), dtype="auto", meta=True, trust_remote_code=trust)
+    gptq.check_group_size(meta_model, args.group_size)
     tokenizer = load_tokenizer(str(path), trust_remote_code=trust)
     options = DataOptions(max_length=args.model_max_length)
     rows, account = load_rows(args.data, ChatTemplate(tokenizer), options)
@@ -64,10 +65,10 @@ def main(argv: list[str] | None = None) -> None:
         raise SettingsError(f"{out}: cannot be made: {error.strerror}") from None
     try:
         model = load_model(str(path), dtype="auto", trust_remote_code=trust).to(device)
-        before = export.measure_perplexity(model, held_back)
+        before = gptq.measure_perplexity(model, held_back)
         del model
         print(f"quantising to {args.bits} bits, calibrated on {len(calibration):,} rows; large models take long")
-        export.quantize_gptq(
+        gptq.quantize_gptq(
             path,
             unfinished,
             [input_ids.tolist() for input_ids, _ in calibration],
@@ -80,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         for file in [*path.glob("generation_config.json"), *path.glob("*.py")]:
             shutil.copy2(file, unfinished / file.name)
         model = load_model(str(unfinished), dtype="auto", device=device, trust_remote_code=trust).to(device)
-        after = export.measure_perplexity(model, held_back)
+        after = gptq.measure_perplexity(model, held_back)
         write_manifest(unfinished, quantized_from=str(path), perplexity={"before": before, "after": after})
         if out.exists():
             shutil.rmtree(out)

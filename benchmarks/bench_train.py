@@ -241,12 +241,12 @@ def run_ours(args: argparse.Namespace, *, packed: bool = True) -> Figures:
     """StepTrainer."""
     import torch
 
-    from tuning.adapters import add_lora
-    from tuning.args import RunArguments
-    from tuning.flops import count_flops
-    from tuning.model import TrainingModel
-    from tuning.packing import enable_packing
-    from tuning.trainer import StepTrainer
+    from tuning.model.lora import add_lora
+    from tuning.model.packing import enable_packing
+    from tuning.model.training_model import TrainingModel
+    from tuning.planning.operations import count_operations
+    from tuning.settings.options import RunArguments
+    from tuning.training.trainer import StepTrainer
 
     _, steps = load_steps(args, packed=packed)
     model = build_model(args)
@@ -264,7 +264,7 @@ def run_ours(args: argparse.Namespace, *, packed: bool = True) -> Figures:
         )  # fmt: skip
         trainer = StepTrainer(training_model, settings, train_dataset=steps, writer=None)  # type: ignore[arg-type]
         elapsed_s = time_training(trainer)
-    flops = count_flops(training_model)
+    flops = count_operations(training_model)
     assert flops is not None
     work = sum(flops.of(steps[step]) for step in range(len(steps)))
     logged = [[entry["loss"], float(entry["grad_norm"])] for entry in trainer.state.log_history if "loss" in entry]
@@ -357,9 +357,9 @@ def run_matmul(args: argparse.Namespace) -> Figures:
     """The machine."""
     import torch
 
-    from tuning.flops import measure_matmul_flops
+    from tuning.planning.operations import measure_matmul_rate
 
-    return {"flops_per_s": measure_matmul_flops(torch.device("cpu"), torch.float32, size=2048, seconds=3.0)}
+    return {"flops_per_s": measure_matmul_rate(torch.device("cpu"), torch.float32, size=2048, seconds=3.0)}
 
 
 RUN: dict[str, Callable[[argparse.Namespace], Figures]] = {

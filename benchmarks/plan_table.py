@@ -14,11 +14,11 @@ import torch
 from transformers import Qwen2ForCausalLM
 
 from benchmarks.train_table import GROUP_SIZE, LENGTHS, LORA, SHAPES, SUPERVISED, build_config
-from tuning.adapters import add_lora
-from tuning.attention import NAME
-from tuning.memory import Memory, MicroBatchShape, estimate_memory
-from tuning.model import TrainingModel, enable_gradient_checkpointing
-from tuning.quantization import Quantization, pack_like
+from tuning.model.attention import NAME
+from tuning.model.lora import add_lora
+from tuning.model.quantization import Quantization, quantize_meta_model
+from tuning.model.training_model import TrainingModel, enable_gradient_checkpointing
+from tuning.planning.memory import Memory, MicroBatchShape, estimate_memory
 
 KINDS = {
     "LoRA": None,
@@ -45,7 +45,7 @@ def plan(shape: str, quantization: Quantization | None, length: int, *, lean: bo
     with torch.device("meta"):
         model = Qwen2ForCausalLM._from_config(build_config(shape), dtype=torch.bfloat16)
     if quantization:
-        pack_like(model, quantization, torch.bfloat16)
+        quantize_meta_model(model, quantization, torch.bfloat16)
     if lean:
         enable_gradient_checkpointing(model)
     training_model = TrainingModel(*add_lora(model, **LORA))

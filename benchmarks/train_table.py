@@ -108,11 +108,11 @@ def run_here(arm: str, shape: str, method: str, length: int, mode: str) -> Figur
     """One cell in this process: seconds a step, memory, and the share of the device's matrix products."""
     import torch
 
-    from tuning.flops import measure_matmul_flops
+    from tuning.planning.operations import measure_matmul_rate
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    rate = measure_matmul_flops(device, dtype, size=8192 if device.type == "cuda" else 1024)
+    rate = measure_matmul_rate(device, dtype, size=8192 if device.type == "cuda" else 1024)
     model = build_model(shape, device, dtype)
     if method.startswith("qlora"):
         pack(model, method, ours=arm == "ours")
@@ -157,14 +157,14 @@ def pack(model: Any, method: str, *, ours: bool) -> None:
     import torch
     from torch import nn
 
-    from tuning.packed_linear import GptqLinear
-    from tuning.quantization import Quantization, pack_like, take_over
+    from tuning.model.quantization import Quantization, quantize_meta_model, replace_quantized_layers
+    from tuning.model.quantized_linear import GptqLinear
 
     device, dtype = model.device, model.dtype
     if method == "qlora_gptq":
         if not ours:
             raise NotImplementedError("not measured: GPTQ with peft's own layers")
-        pack_like(model, Quantization("gptq", 4, group_size=GROUP_SIZE), dtype)
+        quantize_meta_model(model, Quantization("gptq", 4, group_size=GROUP_SIZE), dtype)
         for module in (m for m in model.modules() if isinstance(m, GptqLinear)):
             packed = torch.empty_like(module.weight, device=device).random_()
             module.weight = nn.Parameter(packed, requires_grad=False)
@@ -184,7 +184,7 @@ def pack(model: Any, method: str, *, ours: bool) -> None:
             layer.bias = module.bias
             model.set_submodule(name, layer)
     if ours:
-        take_over(model)
+        replace_quantized_layers(model)
 
 
 def make_rows(vocabulary: int, length: int) -> list[tuple[list[int], list[int]]]:
@@ -210,7 +210,7 @@ def describe_memory(device: Any) -> Figures:
 
 def adapt(model: Any, method: str) -> tuple[Any, Any]:
     """(model with what trains of it, trained rows or None), as finetune.py makes them."""
-    from tuning.adapters import add_lora
+    from tuning.model.lora import add_lora
 
     if method == "full":
         return model, None
@@ -220,9 +220,9 @@ def adapt(model: Any, method: str) -> tuple[Any, Any]:
 
 def count_work(training_model: Any, length: int) -> int:
     """Operations of a step."""
-    from tuning.flops import count_flops
+    from tuning.planning.operations import count_operations
 
-    flops = count_flops(training_model)
+    flops = count_operations(training_model)
     assert flops is not None
     tokens = ACCUMULATED * length
     targets = round(SUPERVISED * tokens)
@@ -239,10 +239,10 @@ def run_ours(model: Any, method: str, length: int, *, lean: bool) -> tuple[list[
     from data_utils.collate import StepDataset
     from data_utils.dataset import TokenizedRows
     from data_utils.template import Row
-    from tuning.args import RunArguments
-    from tuning.model import TrainingModel, enable_gradient_checkpointing
-    from tuning.packing import enable_packing
-    from tuning.trainer import StepTrainer
+    from tuning.model.packing import enable_packing
+    from tuning.model.training_model import TrainingModel, enable_gradient_checkpointing
+    from tuning.settings.options import RunArguments
+    from tuning.training.trainer import StepTrainer
 
     device, dtype = model.device, model.dtype
     if lean:
@@ -271,7 +271,7 @@ def run_plain(model: Any, method: str, length: int, *, lean: bool) -> tuple[list
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from tuning.model import TrainingModel, enable_gradient_checkpointing
+    from tuning.model.training_model import TrainingModel, enable_gradient_checkpointing
 
     device, dtype = model.device, model.dtype
     if lean:
@@ -315,7 +315,7 @@ def run_trl(model: Any, method: str, length: int, *, lean: bool) -> tuple[list[f
     from trl import SFTConfig, SFTTrainer
 
     from examples.tiny_model import build_tokenizer, read_texts
-    from tuning.model import TrainingModel
+    from tuning.model.training_model import TrainingModel
 
     if method == "lora_tokens" or method.startswith("qlora"):
         raise NotImplementedError(f"not measured with TRL: {method}")

@@ -14,10 +14,10 @@ from torch.distributed.tensor import DTensor
 from data_utils.tokenizer import load_tokenizer
 from tests import runs
 from tests.conftest import ROOT
-from tuning import checkpoint as checkpoint_module
-from tuning.checkpoint import ResultWriter
-from tuning.processes import is_first_process
-from tuning.sharding import SHARDED, whole
+from tuning.checkpoint import result as checkpoint_module
+from tuning.checkpoint.result import ResultWriter
+from tuning.distributed.processes import is_rank_0
+from tuning.distributed.sharding import SHARDED, gather_tensor
 
 OPTIONS = {
     "single": {},
@@ -57,8 +57,8 @@ def run_arm(checkpoint: Path, out: Path, engine: str, steps: int, kind: str, lay
     processes = 1 if engine == "single" else 2
     args = runs.run_arguments(out, kind=kind, batch=2, accumulation=4 // processes, steps=steps, **OPTIONS[engine])
     assert args.engine == engine and args.world_size == processes
-    model = runs.build(checkpoint, kind, template, skeleton=engine in SHARDED and not is_first_process())
-    if engine in SHARDED and not is_first_process():
+    model = runs.build(checkpoint, kind, template, meta=engine in SHARDED and not is_rank_0())
+    if engine in SHARDED and not is_rank_0():
         assert all(tensor.is_meta for tensor in model.parameters()), "only the first process holds the weights"
     trainer = runs.train_with(
         args, model, rows, packed=layout == "packed", **({"loraplus_lr_ratio": 8.0} if kind == "loraplus" else {})
@@ -68,10 +68,10 @@ def run_arm(checkpoint: Path, out: Path, engine: str, steps: int, kind: str, lay
     base = {"path": str(checkpoint), "fingerprint": ""}
     writer = ResultWriter(model, tokenizer, model.causal_lm.generation_config, base=base, dtype=torch.float32, facts={})
     gathered = []
-    checkpoint_module.whole = lambda tensor: gathered.append(tensor) or whole(tensor)
+    checkpoint_module.gather_tensor = lambda tensor: gathered.append(tensor) or gather_tensor(tensor)
     result = writer.collect()
     assert kind == "full" or all(tensor.requires_grad for tensor in gathered), "of LoRA only the adapter"
-    if is_first_process():
+    if is_rank_0():
         writer.write(out, result)
         (out / "measured.json").write_text(json.dumps(runs.measured(trainer)))
     else:

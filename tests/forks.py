@@ -160,11 +160,10 @@ def _hook(plan: dict):
     """Count events, and act at one. Returns: a function that says how many there were."""
     import torch
 
-    from tuning import resumable_trainer
-    from tuning import trainer as trainer_module
-    from tuning.trainer import StepTrainer
+    from tuning.training import trainer as trainer_module
+    from tuning.training.trainer import StepTrainer
 
-    fsync, rotate = os.fsync, resumable_trainer.rotate_checkpoints
+    fsync, rotate = os.fsync, trainer_module.rotate_checkpoints
     step, micro_batch = StepTrainer.training_step, StepTrainer._run_micro_batch
     move = trainer_module.move_micro_batch
     count = 0
@@ -209,7 +208,7 @@ def _hook(plan: dict):
     StepTrainer.training_step = training_step
     StepTrainer._run_micro_batch = run_micro_batch
     trainer_module.move_micro_batch = move_micro_batch
-    resumable_trainer.rotate_checkpoints = rotate_checkpoints
+    trainer_module.rotate_checkpoints = rotate_checkpoints
     os.fsync = slow_fsync
     return lambda: count
 

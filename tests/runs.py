@@ -11,13 +11,15 @@ from data_utils.dataset import DataOptions, TokenizedRows, load_rows
 from data_utils.template import ChatTemplate
 from data_utils.tokenizer import load_tokenizer
 from tests.conftest import CONVERSATIONS
-from tuning.adapters import adapter_config, adapter_state, add_lora
-from tuning.args import RunArguments
-from tuning.model import TrainingModel, load_model
-from tuning.packing import enable_packing
-from tuning.quantization import Quantization
-from tuning.sharding import deal_out
-from tuning.trainer import StepTrainer
+from tuning.checkpoint.adapter import adapter_config, adapter_state
+from tuning.distributed.sharding import shard_model
+from tuning.model.loading import load_model
+from tuning.model.lora import add_lora
+from tuning.model.packing import enable_packing
+from tuning.model.quantization import Quantization
+from tuning.model.training_model import TrainingModel
+from tuning.settings.options import RunArguments
+from tuning.training.trainer import StepTrainer
 
 MAX_LENGTH = 160
 LEARNING_RATES = {"full": 1e-3, "lora": 3e-3, "tokens": 3e-3, "matrices": 1e-3, "loraplus": 1e-3, "nf4": 3e-3}
@@ -33,13 +35,13 @@ def example_rows(checkpoint: Path) -> tuple[TokenizedRows, ChatTemplate]:
 
 
 def build(
-    checkpoint: Path, kind: str, template: ChatTemplate, *, dropout: float = 0.0, skeleton: bool = False
+    checkpoint: Path, kind: str, template: ChatTemplate, *, dropout: float = 0.0, meta: bool = False
 ) -> TrainingModel:
     """kind: "full", "lora", "tokens" (LoRA and control tokens' rows) or "matrices" (LoRA and both whole matrices),
     "loraplus" (as "tokens"; the rate is train_with's), "nf4" (as "tokens", on a model quantised at loading)."""
     torch.manual_seed(1)
     quantization = NF4 if kind == "nf4" else None
-    model = load_model(str(checkpoint), dtype=torch.float32, skeleton=skeleton, quantization=quantization)
+    model = load_model(str(checkpoint), dtype=torch.float32, meta=meta, quantization=quantization)
     if kind == "full":
         return TrainingModel(model)
     embeddings = {"lora": "off", "tokens": "tokens", "matrices": "full", "loraplus": "tokens", "nf4": "tokens"}[kind]
@@ -83,7 +85,7 @@ def train_with(
     args: RunArguments, training_model: TrainingModel, rows: TokenizedRows, *, packed: bool, **options
 ) -> StepTrainer:
     assert not packed or enable_packing(training_model, max_length=MAX_LENGTH, dtype=torch.float32) is None
-    deal_out(training_model, args, torch.float32)
+    shard_model(training_model, args, torch.float32)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     steps_dataset = StepDataset(

@@ -16,21 +16,14 @@ from transformers import (
 
 from tests import runs
 from tests.conftest import build_model
-from tuning.adapters import (
-    adapter_config,
-    adapter_state,
-    add_lora,
-    build_training_model,
-    check_language_model_only,
-    check_lora_targets,
-    find_lora_targets,
-    load_lora,
-)
-from tuning.args import LoraArguments
-from tuning.base_model import judge_base_model
+from tuning.checkpoint.adapter import adapter_config, adapter_state
 from tuning.errors import SettingsError
-from tuning.model import TrainingModel, check_loss_path, check_positions
-from tuning.token_rows import TokenRows
+from tuning.model.base_or_chat import judge_base_or_chat
+from tuning.model.build import build_training_model, check_language_model_only
+from tuning.model.lora import add_lora, check_lora_targets, find_lora_targets, load_lora
+from tuning.model.token_rows import TokenRows
+from tuning.model.training_model import TrainingModel, check_loss_path, check_positions
+from tuning.settings.options import LoraArguments
 
 LAYERS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 
@@ -79,7 +72,7 @@ def test_targets_that_cannot_be_adapted(model, target, message):
 
 
 def judge(model, stop_id=7, vocabulary_size=None):
-    return judge_base_model(model, stop_id, "<|im_end|>", vocabulary_size or model.config.vocab_size)
+    return judge_base_or_chat(model, stop_id, "<|im_end|>", vocabulary_size or model.config.vocab_size)
 
 
 def test_a_stop_token_that_does_not_end_generation_is_a_base_model(model):
@@ -219,7 +212,7 @@ def test_variants_of_lora_train(tokenizer, options):
 def test_lora_plus_raises_the_learning_rate_of_b(checkpoints, tmp_path):
     _, template = runs.example_rows(checkpoints["untied"])
     training_model = runs.build(checkpoints["untied"], "tokens", template)
-    from tuning.trainer import StepTrainer
+    from tuning.training.trainer import StepTrainer
 
     trainer = StepTrainer(
         training_model,

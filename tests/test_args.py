@@ -3,10 +3,10 @@ from dataclasses import fields
 import pytest
 from transformers import TrainingArguments
 
-from tuning.args import describe_settings
-from tuning.command_line import parse_arguments
 from tuning.errors import SettingsError
-from tuning.transformers_settings import FIELDS, HONOURED
+from tuning.settings.command_line import parse_arguments
+from tuning.settings.options import describe_settings
+from tuning.settings.transformers_options import FIELDS, HONOURED
 
 BASE = ["--model_name_or_path", "m", "--data_path", "d.json", "--output_dir", "/tmp/never-made", "--use_cpu", "True"]
 

@@ -33,10 +33,10 @@ from transformers import (
 )
 
 from tests.conftest import build_model
-from tuning import attention
-from tuning.attention import NAME, attend
-from tuning.model import TrainingModel, enable_gradient_checkpointing
-from tuning.packing import describe_rotary_switch, enable_packing
+from tuning.model import attention
+from tuning.model.attention import NAME, attend
+from tuning.model.packing import describe_rotary_switch, enable_packing
+from tuning.model.training_model import TrainingModel, enable_gradient_checkpointing
 
 SMALL = dict(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

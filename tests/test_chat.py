@@ -99,7 +99,7 @@ def test_commands(models):
 
 
 def test_pieces_are_whole_characters(models):
-    from tuning.generate import TextPieces
+    from inference.generate import TextPieces
 
     tokenizer = AutoTokenizer.from_pretrained(models / "merged")
     pieces: list[str] = []

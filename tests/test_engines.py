@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from tests import runs
 from tests.conftest import run_python
-from tuning.adapters import adapter_state
+from tuning.checkpoint.adapter import adapter_state
 
 ENGINES = ["ddp", "zero2", "zero3", "fsdp"]
 KINDS = ["full", "lora", "tokens"]

@@ -69,7 +69,7 @@ def test_tied_and_whole_matrices_too(checkpoints, references, tmp_path, name, ki
 
 
 def test_gradient_checkpointing_and_workers_change_nothing(checkpoints, references, tmp_path):
-    from tuning.model import enable_gradient_checkpointing
+    from tuning.model.training_model import enable_gradient_checkpointing
 
     rows, template = runs.example_rows(checkpoints["untied"])
     model = runs.build(checkpoints["untied"], "tokens", template)

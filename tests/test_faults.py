@@ -12,9 +12,9 @@ import pytest
 
 from tests.conftest import CONVERSATIONS, ROOT
 from tests.test_chaos import ENGINES, assert_same_run, read_metrics, words
-from tuning.record import find_fault
+from tuning.checkpoint.manifest import find_fault
 
-GO_ON = "go on with the same command and --resume_from_checkpoint auto"
+RESUME_HINT = "go on with the same command and --resume_from_checkpoint auto"
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_a_signal_saves_and_says_how_to_go_on(hurt, calm, tmp_path, name, number
     code, stdout, stderr, complete = hurt(at=3, do=name, only="step")
     assert code == 128 + number
     assert stderr == [f"{name}: saving at the end of this step; a second signal stops at once"]
-    assert stdout.splitlines()[-1] == f"stopped by {name} at step 3 of 6; {GO_ON}"
+    assert stdout.splitlines()[-1] == f"stopped by {name} at step 3 of 6; {RESUME_HINT}"
     assert complete == ["checkpoint-2", "checkpoint-3"]
     assert status(tmp_path / "out") == f"stopped by {name}" and not (tmp_path / "out" / "manifest.json").exists()
     code, stdout, stderr, _ = hurt()
@@ -109,8 +109,8 @@ def test_a_full_disk(forks, hurt, calm, tmp_path, processes):
     code, _, stderr, complete = hurt(processes=processes, at=3, do="full", bytes=50_000, only="step")
     assert set(forks.codes) == {1} and complete == ["checkpoint-2"]
     assert len(stderr) == 1 and re.fullmatch(
-        rf"error: .*/out/checkpoint-4: could not be written: .*File too large.*; make room, then {GO_ON}; earlier "
-        "checkpoints are untouched",
+        rf"error: .*/out/checkpoint-4: could not be written: .*File too large.*; make room, then {RESUME_HINT}; "
+        "earlier checkpoints are untouched",
         stderr[0],
     )
     assert status(tmp_path / "out").startswith("failed: ")
@@ -217,7 +217,7 @@ def test_torchrun_passes_a_signal_on_and_is_not_read_as_finished(checkpoints, tm
     assert process.returncode not in (0, None)
     (checkpoint,) = out.glob("checkpoint-*")
     assert find_fault(checkpoint) is None
-    assert f"stopped by {name} at step {checkpoint.name.partition('-')[2]} of 3,000; {GO_ON}" in stdout
+    assert f"stopped by {name} at step {checkpoint.name.partition('-')[2]} of 3,000; {RESUME_HINT}" in stdout
 
 
 def test_conversations_are_where_the_epochs_of_these_tests_think():

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import bench_memory
 from tests.conftest import CONVERSATIONS, ROOT, run_python
-from tuning.record import find_fault
+from tuning.checkpoint.manifest import find_fault
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 

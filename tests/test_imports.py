@@ -10,9 +10,30 @@ from tests.conftest import ROOT
 
 STANDARD_ONLY = {"sources", "schema", "layout"}
 OPTIONAL = {"deepspeed", "bitsandbytes", "gptqmodel", "mpi4py", "optimum", "tiktoken"}
+LEAVES = {"errors", "messages", "machine"}
+# Folders of tuning/ and what each may import beside itself and the leaves.
+MAY_IMPORT = {
+    "errors": set(),
+    "messages": set(),
+    "machine": set(),
+    "entry": set(),
+    "settings": set(),
+    "distributed": {"settings"},
+    "model": {"settings", "distributed"},
+    "planning": {"settings", "distributed", "model"},
+    "checkpoint": {"settings", "distributed", "model"},
+    "training": {"settings", "distributed", "model", "planning", "checkpoint"},
+}
+ENTRIES = {"finetune", "merge_lora", "quantize", "chat", "examples", "tests", "benchmarks"}
+PACKAGES = {
+    "data_utils": {"tuning", "inference", *ENTRIES},
+    "tuning": {"data_utils", "inference", *ENTRIES},
+    "inference": ENTRIES,
+}
 
 
 def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
+    """Full names of the modules that a file imports."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     found = set()
     for node in tree.body if top_level_only else ast.walk(tree):
@@ -20,33 +41,56 @@ def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            found |= {str(node.module)}
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name for name in names if is_module(name)} or {str(node.module)}
     return found
 
 
-def modules(folder: str) -> list[Path]:
-    return sorted((ROOT / folder).glob("*.py"))
+def is_module(name: str) -> bool:
+    path = ROOT / name.replace(".", "/")
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
 
 
-@pytest.mark.parametrize(
-    "path", [*modules("data_utils"), *modules("tuning")], ids=lambda p: f"{p.parent.name}.{p.stem}"
-)
+def modules(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+@pytest.mark.parametrize("path", [p for package in PACKAGES for p in modules(package)], ids=dotted)
 def test_packages_do_not_know_each_other_nor_an_entry_script(path):
-    other = {"data_utils": "tuning", "tuning": "data_utils"}[path.parent.name]
-    assert not {i.partition(".")[0] for i in imports(path)} & {
-        other,
-        "finetune",
-        "merge_lora",
-        "quantize",
-        "chat",
-        "examples",
-        "tests",
-    }
+    forbidden = PACKAGES[path.relative_to(ROOT).parts[0]]
+    assert not {i.partition(".")[0] for i in imports(path)} & forbidden
     assert not {i.partition(".")[0] for i in imports(path, top_level_only=True)} & OPTIONAL
 
 
+@pytest.mark.parametrize("path", [p for p in modules("tuning") if p.name != "__init__.py"], ids=dotted)
+def test_inside_tuning_arrows_run_one_way(path):
+    own = path.relative_to(ROOT / "tuning").with_suffix("").parts[0]
+    allowed = MAY_IMPORT[own] | LEAVES | {own}
+    imported = {i.split(".")[1] for i in imports(path) if i.startswith("tuning.")}
+    assert imported <= allowed, f"{own} must not import {sorted(imported - allowed)}"
+
+
+def test_modules_import_each_other_in_no_circle():
+    graph = {dotted(p): {i for i in imports(p) if is_module(i)} for package in PACKAGES for p in modules(package)}
+    done: set[str] = set()
+
+    def visit(name: str, way: tuple[str, ...]) -> None:
+        assert name not in way, f"a circle: {' -> '.join((*way, name))}"
+        if name not in done:
+            for other in graph.get(name, ()):
+                visit(other, (*way, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
 @pytest.mark.parametrize("name", sorted(STANDARD_ONLY))
-def test_the_first_rooms_need_only_the_standard_library(name):
+def test_the_first_modules_need_only_the_standard_library(name):
     foreign = {
         i
         for i in imports(ROOT / "data_utils" / f"{name}.py", top_level_only=True)

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import CONVERSATIONS, ROOT
-from tuning.command_line import parse_arguments
-from tuning.deepspeed_config import read_deepspeed_config
-from tuning.record import find_fault
+from tuning.checkpoint.manifest import find_fault
+from tuning.settings.command_line import parse_arguments
+from tuning.settings.deepspeed_json import read_deepspeed_config
 
 LAUNCHERS = sorted((ROOT / "finetune").glob("finetune_*.sh"))
 ENGINES = {

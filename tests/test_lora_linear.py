@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from tuning.lora_linear import speed_up_lora
+from tuning.model.lora_linear import fuse_lora_forward
 
 
 def build(*, fast, dtype=torch.float32, **options):
@@ -14,7 +14,7 @@ def build(*, fast, dtype=torch.float32, **options):
     settings = dict(r=4, lora_alpha=6, lora_dropout=0.3, target_modules=["0", "2"], init_lora_weights=False)
     model = get_peft_model(base, LoraConfig(**(settings | options))).train()
     if fast:
-        speed_up_lora(model)
+        fuse_lora_forward(model)
     return model
 
 

@@ -9,10 +9,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from tests.conftest import build_model
-from tuning import loss as loss_module
 from tuning.errors import SettingsError
-from tuning.loss import OutputHead, sum_cross_entropy
-from tuning.model import TrainingModel
+from tuning.model import loss as loss_module
+from tuning.model.loss import OutputHead, sum_cross_entropy
+from tuning.model.training_model import TrainingModel
 
 V, H, R = 37, 8, 3
 # Relative to the largest entry: rounding of the dtype that products are computed in.

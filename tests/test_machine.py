@@ -20,7 +20,7 @@ from tuning.errors import MachineError, SettingsError
 def test_out_of_memory_names_the_micro_batch_and_what_to_change(
     checkpoints, tmp_path, batch, checkpointing, advice, packed
 ):
-    from tuning.model import enable_gradient_checkpointing
+    from tuning.model.training_model import enable_gradient_checkpointing
 
     rows, template = runs.example_rows(checkpoints["untied"])
     model = runs.build(checkpoints["untied"], "lora", template)

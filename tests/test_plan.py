@@ -9,17 +9,17 @@ import torch
 from data_utils.collate import StepDataset
 from tests import runs
 from tests.conftest import CONVERSATIONS, build_model
-from tuning.adapters import add_lora
-from tuning.attention import NAME
 from tuning.errors import SettingsError
-from tuning.memory import Memory, MicroBatchShape, estimate_memory, simulate_step
-from tuning.model import TrainingModel, enable_gradient_checkpointing
-from tuning.plan import Plan, Survey, check_plan
+from tuning.model.attention import NAME
+from tuning.model.lora import add_lora
+from tuning.model.training_model import TrainingModel, enable_gradient_checkpointing
+from tuning.planning.memory import Memory, MicroBatchShape, estimate_memory, simulate_step
+from tuning.planning.plan import Plan, Survey, check_plan
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
 
 
-def skeleton(tokenizer, kind, **changes):
+def meta(tokenizer, kind, **changes):
     with torch.device("meta"):
         model = build_model(tokenizer, tied=False, **{**WIDE, **changes})
     training_model = TrainingModel(model if kind == "full" else add_lora(model, r=4, alpha=8, dropout=0)[0])
@@ -38,7 +38,7 @@ def estimate(model, shape=SHAPE, **changes):
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_parts_are_what_they_are_by_hand(tokenizer, kind):
-    model = skeleton(tokenizer, kind)
+    model = meta(tokenizer, kind)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     memory = estimate(model)
     assert memory.weights == 4 * sum(p.numel() for p in model.parameters())
@@ -66,29 +66,27 @@ def test_what_a_forward_keeps_is_what_it_really_keeps(tokenizer):
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         kept = real(ids, torch.arange(100), ids[0, :100], None, positions, [64] * 4, starts)
     assert kept.requires_grad
-    simulated = simulate_step(
-        skeleton(tokenizer, "full"), SHAPE, dtype=torch.float32, casts_weights=True, accumulates=True
-    )
+    simulated = simulate_step(meta(tokenizer, "full"), SHAPE, dtype=torch.float32, casts_weights=True, accumulates=True)
     assert sum(saved.values()) < simulated < 3 * sum(saved.values())
 
 
 def test_memory_follows_what_it_should(tokenizer):
-    small = estimate(skeleton(tokenizer, "full"))
-    large = estimate(skeleton(tokenizer, "full"), MicroBatchShape((64,) * 8, 200, packed=True))
+    small = estimate(meta(tokenizer, "full"))
+    large = estimate(meta(tokenizer, "full"), MicroBatchShape((64,) * 8, 200, packed=True))
     assert 1.6 < large.activations / small.activations < 2.1
     deep = {"num_hidden_layers": 8}
-    kept = estimate(skeleton(tokenizer, "full", **deep))
-    lean_model = skeleton(tokenizer, "full", **deep)
+    kept = estimate(meta(tokenizer, "full", **deep))
+    lean_model = meta(tokenizer, "full", **deep)
     enable_gradient_checkpointing(lean_model.causal_lm)
     assert estimate(lean_model).activations < 0.6 * kept.activations
-    padded = skeleton(tokenizer, "full")
+    padded = meta(tokenizer, "full")
     padded.causal_lm.set_attn_implementation("sdpa")
     one_long = MicroBatchShape((256, 4, 4, 4), 100, packed=False)
     assert estimate(padded, one_long).activations > 3 * small.activations
 
 
 def test_engines_divide_what_they_divide(tokenizer):
-    model = skeleton(tokenizer, "full")
+    model = meta(tokenizer, "full")
     whole = estimate(model)
     four = {"num_processes": 4, "dtype": torch.bfloat16}
     zero2, zero3 = (estimate(model, engine=name, **four) for name in ("zero2", "zero3"))
@@ -100,7 +98,7 @@ def test_engines_divide_what_they_divide(tokenizer):
 
 
 def test_what_is_offloaded_or_kept_whole_counts_so(tokenizer):
-    model = skeleton(tokenizer, "full")
+    model = meta(tokenizer, "full")
     options = {"engine": "zero3", "num_processes": 4, "device_type": "cuda"}
     both = estimate(model, offloaded=("optimizer", "param"), **options)
     assert both.optimizer == both.gradients == both.weights == 0 < both.gathered
@@ -111,7 +109,7 @@ def test_what_is_offloaded_or_kept_whole_counts_so(tokenizer):
 
 def test_many_short_rows_take_no_longer_to_plan(tokenizer):
     few, many = (MicroBatchShape((length,) * (512 // length), 100, packed=True) for length in (64, 2))
-    model = skeleton(tokenizer, "full")
+    model = meta(tokenizer, "full")
     assert estimate(model, many).activations == estimate(model, few).activations
 
 

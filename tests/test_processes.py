@@ -15,7 +15,7 @@ WORKER = """
 import json, os, sys
 from pathlib import Path
 import torch, torch.distributed as dist
-from tuning import processes
+from tuning.distributed import processes
 from tuning.errors import MachineError, SettingsError
 
 processes._VISIBLE_S = 1
@@ -32,7 +32,7 @@ def crash():
         raise KeyError("surprise")
 
 def several():
-    work = processes.FirstProcess()
+    work = processes.RankZeroWork()
     for number in range(3):
         dist.all_reduce(torch.ones(1))
         work.do(lambda: (place / f"{number}").touch() if number != 1 else fail_first())
@@ -48,11 +48,11 @@ cases = {
     "connection": lambda: processes.check_connection(torch.device("cpu")),
     "shared": lambda: processes.check_shared(place / "not" / "there"),
     "not shared": lambda: (os.chdir(place / ("x" if rank != 1 else "y")), processes.check_shared(Path("out"))),
-    "on all": lambda: processes.on_all(lambda: rank),
-    "fails on one": lambda: processes.on_all(fail),
-    "crashes on one": lambda: processes.on_all(crash),
-    "first": lambda: processes.on_first(lambda: rank + 40),
-    "first fails": lambda: processes.on_first(fail_first),
+    "on all": lambda: processes.on_all_ranks(lambda: rank),
+    "fails on one": lambda: processes.on_all_ranks(fail),
+    "crashes on one": lambda: processes.on_all_ranks(crash),
+    "first": lambda: processes.on_rank_0(lambda: rank + 40),
+    "first fails": lambda: processes.on_rank_0(fail_first),
     "anywhere": lambda: processes.find_anywhere("here" if rank == 2 else None),
     "in parts": several,
 }

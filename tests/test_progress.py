@@ -9,7 +9,7 @@ from rich.console import Console
 
 from tests.conftest import CONVERSATIONS, ROOT
 from tests.test_cli import flags
-from tuning.progress import ProgressCallback, draw_losses
+from tuning.training.progress import ProgressCallback, draw_losses
 
 
 class State:

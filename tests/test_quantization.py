@@ -21,21 +21,21 @@ from tests.conftest import CONVERSATIONS, ROOT
 from tests.library_logits import Library
 from tests.runs import MAX_LENGTH, NF4, probe_logits
 from tests.test_chaos import kill_and_resume, words
-from tuning import packed_linear
-from tuning.adapters import add_lora, find_lora_targets, load_lora
 from tuning.errors import MachineError, SettingsError
-from tuning.memory import MicroBatchShape, estimate_memory
-from tuning.model import TrainingModel, count_parameters
-from tuning.model import load_model as load
-from tuning.packed_linear import GptqLinear, PackedLinear
-from tuning.packing import enable_packing
-from tuning.quantization import (
+from tuning.model import quantized_linear
+from tuning.model.loading import load_model as load
+from tuning.model.lora import add_lora, find_lora_targets, load_lora
+from tuning.model.packing import enable_packing
+from tuning.model.quantization import (
     Quantization,
     choose_quantization,
     dequantize,
-    pack_like,
+    quantize_meta_model,
     read_quantization,
 )
+from tuning.model.quantized_linear import GptqLinear, QuantizedLinear
+from tuning.model.training_model import TrainingModel, count_parameters
+from tuning.planning.memory import MicroBatchShape, estimate_memory
 
 KINDS = {
     "nf4": NF4,
@@ -90,14 +90,14 @@ def test_logits_are_the_librarys(source, packed, library, kind):
 def test_all_but_embedding_and_output_is_packed(packed, kind):
     model = packed(kind)
     linear = {name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    assert {name for name, m in model.named_modules() if isinstance(m, PackedLinear)} == linear - {"lm_head"}
+    assert {name for name, m in model.named_modules() if isinstance(m, QuantizedLinear)} == linear - {"lm_head"}
     assert find_lora_targets(model) == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
-    skeleton = packed(kind, skeleton=True)
+    meta = packed(kind, meta=True)
     described = [
-        {name: (t.shape, t.dtype) for name, t in [*m.named_parameters(), *m.named_buffers()]} for m in (model, skeleton)
+        {name: (t.shape, t.dtype) for name, t in [*m.named_parameters(), *m.named_buffers()]} for m in (model, meta)
     ]
     assert described[0] == described[1]
-    assert count_parameters(model) == count_parameters(skeleton)
+    assert count_parameters(model) == count_parameters(meta)
     assert count_parameters(model)[1] == count_parameters(dequantize(model))[1]
 
 
@@ -158,17 +158,17 @@ def test_biases(tokenizer, tmp_path, kind):
 
 
 def test_half_precision_leaves_scales_alone(packed):
-    expected = packed("nf4").model.layers[0].mlp.up_proj.unpack()
-    assert torch.equal(packed("nf4").bfloat16().model.layers[0].mlp.up_proj.unpack(), expected)
+    expected = packed("nf4").model.layers[0].mlp.up_proj.dequantize()
+    assert torch.equal(packed("nf4").bfloat16().model.layers[0].mlp.up_proj.dequantize(), expected)
 
 
 def test_layers_that_a_checkpoint_leaves_alone(packed):
     some = Quantization("bitsandbytes", 4, "nf4", double=True, skipped=("down_proj", "model.layers.0.mlp"))
     model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2))
     with pytest.raises(SettingsError, match="no linear ones"):
-        pack_like(model, some, torch.float32)
+        quantize_meta_model(model, some, torch.float32)
     model = dequantize(packed("nf4"))
-    pack_like(model, some, torch.float32)
+    quantize_meta_model(model, some, torch.float32)
     left = {name for name, m in model.named_modules() if type(m) is nn.Linear}
     mlp = {f"model.layers.0.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
     assert left == {"lm_head", "model.layers.1.mlp.down_proj", *mlp}
@@ -185,7 +185,7 @@ def test_layers_that_a_checkpoint_leaves_alone(packed):
 )
 def test_gptq_numbers_are_unpacked_one_by_one_alike(bits, groups, multiple, outputs, seed):
     # Several parts, the last one shorter.
-    packed_linear._UNPACKED_ROWS, whole = 64, packed_linear._UNPACKED_ROWS
+    quantized_linear._DEQUANTIZED_CHANNELS, whole = 64, quantized_linear._DEQUANTIZED_CHANNELS
     torch.manual_seed(seed)
     inputs, per_word = 32 * multiple, 32 // bits
     codes = torch.randint(0, 2**bits, (inputs, outputs))
@@ -207,8 +207,8 @@ def test_gptq_numbers_are_unpacked_one_by_one_alike(bits, groups, multiple, outp
     layer = GptqLinear(
         inputs, outputs, pack(codes, 0), None, bits=bits, zeros=pack(zeros, 1), scales=scales, group_index=group_index
     )
-    weight = layer.unpack()
-    packed_linear._UNPACKED_ROWS = whole
+    weight = layer.dequantize()
+    quantized_linear._DEQUANTIZED_CHANNELS = whole
     for i in range(inputs):
         for o in range(outputs):
             group = int(group_index[i])
@@ -316,8 +316,8 @@ def test_a_gradient_that_does_not_arrive_is_an_error(checkpoints, tmp_path, monk
     rows, template = runs.example_rows(checkpoints["untied"])
     model = runs.build(checkpoints["untied"], "nf4", template)
     layer = model.causal_lm.model.layers[0].mlp.down_proj
-    whole = layer.forward
-    layer.forward = lambda x: whole(x).detach()
+    forward = layer.forward
+    layer.forward = lambda x: forward(x).detach()
     with pytest.raises(MachineError, match=r"no gradient reached .*layers.0.mlp.down_proj.lora_A.* of 30 trained"):
         runs.train(model, rows, tmp_path, kind="nf4", batch=2, accumulation=2, steps=1)
 
@@ -516,11 +516,11 @@ def test_the_plan_knows_packed_weights(packed, kind):
             num_processes=1, optimizer="adamw_torch", device_type="cuda", process_bytes=0, accumulates=False,
         )  # fmt: skip
 
-    skeleton = packed(kind, skeleton=True)
-    memory = plan(skeleton)
+    meta = packed(kind, meta=True)
+    memory = plan(meta)
     model = packed(kind)
     loaded = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
-    adapters = sum(p.nbytes for p in skeleton.parameters() if p.requires_grad)
+    adapters = sum(p.nbytes for p in meta.parameters() if p.requires_grad)
     assert memory.weights == pytest.approx(loaded + adapters, rel=0.01)
     assert memory.activations > 0
 

@@ -7,8 +7,8 @@ import pytest
 
 from tests.conftest import CONVERSATIONS
 from tests.test_chaos import assert_same_run, read_metrics, words
-from tuning.checkpoint import list_checkpoints, rotate_checkpoints
-from tuning.record import find_fault, read_manifest, write_manifest
+from tuning.checkpoint.manifest import find_fault, read_manifest, write_manifest
+from tuning.checkpoint.output_directory import list_checkpoints, rotate_checkpoints
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,12 @@ from transformers import AutoTokenizer
 import merge_lora
 from tests import runs
 from tests.conftest import CONVERSATIONS, run_python
-from tuning.adapters import load_lora
-from tuning.checkpoint import MANIFEST_FILE, ResultWriter, align_stop_token
-from tuning.model import TrainingModel, identify_checkpoint, load_model
+from tuning.checkpoint.output_directory import MANIFEST_FILE
+from tuning.checkpoint.result import ResultWriter
+from tuning.model.loading import identify_checkpoint, load_model
+from tuning.model.lora import load_lora
+from tuning.model.stop_token import align_stop_token
+from tuning.model.training_model import TrainingModel
 
 CASES = [(kind, tied) for kind in ("lora", "tokens", "matrices", "full") for tied in ("untied", "tied")]
 PROBE = torch.tensor([[1022, 40, 41, 1023, 5, 1022, 7, 8, 1023, 1021]])
@@ -128,7 +131,7 @@ def test_a_merge_in_bf16_says_how_far_it_is_off(results, tmp_path, capsys):
 
 
 def test_a_wrong_merge_is_noticed_and_removed(results, tmp_path, monkeypatch):
-    from tuning import merge
+    from tuning.checkpoint import merge
 
     def forget_rows(training_model):
         return training_model.model.merge_and_unload()

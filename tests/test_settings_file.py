@@ -1,8 +1,8 @@
 import pytest
 
 from tests.conftest import ROOT
-from tuning.command_line import parse_arguments
 from tuning.errors import SettingsError
+from tuning.settings.command_line import parse_arguments
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 

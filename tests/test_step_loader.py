@@ -5,8 +5,8 @@ import torch
 from torch.utils.data import Dataset
 
 from tests import runs
-from tuning.args import RunArguments
-from tuning.step_loader import StepSampler, build_loader, move_micro_batch
+from tuning.settings.options import RunArguments
+from tuning.training.step_loader import StepSampler, build_loader, move_micro_batch
 
 
 class Numbers(Dataset):

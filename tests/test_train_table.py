@@ -39,7 +39,7 @@ def test_operations_are_those_of_the_formula():
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from tuning.model import TrainingModel
+    from tuning.model.training_model import TrainingModel
 
     hidden, inner, layers, vocabulary, length = 32, 64, 2, 512, 64
     config = Qwen2Config(

@@ -8,15 +8,15 @@ import torch
 from torch import nn
 from transformers.optimization import Adafactor
 
-from tuning.flops import StepFlops
-from tuning.training_state import (
+from tuning.checkpoint.training_state import (
     load_optimizer,
     load_weights,
     read_counters,
     save_training_state,
     trained_parameters,
 )
-from tuning.window import StepWindow
+from tuning.planning.operations import StepOperations
+from tuning.training.metrics import StepMetrics
 
 OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.1),
@@ -126,7 +126,7 @@ def test_a_state_that_cannot_be_kept_exactly_is_refused(tmp_path):
 
 
 def window(saved=None, rank=0, num_ranks=1):
-    return StepWindow(torch.device("cpu"), saved=saved, rank=rank, num_ranks=num_ranks)
+    return StepMetrics(torch.device("cpu"), saved=saved, rank=rank, num_ranks=num_ranks)
 
 
 def step(*rows):
@@ -144,7 +144,7 @@ def test_a_window_that_a_checkpoint_cut_gives_the_same_line():
         second.add(1, step("a"), [loss])
     sums = [[each.loss_sum.item()] for each in (whole, second)]
     assert whole.mean_loss(sums[0]) == second.mean_loss(sums[1]) == pytest.approx(0.7)
-    flops = StepFlops(per_token=2, per_target=3, per_pair=1)
+    flops = StepOperations(per_token=2, per_target=3, per_pair=1)
     rates = second.rates(flops, 1e-3)
     assert rates["supervised_tokens"] == 12 and rates["padding_share"] == 1 - 10 / 16
     assert rates["matmul_share"] == pytest.approx((2 * 30 + 3 * 12 + 150) / 30 * rates["tokens_per_s"] * 1e3, rel=1e-2)
@@ -169,7 +169,7 @@ def test_the_first_loss_that_is_no_number_is_found_and_an_fp16_overflow_is_not_o
 def test_the_loss_scale_is_kept():
     from types import SimpleNamespace
 
-    from tuning.trainer import StepTrainer
+    from tuning.training.trainer import StepTrainer
 
     parameter = nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD([parameter], lr=0.1)

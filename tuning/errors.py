@@ -1,14 +1,9 @@
 """Errors that users see as one line."""
 
-
-def name_rows(row_ids: list[str]) -> str:
-    """The first rows by their ids, and how many more there are."""
-    return ", ".join(row_ids[:8]) + (f" and {len(row_ids) - 8} more" if len(row_ids) > 8 else "")
-
-
-def first_line(error: Exception) -> str:
-    """Of its message; the name of its class where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
 
 
 class SettingsError(ValueError):
@@ -24,3 +19,24 @@ class MachineError(RuntimeError):
     def __init__(self, message: str, *, agreed: bool = False):
         super().__init__(message)
         self.agreed = agreed
+
+
+@contextlib.contextmanager
+def explain_failed_write(path: Path, then: str) -> Iterator[None]:
+    """Turn the failures of a write (a full disk, a directory that became read-only) into one line.
+
+    then: what to do when the cause is gone.
+
+    Raises: MachineError.
+    """
+    try:
+        yield
+    except Exception as error:
+        # safetensors and tokenizers raise errors of their own, with the system's inside.
+        if not isinstance(error, OSError) and "os error" not in str(error) and "IoError" not in str(error):
+            raise
+        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        why = re.sub(r".*error: | \(os error \d+\)", "", text, flags=re.IGNORECASE)
+        full = any(words in why for words in ("No space left", "File too large", "quota"))
+        remedy = "make room" if full else "make it writable"
+        raise MachineError(f"{path}: could not be written: {why}; {remedy}, then {then}") from error

@@ -1,17 +1,15 @@
-"""What the machine is and what it lacks, said at the start and in one line."""
+"""What the machine is: its device, its memory, and errors that say that memory ran out."""
 
 import contextlib
-import importlib.util
 import os
 import resource
 import sys
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 
-from tuning.errors import SettingsError, name_rows
+from tuning.errors import SettingsError
 
 
 def describe_device(device: torch.device) -> str:
@@ -77,44 +75,8 @@ def memory_limit(device: torch.device) -> int | None:
     return min(limits)
 
 
-def check_reporters(names: list[str]) -> None:
-    """Raises: SettingsError: --report_to names something that is not installed."""
-    packages = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
-    for name in names:
-        choices = packages.get(name, ())
-        if choices and not any(importlib.util.find_spec(package) for package in choices):
-            raise SettingsError(f"--report_to {name}: {name} is not installed; pip install {name}")
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error is the device or the machine running out of memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-
-
-def describe_lost_process(error: BaseException) -> str | None:
-    """One line if an error says that another process of the run is gone, else None."""
-    text = str(error)
-    if "DataLoader worker" in text:
-        return f"a data loader process died ({text.splitlines()[0]}); if memory ran out, lower --dataloader_num_workers"
-    if any(words in text for words in ("Connection closed by peer", "Connection reset by peer", "remote process exit")):
-        return (
-            "the connection to another process of this run broke; it has ended: its own message says why, or it was "
-            "killed without one (for memory, say)"
-        )
-    return None
-
-
-def describe_out_of_memory(micro_batch: Any, row_ids: list[str], *, batch_size: int, checkpointing: bool) -> str:
-    """Which micro-batch did not fit, and what to change first. batch_size: --per_device_train_batch_size."""
-    rows, width = micro_batch["input_ids"].shape
-    size = f"{rows} rows x {width} tokens"
-    if "lengths" in micro_batch:
-        size = f"{len(micro_batch['lengths'])} rows, {width} tokens"
-    first = "lower --per_device_train_batch_size (and raise --gradient_accumulation_steps to keep the step)"
-    if batch_size == 1:
-        first = "lower --model_max_length" if checkpointing else "pass --gradient_checkpointing True"
-    elif not checkpointing:
-        first += ", or pass --gradient_checkpointing True"
-    return f"out of memory in a micro-batch of {size} (rows {name_rows(row_ids)}); {first}"

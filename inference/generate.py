@@ -1,0 +1,97 @@
+"""Answers: streaming one, or many in left-padded batches."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+from tuning.model.stop_token import list_eos_ids
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Text of an answer and what ended it: "stop" (a stop token), "length", or "interrupt"."""
+
+    text: str
+    ended_by: str
+
+
+class TextPieces(BaseStreamer):
+    """Gives generated text to a function as soon as it is whole characters."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None]):
+        self._tokenizer = tokenizer
+        self._write = write
+        self._prompt_seen = False
+        self._written = 0
+        self.ids: list[int] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the prompt (first call), then one token a call."""
+        if not self._prompt_seen:
+            self._prompt_seen = True
+            return
+        self.ids += value.flatten().tolist()
+        text = self.text
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character of several tokens is not whole yet
+            self._write(text[self._written :])
+            self._written = len(text)
+
+    def end(self) -> None:
+        """Write what is left."""
+        self._write(self.text[self._written :])
+        self._written = len(self.text)
+
+    @property
+    def text(self) -> str:
+        """All of the answer so far."""
+        return str(self._tokenizer.decode(self.ids, skip_special_tokens=True))
+
+
+@torch.no_grad()
+def generate_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    *,
+    batch_size: int,
+    **options: Any,
+) -> Iterator[Answer]:
+    """Answer prompts in batches, padded on the left. options: of transformers' generate (max_new_tokens, ...)."""
+    stops = set(list_eos_ids(model.generation_config))
+    device = next(model.parameters()).device
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        width = max(map(len, batch))
+        ids = torch.zeros(len(batch), width, dtype=torch.long)
+        mask = torch.zeros(len(batch), width, dtype=torch.long)
+        for row, prompt in enumerate(batch):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        output = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=True, **options)
+        for new in output[:, width:].tolist():
+            end = next((position for position, token_id in enumerate(new) if token_id in stops), None)
+            text = tokenizer.decode(new if end is None else new[:end], skip_special_tokens=True)
+            yield Answer(text, "length" if end is None else "stop")
+
+
+@torch.no_grad()
+def stream_answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: list[int],
+    write: Callable[[str], None],
+    **options: Any,
+) -> Answer:
+    """Answer one prompt, piece by piece. Ctrl-C ends the answer, not the program."""
+    ids = torch.tensor([prompt], device=next(model.parameters()).device)
+    streamer = TextPieces(tokenizer, write)
+    try:
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, streamer=streamer, **options)
+    except KeyboardInterrupt:
+        return Answer(streamer.text, "interrupt")
+    stopped = bool(streamer.ids) and streamer.ids[-1] in list_eos_ids(model.generation_config)
+    return Answer(streamer.text, "stop" if stopped else "length")

