@@ -17,12 +17,11 @@ from data_utils.sources import DataError, read_lines
 from data_utils.template import ChatTemplate
 from data_utils.tokenizer import load_tokenizer
 from inference.generate import generate_answers, stream_answer
-from tuning.checkpoint.adapter import find_trained_quantization
+from tuning.checkpoint.adapter import find_trained_quantization, load_lora
 from tuning.checkpoint.merge import find_base, tokenizer_source
-from tuning.entry import OneLineParser
+from tuning.entry import OneLineParser, run_entry
 from tuning.errors import SettingsError
 from tuning.model.loading import load_model
-from tuning.model.lora import load_lora
 from tuning.model.training_model import TrainingModel
 
 HELP = """\
@@ -224,10 +223,4 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (DataError, SettingsError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_entry(main, mistakes=(DataError,), interrupted="")

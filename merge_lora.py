@@ -6,7 +6,6 @@ Writes a standalone checkpoint and checks that it gives the adapter's logits.
 import argparse
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -15,8 +14,8 @@ from data_utils.sources import DataError
 from data_utils.tokenizer import load_tokenizer
 from tuning.checkpoint import merge
 from tuning.checkpoint.manifest import write_manifest
-from tuning.checkpoint.output_directory import check_out
-from tuning.entry import OneLineParser
+from tuning.checkpoint.output_directory import check_result_directory
+from tuning.entry import OneLineParser, run_entry
 from tuning.errors import SettingsError
 from tuning.model.loading import find_quantization
 
@@ -40,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     if other and not args.no_verify:
         trained_on = merge.find_base(adapter, None, args.cache_dir)
         merge.check_same_origin(base, trained_on, trust_remote_code=trust)
-    check_out(out, [adapter, base, trained_on], overwrite=args.overwrite, mark="onto")
+    check_result_directory(out, [adapter, base, trained_on], overwrite=args.overwrite, mark="onto")
     tokenizer = load_tokenizer(str(merge.tokenizer_source(adapter, base)), trust_remote_code=trust)
     dtype = merge.read_dtype(base, trust_remote_code=trust) if args.dtype == "auto" else DTYPES[args.dtype]
 
@@ -96,11 +95,4 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (DataError, SettingsError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted: nothing was merged", file=sys.stderr)
-        sys.exit(130)
+    run_entry(main, mistakes=(DataError,), interrupted="interrupted: nothing was merged")

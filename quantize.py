@@ -6,7 +6,6 @@ Calibrates on conversations rendered as in training, and prints the perplexity o
 import argparse
 import random
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -18,8 +17,8 @@ from data_utils.template import ChatTemplate
 from data_utils.tokenizer import load_tokenizer
 from tuning.checkpoint import gptq, merge
 from tuning.checkpoint.manifest import write_manifest
-from tuning.checkpoint.output_directory import check_out
-from tuning.entry import OneLineParser
+from tuning.checkpoint.output_directory import check_result_directory
+from tuning.entry import OneLineParser, run_entry
 from tuning.errors import SettingsError
 from tuning.model.loading import find_quantization, load_model, local_directory
 
@@ -38,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
         path = local_directory(args.model, args.cache_dir)
     except (OSError, ValueError):
         raise SettingsError(f"{args.model}: no such model") from None
-    check_out(out, [path, *map(Path, args.data)], overwrite=args.overwrite, mark="quantized_from")
+    check_result_directory(out, [path, *map(Path, args.data)], overwrite=args.overwrite, mark="quantized_from")
     if own := find_quantization(str(path), cache_dir=None, trust_remote_code=trust):
         raise SettingsError(f"{path}: is quantised already ({own.describe()})")
     if not (path / "config.json").is_file():
@@ -116,11 +115,4 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (DataError, SettingsError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted: nothing was quantised", file=sys.stderr)
-        sys.exit(130)
+    run_entry(main, mistakes=(DataError,), interrupted="interrupted: nothing was quantised")

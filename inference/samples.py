@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from inference.generate import generate_answers
 from tuning.checkpoint.run_record import METRICS_FILE, append_metrics
 from tuning.model.training_model import TrainingModel
+from tuning.settings.options import RunArguments
 
 
 class SampleCallback(TrainerCallback):
@@ -22,17 +23,15 @@ class SampleCallback(TrainerCallback):
         training_model: TrainingModel,
         tokenizer: PreTrainedTokenizerBase,
         prompts: Sequence[tuple[str, list[int]]],
-        *,
-        output_dir: Path,
+        settings: RunArguments,
         log_line: Callable[[str], None],
-        max_new_tokens: int,
     ):
         self._training_model = training_model
         self._tokenizer = tokenizer
         self._prompts = prompts
-        self._metrics_path = output_dir / METRICS_FILE
+        self._metrics_path = Path(settings.output_dir) / METRICS_FILE
+        self._max_new_tokens = settings.sample_max_new_tokens
         self._log_line = log_line
-        self._max_new_tokens = max_new_tokens
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Generate, log and record."""

@@ -16,11 +16,11 @@ from transformers import (
 
 from tests import runs
 from tests.conftest import build_model
-from tuning.checkpoint.adapter import adapter_config, adapter_state
+from tuning.checkpoint.adapter import adapter_config, adapter_state, load_lora
 from tuning.errors import SettingsError
 from tuning.model.base_or_chat import judge_base_or_chat
 from tuning.model.build import build_training_model, check_language_model_only
-from tuning.model.lora import add_lora, check_lora_targets, find_lora_targets, load_lora
+from tuning.model.lora import add_lora, check_lora_targets, find_lora_targets
 from tuning.model.token_rows import TokenRows
 from tuning.model.training_model import TrainingModel, check_loss_path, check_positions
 from tuning.settings.options import LoraArguments

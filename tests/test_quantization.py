@@ -21,10 +21,11 @@ from tests.conftest import CONVERSATIONS, ROOT
 from tests.library_logits import Library
 from tests.runs import MAX_LENGTH, NF4, probe_logits
 from tests.test_chaos import kill_and_resume, words
+from tuning.checkpoint.adapter import load_lora
 from tuning.errors import MachineError, SettingsError
 from tuning.model import quantized_linear
 from tuning.model.loading import load_model as load
-from tuning.model.lora import add_lora, find_lora_targets, load_lora
+from tuning.model.lora import add_lora, find_lora_targets
 from tuning.model.packing import enable_packing
 from tuning.model.quantization import (
     Quantization,

@@ -13,10 +13,10 @@ from transformers import AutoTokenizer
 import merge_lora
 from tests import runs
 from tests.conftest import CONVERSATIONS, run_python
+from tuning.checkpoint.adapter import load_lora
 from tuning.checkpoint.output_directory import MANIFEST_FILE
 from tuning.checkpoint.result import ResultWriter
 from tuning.model.loading import identify_checkpoint, load_model
-from tuning.model.lora import load_lora
 from tuning.model.stop_token import align_stop_token
 from tuning.model.training_model import TrainingModel
 

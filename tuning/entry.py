@@ -1,14 +1,41 @@
-"""The way every entry script ends: one line for a mistake, and an exit code."""
+"""How every entry script shows the user's mistakes and exits."""
 
 import argparse
+import os
+import sys
+from collections.abc import Callable
 from typing import NoReturn
 
-from tuning.errors import SettingsError
+from tuning.errors import MachineError, SettingsError
+
+MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130  # exit codes
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Says a mistake in one line, without the usage."""
+    """Shows a mistake in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise what the entry scripts print."""
+        """Raise what run_entry prints."""
         raise SettingsError(f"{message}; see --help")
+
+
+def run_entry(main: Callable[[], int | None], *, mistakes: tuple[type[Exception], ...], interrupted: str) -> NoReturn:
+    """Run an entry script's main and exit: 2 for the user's mistake, 1 for a failure of the machine, 130 for Ctrl-C.
+
+    mistakes: further exceptions that are the user's mistakes (data_utils' DataError). interrupted: what Ctrl-C left,
+    in one line. Of several processes one on each machine prints, since each machine has a log of its own.
+    """
+    speaks = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    try:
+        sys.exit(main() or 0)
+    except MachineError as error:
+        code, lines, shown = FAILURE, [f"error: {error}"], speaks or not error.agreed
+    except KeyboardInterrupt:
+        code, lines, shown = INTERRUPTED, [interrupted], speaks
+    except Exception as error:
+        if not isinstance(error, (SettingsError, *mistakes)):
+            raise
+        code, lines, shown = MISTAKE, [f"error: {line}" for line in str(error).split("\n")], speaks
+    if shown:
+        print("\n".join(lines), file=sys.stderr)
+    sys.exit(code)

@@ -11,4 +11,4 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-RESUME_HINT = "go on with the same command and --resume_from_checkpoint auto"
+RESUME_HINT = "resume with the same command and --resume_from_checkpoint auto"

@@ -8,9 +8,11 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from tuning.checkpoint.manifest import MANIFEST_FILE, check_manifest, read_manifest
 from tuning.errors import SettingsError
+from tuning.model.lora import SavedAdapter, attach_lora
 from tuning.model.quantization import Quantization
 from tuning.model.token_rows import TokenRows
 
@@ -53,7 +55,12 @@ def read_adapter_config(directory: Path) -> LoraConfig:
     return config
 
 
-def read_adapter(directory: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
+def load_lora(model: PreTrainedModel, directory: Path) -> tuple[PeftModel, TokenRows | None]:
+    """Give a model the adapters of an adapter directory. Raises: as read_adapter and model.lora.attach_lora."""
+    return attach_lora(model, read_adapter(directory))
+
+
+def read_adapter(directory: Path) -> SavedAdapter:
     """Configuration and weights of an adapter directory.
 
     Raises: SettingsError: as read_adapter_config, or weights that are not safetensors or not as they were saved.
@@ -64,7 +71,7 @@ def read_adapter(directory: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
         raise SettingsError(f"{directory}: no adapter_model.safetensors in it; the save was not finished")
     check_manifest(directory, [weights.name])
     try:
-        return config, load_file(weights)
+        return SavedAdapter(directory, config, load_file(weights))
     except SafetensorError as error:
         raise SettingsError(f"{weights}: cannot be read ({error}); copy it again") from None
 

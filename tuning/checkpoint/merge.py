@@ -10,12 +10,17 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from tuning.checkpoint.adapter import check_adapter_base, find_trained_quantization, read_adapter, read_adapter_config
+from tuning.checkpoint.adapter import (
+    check_adapter_base,
+    find_trained_quantization,
+    load_lora,
+    read_adapter,
+    read_adapter_config,
+)
 from tuning.checkpoint.manifest import MANIFEST_FILE
 from tuning.checkpoint.result import gather_state, save_full_model
 from tuning.errors import SettingsError
 from tuning.model.loading import find_quantization, hide_gptqmodel, identify_checkpoint, load_model, local_directory
-from tuning.model.lora import load_lora
 from tuning.model.quantization import Quantization, dequantize
 from tuning.model.quantized_linear import QuantizedLinear
 from tuning.model.stop_token import list_eos_ids

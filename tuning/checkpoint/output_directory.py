@@ -5,11 +5,13 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
-from tuning.checkpoint.files import replace_file
+from tuning.checkpoint.files import replace_file, write_json
 from tuning.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from tuning.checkpoint.run_record import METRICS_FILE, RUN_FILE
 from tuning.errors import SettingsError
+from tuning.settings.options import Arguments
 
 PLAN_FILE = "plan.json"  # of a dry run; a run may begin beside it
 
@@ -18,14 +20,20 @@ PLAN_FILE = "plan.json"  # of a dry run; a run may begin beside it
 _RUN_FILES = (MANIFEST_FILE, METRICS_FILE, PLAN_FILE, "adapter_config.json", "config.json")
 
 
-def check_output_directory(directory: Path, *, overwrite: bool, resume: bool, inputs: list[str]) -> None:
-    """Refuse a directory that holds anything but an earlier run that may be deleted or gone on with.
+def check_run_directory(arguments: Arguments) -> None:
+    """Refuse an --output_dir that holds anything but an earlier run that may be deleted or resumed.
 
     Raises: SettingsError.
     """
+    run = arguments.run
+    directory, wanted = Path(run.output_dir), run.resume_from_checkpoint
+    resumes = wanted is not None and (
+        wanted == "auto" or lies_in(Path(wanted), directory) or not _holds_results(directory)
+    )
+    inputs = filter(None, (arguments.model.model_name_or_path, arguments.lora.lora_weight_path))
     if holder := next((path for path in inputs if lies_in(Path(path), directory)), None):
         raise SettingsError(f"--output_dir {directory}: {holder} is an input of this run; choose another directory")
-    check_writable(directory, "--output_dir")
+    _check_writable(directory, "--output_dir")
     found = [p.name for p in directory.iterdir() if not _is_temporary(p)] if directory.exists() else []
     found = [name for name in found if name != PLAN_FILE]
     if not found:
@@ -34,19 +42,38 @@ def check_output_directory(directory: Path, *, overwrite: bool, resume: bool, in
         raise SettingsError(
             f"--output_dir {directory}: is not empty ({found[0]}) and holds no run; choose another directory"
         )
-    if not overwrite and not resume:
+    if not (run.overwrite_output_dir or run.dry_run or resumes):
         raise SettingsError(
-            f"--output_dir {directory}: holds another run ({RUN_FILE}); choose another directory, or "
-            "--resume_from_checkpoint auto goes on with that run, or --overwrite_output_dir deletes it"
+            f"--output_dir {directory}: holds another run ({RUN_FILE}); choose another directory, or resume that run "
+            "with --resume_from_checkpoint auto, or delete it with --overwrite_output_dir"
         )
 
 
-def holds_results(directory: Path) -> bool:
+def check_result_directory(out: Path, inputs: list[Path], *, overwrite: bool, mark: str) -> None:
+    """Refuse an OUT of merge_lora.py or quantize.py that holds anything but an earlier result that may be deleted.
+
+    mark: what the manifests of such results have, and no others.
+
+    Raises: SettingsError.
+    """
+    if holder := next((path for path in inputs if lies_in(path, out)), None):
+        raise SettingsError(f"{out}: {holder} is an input; choose another directory")
+    _check_writable(out, "OUT")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not overwrite:
+            raise SettingsError(f"{out}: exists and is not empty; choose another directory, or use --overwrite")
+        if not (out / MANIFEST_FILE).is_file() or mark not in read_manifest(out):
+            raise SettingsError(
+                f"{out}: is no result of this program, so --overwrite does not delete it; choose another directory"
+            )
+
+
+def _holds_results(directory: Path) -> bool:
     """Whether a complete result or checkpoint may be in a directory."""
     return any((path / MANIFEST_FILE).is_file() for path in (directory, *list_checkpoints(directory)))
 
 
-def check_writable(directory: Path, flag: str) -> None:
+def _check_writable(directory: Path, flag: str) -> None:
     """Raises: SettingsError: no directory can be made or written to there."""
     existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
     if not existing.is_dir():
@@ -63,7 +90,7 @@ def lies_in(path: Path, directory: Path) -> bool:
 
 
 def prepare_output_directory(directory: Path, *, overwrite: bool, checkpoint: Path | None) -> None:
-    """Make the directory; go on from a checkpoint's metrics, or delete an earlier run. Anything else in it stays."""
+    """Make the directory; continue the metrics of a checkpoint, or delete an earlier run. Anything else in it stays."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if checkpoint is not None:
@@ -122,18 +149,8 @@ def _run_files(directory: Path) -> list[Path]:
     return named + list_checkpoints(directory)
 
 
-def check_out(out: Path, inputs: list[Path], *, overwrite: bool, mark: str) -> None:
-    """mark: what the manifests of such results have, and no others.
-
-    Raises: SettingsError: OUT holds something that must not be deleted.
-    """
-    if holder := next((path for path in inputs if lies_in(path, out)), None):
-        raise SettingsError(f"{out}: {holder} is an input; choose another directory")
-    check_writable(out, "OUT")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if not overwrite:
-            raise SettingsError(f"{out}: exists and is not empty; choose another directory, or use --overwrite")
-        if not (out / MANIFEST_FILE).is_file() or mark not in read_manifest(out):
-            raise SettingsError(
-                f"{out}: is no result of this program, so --overwrite does not delete it; choose another directory"
-            )
+def write_plan(directory: Path, plan: dict[str, Any]) -> Path:
+    """Write plan.json, beside which a run may begin."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / PLAN_FILE, plan)
+    return directory / PLAN_FILE

@@ -3,15 +3,16 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tuning.checkpoint.adapter import adapter_config, adapter_state
+from tuning.checkpoint.base import BaseModel
 from tuning.checkpoint.files import write_json
 from tuning.checkpoint.manifest import MANIFEST_FILE, write_manifest
+from tuning.checkpoint.run_record import RunFacts
 from tuning.distributed.processes import is_rank_0
 from tuning.distributed.sharding import gather_tensor
 from tuning.model.token_rows import TokenRows
@@ -21,8 +22,7 @@ from tuning.model.training_model import TrainingModel
 class ResultWriter:
     """Writes what was trained so that it stops, serves and loads everywhere.
 
-    base: path and fingerprint of the base model (model.identify_checkpoint), recorded with the result.
-    dtype: of a full model's weights on disk; adapters are float32.
+    base: recorded with the result; a full model's weights are written in its compute_dtype, adapters in float32.
     facts: what else the manifest says of the run.
     """
 
@@ -32,20 +32,19 @@ class ResultWriter:
         tokenizer: PreTrainedTokenizerBase,
         generation_config: GenerationConfig,
         *,
-        base: dict[str, str],
-        dtype: torch.dtype,
-        facts: dict[str, Any],
+        base: BaseModel,
+        facts: RunFacts,
     ):
         self._model = training_model
         self._tokenizer = tokenizer
         self._generation_config = generation_config
-        self._base = base
-        self._dtype = dtype
+        self._base = base.identity
+        self._dtype = base.compute_dtype
         self._facts = facts
 
     def seal(self, directory: Path, *, step: int) -> None:
         """Write the manifest, with which a directory is complete."""
-        write_manifest(directory, step=step, base_model=self._base, **self._facts)
+        write_manifest(directory, step=step, base_model=self._base, **vars(self._facts))
 
     def collect(self) -> dict[str, torch.Tensor]:
         """What is to be written, on the first process; nothing on others, all of which must call this.

@@ -1,5 +1,6 @@
 """What a run was and what it measured: run.json and metrics.jsonl."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -7,11 +8,12 @@ import platform
 import shlex
 import subprocess
 import sys
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from tuning.checkpoint.files import write_json
-from tuning.errors import explain_failed_write
+from tuning.errors import MachineError, explain_failed_write
 from tuning.messages import RESUME_HINT
 
 RUN_FILE, METRICS_FILE = "run.json", "metrics.jsonl"
@@ -23,10 +25,69 @@ _PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safet
 _OPTIONAL = ("deepspeed", "bitsandbytes", "gptqmodel")  # part of some runs; None where not installed
 
 
-def write_run(directory: Path, run: dict[str, Any]) -> None:
-    """Write run.json. Raises: MachineError: the disk is full, say."""
-    with explain_failed_write(directory / RUN_FILE, RESUME_HINT):
-        write_json(directory / RUN_FILE, run)
+@dataclass(frozen=True)
+class RunFacts:
+    """What manifests say of the run that wrote them, and what a resumed run is compared with.
+
+    trajectory: what the weights after each step follow from (resume.describe_trajectory). layout: what rounding follows
+    from. rows_per_step: conversations of a step; None before the first start.
+    """
+
+    trajectory: dict[str, Any]
+    layout: dict[str, Any]
+    command: str
+    versions: dict[str, Any]
+    quantization: dict[str, Any] | None
+    rows_per_step: int | None = None
+
+    def with_step(self, rows_per_step: int) -> "RunFacts":
+        """The same, once it is known how many conversations a step has."""
+        return replace(self, rows_per_step=rows_per_step)
+
+
+@dataclass
+class RunRecord:
+    """run.json: what a run is, and at its end what it measured.
+
+    status: "planned" (nothing is written), "running", "finished", "stopped by SIGNAL", "failed: MESSAGE".
+    facts: what its manifests say. results: of StepTrainer.summarize.
+    """
+
+    directory: Path
+    facts: RunFacts
+    environment: dict[str, Any]
+    settings: dict[str, Any]
+    base_model: dict[str, Any]
+    stop_token: dict[str, Any]
+    resumed_from: str | None
+    data: dict[str, Any]
+    eval_data: dict[str, Any] | None
+    parameters: dict[str, int]
+    layout: dict[str, Any]
+    plan: dict[str, Any]
+    processes: int
+    engine: str
+    status: str = "planned"
+    results: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, status: str) -> None:
+        """Write run.json with a new status. Raises: MachineError: the disk is full, say."""
+        self.status = status
+        with explain_failed_write(self.directory / RUN_FILE, RESUME_HINT):
+            write_json(self.directory / RUN_FILE, self.to_json())
+
+    def write_failure(self, error: BaseException) -> None:
+        """Note why a run that had begun failed, where that can be written: the error itself is what to show."""
+        if self.status == "running":
+            with contextlib.suppress(MachineError):
+                self.write(f"failed: {error}")
+
+    def to_json(self) -> dict[str, Any]:
+        """For run.json."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        del values["directory"], values["facts"], values["environment"], values["results"]
+        own = {"quantization": self.facts.quantization, "rows_per_step": self.facts.rows_per_step}
+        return {**self.environment, **values, **own, **self.results}
 
 
 def append_metrics(path: Path, metrics: dict[str, Any]) -> None:

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from rich.console import Console
 
 from tuning.errors import MachineError, SettingsError
 
 T = TypeVar("T")
+CONSOLE = Console()
 
 
 def is_rank_0() -> bool:
@@ -17,9 +19,10 @@ def is_rank_0() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def is_local_rank_0() -> bool:
-    """Whether this process says what went wrong: one on each machine, since each has a log of its own."""
-    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+def say(line: str) -> None:
+    """Print a line on rank 0."""
+    if is_rank_0():
+        CONSOLE.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def on_rank_0(function: Callable[[], T]) -> T:
@@ -87,9 +90,9 @@ def on_all_ranks(function: Callable[[], T]) -> T:
         known = isinstance(error, ValueError | MachineError)
         name = "SettingsError" if isinstance(error, ValueError) else "MachineError"
         failure = (name, str(error) if known else repr(error), socket.gethostname())
-        _gather(failure)
+        gather_values(failure)
         raise
-    for rank, each in enumerate(_gather(failure)):
+    for rank, each in enumerate(gather_values(failure)):
         if each is not None:
             name, message, host = each
             _raise(name, message if rank == 0 else f"process {rank} ({host}): {message}")
@@ -98,7 +101,7 @@ def on_all_ranks(function: Callable[[], T]) -> T:
 
 def find_anywhere(value: T | None) -> T | None:
     """The value of the first process that has one, on all processes. All must call this."""
-    return next((each for each in _gather(value) if each is not None), None)
+    return next((each for each in gather_values(value) if each is not None), None)
 
 
 def raise_on_all_ranks(message: str | None) -> None:
@@ -112,7 +115,7 @@ def check_agreement(facts: dict[str, Any]) -> None:
 
     Raises: SettingsError: something differs; the first difference is named, with its process.
     """
-    everyone = _gather((facts, socket.gethostname()))
+    everyone = gather_values((facts, socket.gethostname()))
     first = everyone[0][0]
     for rank, (theirs, host) in enumerate(everyone):
         for name in {**first, **theirs}:
@@ -123,7 +126,8 @@ def check_agreement(facts: dict[str, Any]) -> None:
                 )
 
 
-def _gather(value: T) -> list[T]:
+def gather_values(value: T) -> list[T]:
+    """The values of all processes, by rank. All must call this."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()

@@ -1,7 +1,7 @@
-"""Weights in shards (ZeRO-3, FSDP2): dealt out from the first process, put together again, written back.
+"""Sharded weights (ZeRO-3, FSDP2): scattered from rank 0, gathered as full tensors, written back.
 
-Only the first process loads weights; the others hold a model without storage until shard_model. So a machine with N
-processes holds one copy, and what looks at weights before training runs as on one process.
+Only rank 0 loads weights; the other ranks hold a meta model until shard_model. So a machine with N processes holds one
+copy, and whatever reads weights before training runs as on one process.
 """
 
 import inspect
@@ -16,15 +16,15 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tuning.distributed.processes import on_all_ranks, on_rank_0
 from tuning.errors import SettingsError
-from tuning.model.training_model import TrainingModel
 
 SHARDED = ("zero3", "fsdp")  # engines whose processes hold a part of each weight
 
 
-def shard_model(training_model: TrainingModel, settings: Any, dtype: torch.dtype) -> None:
+def shard_model(training_model: Any, settings: Any, dtype: torch.dtype) -> None:
     """Give every process its shard of each weight, a layer at a time. All must call this.
 
-    settings: RunArguments; an engine that does not shard weights leaves the model alone. dtype: of the computation.
+    training_model: a TrainingModel. settings: RunArguments; an engine that does not shard weights leaves the model
+    alone. dtype: of the computation.
 
     Raises: SettingsError: a process built another model than the first one.
     """
@@ -35,7 +35,7 @@ def shard_model(training_model: TrainingModel, settings: Any, dtype: torch.dtype
     dtypes = {id(t): described[name][1] for name, t in _named_tensors(training_model)}
     shard = _prepare_zero3(settings, dtype) if settings.engine == "zero3" else _prepare_fsdp(settings, dtype)
     done: set[int] = set()
-    for module in [*find_layers(training_model), training_model]:
+    for module in [*training_model.layers, training_model]:
         for tensor in [*module.parameters(), *module.buffers()]:
             if id(tensor) in done or isinstance(tensor, DTensor) or hasattr(tensor, "ds_id"):
                 continue
@@ -175,13 +175,6 @@ def _check_nothing_left(model: nn.Module) -> None:
                     f"{type(module).__name__} keeps a tensor beside parameters and buffers ({name}.{key}), which "
                     "cannot be dealt out; use --deepspeed finetune/ds_config_zero2.json, or no engine"
                 )
-
-
-def find_layers(training_model: TrainingModel) -> list[nn.Module]:
-    """The decoder's layers, by the class names that transformers keeps for this purpose."""
-    causal_lm = training_model.causal_lm
-    names = set(getattr(causal_lm, "_no_split_modules", None) or [])
-    return [module for module in causal_lm.modules() if type(module).__name__ in names]
 
 
 @torch.no_grad()

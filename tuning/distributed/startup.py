@@ -8,12 +8,17 @@ import time
 import uuid
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from tuning.distributed.processes import _gather, on_rank_0
+from tuning.distributed.processes import gather_values, on_rank_0
 from tuning.errors import MachineError, SettingsError
+from tuning.machine import check_device
+from tuning.settings.checks import check_engine
+from tuning.settings.deepspeed_json import read_deepspeed_config
+from tuning.settings.options import Arguments, RunArguments
 
 # How MPI's launchers number their processes: rank, processes, rank on this machine.
 _MPI_NAMES = {
@@ -67,8 +72,32 @@ def join_mpi() -> None:
     )  # mpirun gives its processes a terminal, though a file may be behind it
 
 
-def join_for_deepspeed(*, use_cpu: bool) -> None:
-    """Import DeepSpeed, and on CPUs meet through it: transformers would not in time.
+def start_processes(arguments: Arguments) -> None:
+    """Read DeepSpeed's file, join the other processes of the run, and give this one its device.
+
+    What building the arguments leaves alone happens here: imports of engines, sockets, files. All must call this.
+
+    Raises: SettingsError: an engine that cannot work. MachineError: a process is missing.
+    """
+    run = arguments.run
+    flag = "--deepspeed" if run.deepspeed is not None else "--fsdp" if run.fsdp is not None else None
+    if flag and "RANK" not in os.environ:
+        raise SettingsError(f"{flag}: needs torchrun, for one process too: torchrun --nproc_per_node N finetune.py ...")
+    if run.deepspeed is not None:
+        given: Any = run
+        given.deepspeed = read_deepspeed_config(run.deepspeed, run)
+        _import_deepspeed(use_cpu=run.use_cpu)
+    run.started = True
+    device = run.device  # transformers opens the process group
+    check_engine(arguments)
+    if run.deepspeed is not None:
+        _prepare_deepspeed(run)
+    check_device(device)
+    check_connection(device)
+
+
+def _import_deepspeed(*, use_cpu: bool) -> None:
+    """Import DeepSpeed, and on CPUs open the process group through it: transformers would not in time.
 
     Raises: SettingsError: it is not installed, or would use GPUs against --use_cpu.
     """
@@ -82,9 +111,24 @@ def join_for_deepspeed(*, use_cpu: bool) -> None:
     if use_cpu and get_accelerator().device_name() != "cpu":
         raise SettingsError("--deepspeed and --use_cpu: set DS_ACCELERATOR=cpu in the environment, too")
     if use_cpu and not dist.is_initialized():
-        # Its own sums in shared memory: a minute of compiling, and other roundings than gloo's.
+        # Its own sums in shared memory: a minute of compiling, and other rounding than gloo's.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+
+
+def _prepare_deepspeed(run: RunArguments) -> None:
+    """Give the Trainer DeepSpeed's configuration, as transformers does when it builds its arguments."""
+    from accelerate.utils import DeepSpeedPlugin
+    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig, unset_hf_deepspeed_config
+
+    arguments: Any = run
+    config = HfTrainerDeepSpeedConfig(run.deepspeed)
+    # To the Trainer a step is one item, whatever it accumulates.
+    accumulation, run.gradient_accumulation_steps = run.gradient_accumulation_steps, 1
+    config.trainer_config_process(run)
+    run.gradient_accumulation_steps = accumulation
+    arguments.hf_deepspeed_config, arguments.deepspeed_plugin = config, DeepSpeedPlugin(hf_ds_config=config)
+    unset_hf_deepspeed_config()  # from_pretrained would shard at once; here rank 0 loads all of it
 
 
 def check_connection(device: torch.device) -> None:
@@ -147,7 +191,7 @@ def check_shared(directory: Path) -> None:
     try:
         while not (seen := mark.exists()) and time.monotonic() < deadline:
             time.sleep(0.5)
-        everyone = _gather((seen, socket.gethostname()))
+        everyone = gather_values((seen, socket.gethostname()))
         blind = [f"process {rank} ({host})" for rank, (sees, host) in enumerate(everyone) if not sees]
     finally:
         if dist.get_rank() == 0:

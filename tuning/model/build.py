@@ -1,42 +1,46 @@
 """A loaded model made ready for training: what trains of it, and what is frozen."""
 
-from pathlib import Path
+from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from tuning.checkpoint.adapter import check_adapter_base
 from tuning.errors import SettingsError
-from tuning.model.lora import add_lora, load_lora
+from tuning.model.lora import SavedAdapter, add_lora, attach_lora
 from tuning.model.training_model import TrainingModel
 from tuning.settings.options import LoraArguments
 
 
-def build_training_model(
-    model: PreTrainedModel,
-    lora: LoraArguments,
-    *,
-    is_base: bool,
-    stop_id: int,
-    token_ids: list[int],
-    largest_token_id: int,
-    base_fingerprint: str,
-) -> TrainingModel:
-    """Prepare a loaded model for training: adapters, embedding rows, what is frozen and what is not.
+@dataclass(frozen=True)
+class TokensInUse:
+    """Tokens of the chat template and the data.
 
-    is_base: whether it is a base model (base_model.judge_base_or_chat). token_ids: the chat template's control tokens,
-    whose rows train on a base model. largest_token_id: in the data.
-    base_fingerprint: the fingerprint of model.identify_checkpoint, held against that of --lora_weight_path.
+    stop_id, stop: the token that ends an answer, and its text. template_ids: the template's control tokens.
+    largest_id: in the data. vocabulary_size: ids from here on belong to no token.
+    """
+
+    stop_id: int
+    stop: str
+    template_ids: list[int]
+    largest_id: int
+    vocabulary_size: int
+
+
+def build_training_model(
+    model: PreTrainedModel, lora: LoraArguments, *, is_base: bool, tokens: TokensInUse, adapter: SavedAdapter | None
+) -> TrainingModel:
+    """Prepare a loaded model, or one without storage, for training: adapters, token rows, what is frozen.
+
+    is_base: whether it is a base model (judge_base_or_chat): then the control tokens' rows train, too. adapter: of
+    --lora_weight_path.
 
     Raises: SettingsError: control tokens outside the embedding, or adapters that do not fit.
     """
-    check_vocabulary(model, max(*token_ids, stop_id, largest_token_id))
+    check_vocabulary(model, max(*tokens.template_ids, tokens.stop_id, tokens.largest_id))
     check_language_model_only(model)
     if not lora.use_lora:
         return TrainingModel(model)
-    if lora.lora_weight_path:
-        directory = Path(lora.lora_weight_path)
-        check_adapter_base(directory, base_fingerprint)
-        return TrainingModel(*load_lora(model, directory))
+    if adapter is not None:
+        return TrainingModel(*attach_lora(model, adapter))
     embeddings = lora.train_embeddings
     if embeddings == "auto":
         embeddings = "tokens" if is_base else "off"
@@ -50,7 +54,7 @@ def build_training_model(
         use_rslora=lora.use_rslora,
         target_modules=lora.lora_target_modules,
         embeddings=embeddings,
-        token_ids=sorted({*token_ids, stop_id}),
+        token_ids=sorted({*tokens.template_ids, tokens.stop_id}),
     )
     return TrainingModel(peft_model, rows)
 

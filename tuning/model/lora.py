@@ -1,21 +1,31 @@
 """LoRA: which layers it adapts, and the adapters of a model, fresh or saved ones."""
 
+import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from tuning.checkpoint.adapter import read_adapter
 from tuning.errors import SettingsError
 from tuning.model.loading import hide_gptqmodel
 from tuning.model.lora_linear import fuse_lora_forward
 from tuning.model.token_rows import PEFT_SUFFIX, TokenRows, find_module_name, is_tied
 
 _ROUTERS = ("gate", "router", "shared_expert_gate")
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter directory that was read (checkpoint.adapter.read_adapter)."""
+
+    directory: Path
+    config: LoraConfig
+    state: dict[str, Tensor]
 
 
 def find_lora_targets(model: PreTrainedModel) -> list[str]:
@@ -130,12 +140,12 @@ def _trains_one_matrix(peft_model: PeftModel) -> bool:
     return weights[0] is weights[1]
 
 
-def load_lora(model: PreTrainedModel, directory: Path) -> tuple[PeftModel, TokenRows | None]:
-    """Give a model the adapters (and trained rows) of a saved adapter directory, ready to train further.
+def attach_lora(model: PreTrainedModel, adapter: SavedAdapter) -> tuple[PeftModel, TokenRows | None]:
+    """Give a model the adapters (and trained rows) of a saved adapter, ready to train further.
 
-    Raises: SettingsError: not an adapter directory, or it does not fit the model.
+    Raises: SettingsError: it does not fit the model.
     """
-    config, state = read_adapter(directory)
+    directory, config, state = adapter.directory, copy.deepcopy(adapter.config), adapter.state
     row_state = {name: value for name, value in state.items() if name.endswith(PEFT_SUFFIX)}
     rows = None
     if config.trainable_token_indices is not None:
@@ -151,7 +161,7 @@ def load_lora(model: PreTrainedModel, directory: Path) -> tuple[PeftModel, Token
     hide_gptqmodel()
     peft_model = get_peft_model(model, config)
     assert isinstance(peft_model, PeftModel)
-    if model.get_input_embeddings().weight.is_meta:  # nothing to put values into
+    if model.get_input_embeddings().weight.is_meta:  # no storage to load values into
         fuse_lora_forward(peft_model)
         return peft_model, rows
     try:

@@ -42,6 +42,12 @@ class TrainingModel(nn.Module):
         """The model's configuration, which training engines look for."""
         return self.causal_lm.config
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder's layers, by the class names that transformers keeps for this purpose."""
+        names = set(getattr(self.causal_lm, "_no_split_modules", None) or [])
+        return [module for module in self.causal_lm.modules() if type(module).__name__ in names]
+
     def forward(
         self,
         input_ids: Tensor,

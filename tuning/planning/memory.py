@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tuning.distributed.sharding import SHARDED, find_layers
+from tuning.distributed.sharding import SHARDED
 from tuning.model.loss import chunk_rows
 from tuning.model.quantized_linear import QuantizedLinear
 from tuning.model.training_model import TrainingModel
@@ -275,7 +275,7 @@ def _gathered_bytes(training_model: TrainingModel, dtype: torch.dtype, keeps_who
     """What is whole at a time: two layers (one is fetched ahead), and all that lies in no layer; or everything."""
     if keeps_whole:
         return sum(_size(p, dtype) for p in training_model.parameters())
-    sizes = [sum(_size(p, dtype) for p in layer.parameters()) for layer in find_layers(training_model)]
+    sizes = [sum(_size(p, dtype) for p in layer.parameters()) for layer in training_model.layers]
     rest = sum(_size(p, dtype) for p in training_model.parameters()) - sum(sizes)
     return 2 * max(sizes, default=0) + rest
 

@@ -1,5 +1,6 @@
 """What a run will do and take, before its weights are loaded: parameters, memory of a device, time of a step."""
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -10,9 +11,11 @@ from tuning.errors import SettingsError
 from tuning.machine import memory_limit
 from tuning.messages import first_line
 from tuning.model.attention import NAME
+from tuning.model.packing import find_obstacle
 from tuning.model.training_model import TrainingModel, count_parameters, enable_gradient_checkpointing
 from tuning.planning.memory import Memory, MicroBatchShape, estimate_memory, largest_micro_batch, rows_of
 from tuning.planning.operations import count_operations, measure_matmul_rate
+from tuning.settings.options import RunArguments
 
 # Estimates were within 15 % of what was measured (benchmarks/LOG.md): what is chosen stays below the limit by some of
 # it, and only what lies beyond all of it is refused.
@@ -23,16 +26,19 @@ _USABLE, _TOLERANCE = 0.9, 1.15
 _MATMUL_SHARE = {"cpu": 0.7}
 
 
+# Kinds of devices on which benchmarks/bench_memory.py measured runs; the results lie in benchmarks/results.
+MEASURED_DEVICES = ("cpu",)
 _GIB = 2**30
+_SURVEYED_STEPS = 1000  # enough to know how the data lies; a million conversations take minutes
 
 
 @dataclass(frozen=True)
 class Survey:
-    """How rows lie, over the steps that were looked at.
+    """How conversations lie in micro-batches, over the steps that were looked at.
 
     steps_per_epoch, num_steps: of the run. micro_batches: of a step on each process, on average. fill: tokens over the
     positions that micro-batches have (max_tokens each). num_tokens, num_targets, num_pairs: of a step, on average, over
-    all processes (collate.Step). largest: the micro-batch of most positions.
+    all processes (data_utils' Step). largest: the micro-batch of most positions.
     """
 
     steps_per_epoch: int
@@ -46,18 +52,37 @@ class Survey:
     largest: MicroBatchShape
 
 
+def survey_steps(steps: Any, settings: RunArguments) -> Survey:
+    """How conversations lie in the micro-batches of the run's first steps. steps: a data_utils StepDataset."""
+    num_steps = settings.max_steps if settings.max_steps > 0 else math.ceil(settings.num_train_epochs * len(steps))
+    found = steps.survey(min(_SURVEYED_STEPS, num_steps))
+    lengths, num_targets = found["largest"]
+    max_tokens = steps.layout.max_tokens
+    return Survey(
+        steps_per_epoch=len(steps),
+        num_steps=num_steps,
+        micro_batches=found["micro_batches"],
+        fill=found["num_tokens"] / (found["micro_batches"] * settings.world_size * max_tokens),
+        num_tokens=found["num_tokens"],
+        num_targets=found["num_targets"],
+        num_pairs=found["num_pairs"],
+        max_tokens=max_tokens,
+        largest=MicroBatchShape(tuple(lengths), num_targets, steps.layout.packed),
+    )
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a run will do and take.
 
     memory: at the peak, on one device; None where it cannot be told, unknown says why. limit: bytes there are; None
     where nothing says it. largest_micro_batch: tokens that would fit. step_s: None where no rate was measured on such a
-    device. checkpointing: whether activations are computed again.
+    device. checkpointing: whether gradient checkpointing is on.
     """
 
     trainable: int | None
     total: int | None
-    layout: Survey
+    survey: Survey
     memory: Memory | None
     unknown: str | None
     limit: int | None
@@ -68,24 +93,24 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """False only where it is known."""
+        """False only where the plan says that the run cannot fit."""
         return self.memory is None or self.limit is None or self.memory.total <= _TOLERANCE * self.limit
 
     def describe(self) -> list[str]:
         """Lines for the log."""
-        layout = self.layout
+        survey = self.survey
         lines = [
-            f"{layout.steps_per_epoch:,} steps an epoch, {layout.num_steps:,} in all; {layout.micro_batches:.3g} "
-            f"micro-batches a step, {layout.fill:.0%} full ({layout.max_tokens:,} tokens each)",
+            f"{survey.steps_per_epoch:,} steps an epoch, {survey.num_steps:,} in all; {survey.micro_batches:.3g} "
+            f"micro-batches a step, {survey.fill:.0%} full ({survey.max_tokens:,} tokens each)",
         ]
         if self.trainable is not None:
-            again = "; activations are computed again" if self.checkpointing else ""
+            again = "; gradient checkpointing on" if self.checkpointing else ""
             lines.append(f"{self.trainable:,} of {self.total:,} parameters train{again}")
         lines.append(self.describe_memory())
         if self.largest_micro_batch is not None:
             lines.append(f"the largest micro-batch that fits: {self.largest_micro_batch:,} tokens")
         if self.step_s is not None:
-            lines.append(f"{self.step_s:.3g} s a step, {self.step_s * layout.num_steps / 3600:.2g} h in all")
+            lines.append(f"{self.step_s:.3g} s a step, {self.step_s * survey.num_steps / 3600:.2g} h in all")
         else:
             lines.append("time: no rate was measured on such a device")
         return [*lines, *self.notes]
@@ -103,16 +128,66 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """For plan.json and run.json."""
         values = asdict(self)
+        values["layout"] = values.pop("survey")
         if self.memory is not None:
             values["memory"] |= {"total": self.memory.total}
         return values
+
+
+def plan_run(
+    base: Any,
+    survey: Callable[[int, bool], Survey],
+    settings: RunArguments,
+    *,
+    model_max_length: int,
+    longest: int,
+) -> Plan:
+    """Plan a run before its weights load: what it will do and take.
+
+    base: a checkpoint.base.BaseModel. survey: (tokens of a micro-batch, packed) -> how the data lies in it. longest:
+    tokens of the longest conversation.
+
+    Raises: SettingsError: --micro_batch_tokens is too small, or cannot be chosen.
+    """
+    meta_model = base.meta_model
+    packed = meta_model is None or find_obstacle(meta_model, longest) is None
+    budget, wanted = settings.per_device_train_batch_size * model_max_length, settings.micro_batch_tokens
+    if wanted is not None and wanted != "auto":
+        budget = int(wanted)
+        if budget < longest:
+            raise SettingsError(f"--micro_batch_tokens {wanted}: the longest conversation has {longest} tokens")
+    notes: tuple[str, ...] = (base.evidence.describe(),)
+    if base.quantization:
+        notes += (f"linear layers: {base.quantization.describe()}",)
+
+    def plan_with(budget: int, checkpointing: bool | None) -> Plan:
+        return make_plan(
+            meta_model,
+            survey(budget, packed),
+            settings=settings,
+            dtype=base.compute_dtype,
+            row_tokens=min(model_max_length, longest),
+            checkpointing=checkpointing,
+            process_bytes=base.process_bytes,
+            outlook=settings.dry_run or wanted == "auto",
+            unknown=base.unknown,
+            notes=notes,
+        )
+
+    plan = plan_with(budget, None if settings.checkpoints_if_needed else bool(settings.gradient_checkpointing))
+    if wanted != "auto":
+        return plan
+    if plan.largest_micro_batch is None:
+        raise SettingsError(f"--micro_batch_tokens auto: {plan.unknown or 'the memory of this device is not known'}")
+    # Whether gradient checkpointing is on is settled: the meta model has it on by now.
+    return plan_with(max(longest, plan.largest_micro_batch), plan.checkpointing)
 
 
 def make_plan(
     meta_model: TrainingModel | None,
     survey: Survey,
     *,
-    settings: Any,
+    settings: RunArguments,
     dtype: torch.dtype,
     row_tokens: int,
     checkpointing: bool | None,
@@ -123,8 +198,8 @@ def make_plan(
 ) -> Plan:
     """Plan a run of a model without storage.
 
-    settings: RunArguments. dtype: of the computation. row_tokens: of rows that fill the largest micro-batch.
-    checkpointing: whether activations are computed again; None: where it is needed. process_bytes: of this process
+    dtype: of the computation. row_tokens: of rows that fill the largest micro-batch.
+    checkpointing: whether gradient checkpointing is on; None: where it is needed. process_bytes: of this process
     before the plan. outlook: also the time of a step and the micro-batch that would fit, which takes seconds to find
     out. meta_model None: the model cannot be built without storage, unknown says why.
     """
@@ -133,7 +208,7 @@ def make_plan(
     plan = Plan(
         trainable=None,
         total=None,
-        layout=survey,
+        survey=survey,
         memory=None,
         unknown=unknown,
         limit=limit,
@@ -181,16 +256,26 @@ def make_plan(
     return replace(plan, largest_micro_batch=fitting, step_s=step_s)
 
 
-def check_plan(plan: Plan, settings: Any) -> None:
-    """Raises: SettingsError: the run cannot fit."""
-    if not plan.fits:
-        budget = "--per_device_train_batch_size" if settings.micro_batch_tokens is None else "--micro_batch_tokens"
-        what = f"lower {budget} or --model_max_length"
-        if settings.engine in ("single", "ddp"):
-            what += ", spread it by --fsdp or --deepspeed"
-        if not plan.checkpointing:
-            what += ", pass --gradient_checkpointing True"
-        raise SettingsError(f"{plan.describe_memory()}: too much; {what}. --ignore_memory_plan True tries all the same")
+def check_plan(plan: Plan, settings: RunArguments) -> str | None:
+    """Refuse a run that cannot fit, on kinds of devices where the plan was compared with measurements.
+
+    Returns: a warning on other kinds; None where the run fits, or with --ignore_memory_plan.
+
+    Raises: SettingsError: the run cannot fit.
+    """
+    if plan.fits or settings.ignore_memory_plan:
+        return None
+    budget = "--per_device_train_batch_size" if settings.micro_batch_tokens is None else "--micro_batch_tokens"
+    what = f"lower {budget} or --model_max_length"
+    if settings.engine in ("single", "ddp"):
+        what += ", shard it with --fsdp or --deepspeed"
+    if not plan.checkpointing:
+        what += ", pass --gradient_checkpointing True"
+    line = f"{plan.describe_memory()}: too much; {what}"
+    kind = settings.device.type
+    if kind not in MEASURED_DEVICES:
+        return f"warning: {line}. The run goes on: no plan was compared with measurements on a {kind} device"
+    raise SettingsError(f"{line}. --ignore_memory_plan True tries all the same")
 
 
 def _find_largest(estimate: Callable[..., Memory], survey: Survey, row_tokens: int, limit: int) -> int:
@@ -211,8 +296,8 @@ def _step_seconds(
     if share is None or flops is None:
         return None
     rate = measure_matmul_rate(device, dtype, size=1024) * share * num_processes
-    counts = {name: getattr(plan.layout, name) for name in ("num_tokens", "num_targets", "num_pairs")}
-    again = 2 * plan.layout.num_tokens * (plan.total or 0) if plan.checkpointing else 0
+    counts = {name: getattr(plan.survey, name) for name in ("num_tokens", "num_targets", "num_pairs")}
+    again = 2 * plan.survey.num_tokens * (plan.total or 0) if plan.checkpointing else 0
     return (flops.of(counts) + again) / rate
 
 

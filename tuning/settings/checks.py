@@ -1,134 +1,146 @@
-"""Checks across settings: what contradicts, and what would have no effect."""
+"""Checks across settings: bounds, what contradicts, and what would have no effect."""
 
 import importlib.util
 from dataclasses import fields
 from typing import Any
 
-from transformers import TrainingArguments
-
 from tuning.errors import SettingsError
-from tuning.settings.options import Arguments, DataArguments, LoraArguments, ModelArguments, RunArguments
-from tuning.settings.transformers_options import FIELDS, HONOURED, LATER, OWN_LOOP
+from tuning.settings.meaning import Meaning
+from tuning.settings.options import (
+    GROUPS,
+    Arguments,
+    DataArguments,
+    LoraArguments,
+    ModelArguments,
+    RunArguments,
+    list_meanings,
+)
+from tuning.settings.transformers_options import LATER, OWN_LOOP
 
-_LORA_FIELDS = {declared.name for declared in fields(LoraArguments)}
+_ADAPTERS_OWN = {"loraplus_lr_ratio"}  # of the optimizer, not of the saved adapter
+_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}  # of --report_to
 
 
-_MODEL_FIELDS = {"use_lora", "q_lora", "bits", "quant_type"}  # of the model that adapters are on
+def check_given(given: dict[str, Any]) -> None:
+    """Check what was given before the arguments are built, which reads files that refused options name.
 
-
-_RATES = {"loraplus_lr_ratio"}  # of the optimizer, not of the adapter
+    Raises: SettingsError: an option that would be ignored.
+    """
+    defaults = {field.name: field.default for group in GROUPS for field in fields(group)}
+    for name, meaning in {name: each for group in GROUPS for name, each in list_meanings(group).items()}.items():
+        if meaning.refused and name in given and (given[name] or None) != (defaults[name] or None):
+            raise SettingsError(f"--{name} {given[name]}: {meaning.refused}")
+    if "deepspeed" in given and "fsdp" in given:
+        raise SettingsError("--deepspeed and --fsdp: choose one")
+    if "fsdp" in given:
+        kinds = str(given["fsdp"]).replace("auto_wrap", "").split()
+        if "offload" in kinds:
+            raise SettingsError("--fsdp offload: not available; DeepSpeed does it (docs/distributed.md)")
+        if kinds not in (["full_shard"], ["shard_grad_op"]):
+            raise SettingsError(f"--fsdp {given['fsdp']}: say full_shard or shard_grad_op")
 
 
 def check_settings(arguments: Arguments, given: set[str]) -> None:
-    """Hold all settings against each other. given: names of those that were said, not defaults.
+    """Hold all settings against each other. given: names of those that were given, not defaults.
 
     Raises: SettingsError.
     """
-    _check_lora(arguments.lora, arguments.model, given)
-    _check_engine(arguments.run, arguments.model)
-    config: Any = arguments.run.deepspeed or {}
-    if arguments.lora.q_lora and (config.get("data_types") or {}).get("buffer_dtype"):
-        raise SettingsError("--deepspeed: data_types.buffer_dtype casts the scales of packed weights; delete it")
-    if arguments.lora.q_lora and arguments.run.engine == "zero3":
-        raise SettingsError(
-            "--q_lora and ZeRO-3: it casts and cuts packed weights; use --deepspeed finetune/ds_config_zero2.json, or "
-            "--fsdp full_shard, which spreads the model, too"
-        )
-    _check_run(arguments.run, arguments.model, arguments.data, given)
-    _check_evaluation(arguments.run, arguments.data, given)
-    _check_transformers_settings(arguments.run)
+    model, data, lora, run = arguments
+    _check_lora(lora, model, given)
+    values = {name: value for group in arguments for name, value in vars(group).items()}
+    for group in arguments:
+        for name, meaning in list_meanings(group).items():
+            _check_bounds(name, values[name], meaning)
+            if name in given and meaning.needs and not _is_met(meaning.needs, values):
+                raise SettingsError(f"--{name}: has no effect without --{meaning.needs}")
+    _check_run(run, model, given)
+    _check_best(run, given)
+    _check_evaluation(run, data)
+    for name in run.report_to:
+        packages = _PACKAGES.get(name, ())
+        if packages and not any(importlib.util.find_spec(package) for package in packages):
+            raise SettingsError(f"--report_to {name}: {name} is not installed; pip install {name}")
 
 
-def _check_transformers_settings(run: RunArguments) -> None:
-    # TrainingArguments fills some fields in by itself; what a run without the setting gets is the default.
-    default = TrainingArguments(output_dir=run.output_dir, use_cpu=run.use_cpu)
-    for name in (declared.name for declared in fields(TrainingArguments)):
-        reason = FIELDS.get(name, "not known to this version of the toolkit")
-        if reason != HONOURED and str(getattr(run, name)) != str(getattr(default, name)):
-            raise SettingsError(f"--{name} {getattr(run, name)}: {reason}")
-
-
-def _check_lora(lora: LoraArguments, model: ModelArguments, given: set[str]) -> None:
-    _check_quantization(lora)
-    if not lora.use_lora:
-        void = sorted(given & (_LORA_FIELDS - _MODEL_FIELDS))
-        if void:
-            raise SettingsError(f"--{void[0]}: has no effect without --use_lora")
-    elif lora.lora_weight_path and (
-        taken := sorted(given & (_LORA_FIELDS - {"lora_weight_path"} - _MODEL_FIELDS - _RATES))
-    ):
-        raise SettingsError(f"--{taken[0]}: has no effect with --lora_weight_path, whose adapter says it")
-    elif model.pure_bf16:
-        raise SettingsError("--pure_bf16: has no effect with LoRA, which keeps adapters in fp32")
-    if lora.lora_r < 1:
-        raise SettingsError(f"--lora_r {lora.lora_r}: must be at least 1")
-    if lora.lora_alpha <= 0:
-        raise SettingsError(f"--lora_alpha {lora.lora_alpha}: must be above 0")
-    if lora.loraplus_lr_ratio is not None and not lora.loraplus_lr_ratio > 0:
-        raise SettingsError(f"--loraplus_lr_ratio {lora.loraplus_lr_ratio}: must be above 0")
-    if not 0 <= lora.lora_dropout < 1:
-        raise SettingsError(f"--lora_dropout {lora.lora_dropout}: must be at least 0 and below 1")
-
-
-def _check_quantization(lora: LoraArguments) -> None:
-    for name in ("bits", "quant_type"):
-        if getattr(lora, name) is not None and not lora.q_lora:
-            raise SettingsError(f"--{name}: has no effect without --q_lora")
-    if lora.bits not in (None, 4, 8):
-        raise SettingsError(f"--bits {lora.bits}: must be 4 or 8")
-    if lora.bits == 8 and lora.quant_type is not None:
-        raise SettingsError(f"--quant_type {lora.quant_type}: has no effect with --bits 8")
-    if lora.q_lora and lora.use_dora:
-        raise SettingsError("--use_dora and --q_lora: DoRA needs whole weights; choose one")
-
-
-def _check_plan(run: RunArguments) -> None:
-    tokens = run.micro_batch_tokens
-    if tokens is not None and tokens != "auto" and not (tokens.isdecimal() and int(tokens) > 0):
-        raise SettingsError(f"--micro_batch_tokens {tokens}: say a number of tokens, or auto")
-    if run.device_memory_gib is not None and not run.device_memory_gib > 0:
-        raise SettingsError(f"--device_memory_gib {run.device_memory_gib}: must be above 0")
-
-
-def _check_engine(run: RunArguments, model: ModelArguments) -> None:
-    flag = "--deepspeed" if run.deepspeed else "--fsdp"
+def check_engine(arguments: Arguments) -> None:
+    """Hold the engine against the other settings, once DeepSpeed's file was read. Raises: SettingsError."""
+    model, _data, lora, run = arguments
     if run.engine in ("single", "ddp"):
         return
+    flag = "--deepspeed" if run.deepspeed else "--fsdp"
+    config: Any = run.deepspeed or {}
     if run.deepspeed and model.pure_bf16:
         raise SettingsError(
             "--pure_bf16: has no effect with --deepspeed, which keeps fp32 master weights; --bf16 will do"
         )
     if run.fsdp and run.fp16:
-        raise SettingsError("--fsdp and --fp16: gradients in shards are not scaled; use --bf16, or --deepspeed")
+        raise SettingsError("--fsdp and --fp16: gradients of shards are not scaled; use --bf16, or --deepspeed")
     if str(run.optim.value) not in ("adamw_torch", "adamw_torch_fused"):
-        raise SettingsError(f"--optim {run.optim.value}: {flag} cuts its state into pieces; use adamw_torch")
+        raise SettingsError(f"--optim {run.optim.value}: {flag} shards its state; use adamw_torch")
     if run.sample_prompts and run.engine in ("zero3", "fsdp"):
-        raise SettingsError(f"--sample_prompts: no process holds a whole model with {flag}; ask checkpoints by chat.py")
+        raise SettingsError(
+            f"--sample_prompts: no process holds the full model with {flag}; ask checkpoints with chat.py"
+        )
+    if lora.q_lora and (config.get("data_types") or {}).get("buffer_dtype"):
+        raise SettingsError("--deepspeed: data_types.buffer_dtype casts the scales of quantised weights; delete it")
+    if lora.q_lora and run.engine == "zero3":
+        raise SettingsError(
+            "--q_lora and ZeRO-3: it casts and shards quantised weights; use --deepspeed "
+            "finetune/ds_config_zero2.json, or --fsdp full_shard, which shards the model, too"
+        )
 
 
-def _check_run(run: RunArguments, model: ModelArguments, data: DataArguments, given: set[str]) -> None:
+def _check_bounds(name: str, value: Any, meaning: Meaning) -> None:
+    if value is None:
+        return
+    bounds = [("at least", meaning.at_least), ("above", meaning.above), ("below", meaning.below)]
+    holds = {
+        "at least": lambda bound: value >= bound,
+        "above": lambda bound: value > bound,
+        "below": lambda b: value < b,
+    }
+    if not all(holds[word](bound) for word, bound in bounds if bound is not None):
+        wanted = " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
+        raise SettingsError(f"--{name} {value}: must be {wanted}")
+
+
+def _is_met(needs: str, values: dict[str, Any]) -> bool:
+    name, _, wanted = needs.partition(" ")
+    value = values[name]
+    return str(getattr(value, "value", value)) == wanted if wanted else bool(value)
+
+
+def _check_lora(lora: LoraArguments, model: ModelArguments, given: set[str]) -> None:
+    if lora.q_lora and not lora.use_lora:
+        raise SettingsError("--use_lora False and --q_lora True: only adapters train on a quantised model")
+    if lora.bits not in (None, 4, 8):
+        raise SettingsError(f"--bits {lora.bits}: must be 4 or 8")
+    if lora.q_lora and lora.bits == 8 and lora.quant_type is not None:
+        raise SettingsError(f"--quant_type {lora.quant_type}: has no effect with --bits 8")
+    if lora.q_lora and lora.use_dora:
+        raise SettingsError("--use_dora and --q_lora: DoRA needs unquantised weights; choose one")
+    if lora.use_lora and model.pure_bf16:
+        raise SettingsError("--pure_bf16: has no effect with LoRA, which keeps adapters in fp32")
+    if lora.lora_weight_path:
+        of_the_adapter = {name for name, each in list_meanings(lora).items() if each.needs == "use_lora"}
+        if taken := sorted(given & of_the_adapter - _ADAPTERS_OWN - {"lora_weight_path"}):
+            raise SettingsError(f"--{taken[0]}: has no effect with --lora_weight_path, whose adapter says it")
+
+
+def _check_run(run: RunArguments, model: ModelArguments, given: set[str]) -> None:
     if model.pure_bf16 and run.fp16:
         raise SettingsError("--pure_bf16 and --fp16: choose one")
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        if getattr(run, name) < 1:
-            raise SettingsError(f"--{name} {getattr(run, name)}: must be at least 1")
-    if not 0 < run.learning_rate < float("inf"):
-        raise SettingsError(f"--learning_rate {run.learning_rate}: must be a number above 0")
     if run.fp16 and run.use_cpu:
         raise SettingsError("--fp16: needs a GPU; use fp32 (no flag) or --bf16 on a CPU")
     if "do_train" in given and not run.do_train:
         raise SettingsError("--do_train False: training is what this program does")
-    if run.save_total_limit is not None and run.save_total_limit < 1:
-        raise SettingsError(f"--save_total_limit {run.save_total_limit}: must be at least 1")
     if str(run.lr_scheduler_type.value) in ("reduce_lr_on_plateau", "greedy"):
         raise SettingsError(f"--lr_scheduler_type {run.lr_scheduler_type.value}: {LATER}")
-    _check_plan(run)
-    if run.save_steps <= 0 or run.logging_steps <= 0:
-        raise SettingsError("--save_steps and --logging_steps: must be above 0")
+    tokens = run.micro_batch_tokens
+    if tokens is not None and tokens != "auto" and not (tokens.isdecimal() and int(tokens) > 0):
+        raise SettingsError(f"--micro_batch_tokens {tokens}: say a number of tokens, or auto")
     if not run.output_dir:
         raise SettingsError("--output_dir: must name a directory")
-    if data.model_max_length < 2:
-        raise SettingsError(f"--model_max_length {data.model_max_length}: must be at least 2")
     if run.num_train_epochs <= 0 and run.max_steps <= 0:
         raise SettingsError(f"--num_train_epochs {run.num_train_epochs}: must be above 0")
     optim = str(run.optim.value)
@@ -140,23 +152,20 @@ def _check_run(run: RunArguments, model: ModelArguments, data: DataArguments, gi
         raise SettingsError(f"--optim {optim}: {LATER}")
     if optim in ("adamw_torch_4bit", "adamw_torch_8bit") and not run.save_only_model:
         raise SettingsError(
-            f"--optim {optim}: its state cannot be saved, so that training could not go on; use adamw_bnb_8bit, or "
+            f"--optim {optim}: its state cannot be saved, so that the run could not be resumed; use adamw_bnb_8bit, or "
             "--save_only_model True"
         )
     if run.resume_from_checkpoint in ("", "True", "true", "False", "false"):
         raise SettingsError(f"--resume_from_checkpoint {run.resume_from_checkpoint}: say auto, or name a checkpoint")
-    if run.force_resume and run.resume_from_checkpoint is None:
-        raise SettingsError("--force_resume: has no effect without --resume_from_checkpoint")
     if run.overwrite_output_dir and run.resume_from_checkpoint is not None:
         raise SettingsError("--resume_from_checkpoint and --overwrite_output_dir: choose one")
-    _check_best(run, given)
 
 
 def _check_best(run: RunArguments, given: set[str]) -> None:
     evaluates, saves = str(run.eval_strategy.value), str(run.save_strategy.value)
     metric = run.metric_for_best_model
     if metric is not None and metric.removeprefix("eval_") not in ("loss", "perplexity"):
-        raise SettingsError(f"--metric_for_best_model {metric}: what is measured is loss and perplexity")
+        raise SettingsError(f"--metric_for_best_model {metric}: evaluation measures loss and perplexity")
     if metric is not None and evaluates == "no":
         raise SettingsError("--metric_for_best_model: has no effect without --eval_strategy steps or epoch")
     if "greater_is_better" in given and run.greater_is_better:
@@ -173,24 +182,11 @@ def _check_best(run: RunArguments, given: set[str]) -> None:
         )
 
 
-def _check_evaluation(run: RunArguments, data: DataArguments, given: set[str]) -> None:
+def _check_evaluation(run: RunArguments, data: DataArguments) -> None:
     evaluates = str(run.eval_strategy.value) != "no" or run.eval_on_start
     if evaluates and not data.eval_data_path:
         raise SettingsError("--eval_strategy: needs --eval_data_path")
-    if "eval_steps" in given and str(run.eval_strategy.value) != "steps":
-        raise SettingsError("--eval_steps: has no effect without --eval_strategy steps")
     if run.sample_prompts and not evaluates:
         raise SettingsError("--sample_prompts: has no effect without --eval_strategy steps or epoch")
-    if "sample_max_new_tokens" in given and not run.sample_prompts:
-        raise SettingsError("--sample_max_new_tokens: has no effect without --sample_prompts")
     if data.eval_data_path and not evaluates:
         raise SettingsError("--eval_data_path: has no effect without --eval_strategy steps or epoch")
-
-
-def check_reporters(names: list[str]) -> None:
-    """Raises: SettingsError: --report_to names something that is not installed."""
-    packages = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
-    for name in names:
-        choices = packages.get(name, ())
-        if choices and not any(importlib.util.find_spec(package) for package in choices):
-            raise SettingsError(f"--report_to {name}: {name} is not installed; pip install {name}")

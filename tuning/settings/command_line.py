@@ -1,121 +1,128 @@
-"""The command line: flags, aliases and YAML files turned into settings, with mistakes in one line."""
+"""The command line and YAML files, read in one pass into settings, with mistakes in one line."""
 
+import argparse
+import dataclasses
 import difflib
-import os
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from transformers import HfArgumentParser
 
 from tuning.errors import SettingsError
-from tuning.settings.checks import check_settings
-from tuning.settings.options import Arguments, DataArguments, LoraArguments, ModelArguments, RunArguments
+from tuning.settings.checks import check_given, check_settings
+from tuning.settings.meaning import Meaning
+from tuning.settings.options import GROUPS, Arguments, list_meanings
 from tuning.settings.yaml_file import read_settings_file
 
-# Names that older scripts use, and what they are called now.
-ALIASES = {"evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps"}
-
-
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        # HfArgumentParser gives every flag a second spelling with dashes; one name is enough in a message.
-        message = re.sub(r"/--[a-z0-9-]+", "", message).removeprefix("argument ")
-        raise SettingsError(message.replace("the following arguments are required", "required"))
+_RETIRED = {"--group_by_length": "not needed; the conversations of a step are laid out by length already"}
+_WARMUP_RATIO = "older name: share of the steps, as warmup_steps below 1"
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
-    """Parse and check a command line (sys.argv without the program's name if None).
+    """Parse and check a command line (sys.argv without the program's name if None): [FILE.yaml] --NAME VALUE ...
 
     Raises: SettingsError: unknown, abbreviated, contradicting or void settings.
     """
-    original = list(sys.argv[1:] if argv is None else argv)
-    file = original[0] if original and original[0].endswith((".yaml", ".yml")) else None
-    file_words = read_settings_file(Path(file)) if file else []
+    words = list(sys.argv[1:] if argv is None else argv)
+    file = words.pop(0) if words and words[0].endswith((".yaml", ".yml")) else None
+    parser = _Parser()
+    given: dict[str, Any] = {}
     if file:
-        original[:1] = file_words
-    words = [_expand_alias(word) for word in original]
-    classes = (ModelArguments, DataArguments, LoraArguments, RunArguments)
-    parser = _Parser(classes, allow_abbrev=False, prog="finetune.py")
-    known = {flag for action in parser._actions for flag in action.option_strings}
+        try:
+            given |= parser.read(read_settings_file(Path(file)))
+        except SettingsError as error:
+            message = str(error).replace("--", "")
+            raise SettingsError(message if message.startswith(file) else f"{file}: {message}") from None
+    given |= parser.read(words)
+    if missing := [f"--{name}" for name in parser.required if name not in given]:
+        raise SettingsError(f"required: {', '.join(missing)}")
+    check_given(given)
+    _rename_warmup_ratio(given)
+    values = given | _device_defaults(given)
     try:
-        _check_flags([_expand_alias(word) for word in file_words], known)
-    except SettingsError as error:
-        raise SettingsError(f"{file}: {str(error).replace('--', '')}") from None
-    _check_flags(words, known)
-    words += _device_defaults(words)
-    _check_engine_flags(words)
-    try:
-        *parsed, stray = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
-    except SettingsError:
-        raise
+        arguments = Arguments(*(_build(group, values) for group in GROUPS))
     except (ValueError, TypeError, ImportError) as error:  # TrainingArguments' own checks
+        if isinstance(error, SettingsError):
+            raise
         raise SettingsError(" ".join(str(error).split())) from None
-    if stray:
-        raise SettingsError(f"{stray[0]}: belongs to no setting; see --help")
-    arguments = Arguments(*parsed)
-    given = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
-    if any("warmup_ratio" in word.replace("-", "_") for word in original) and arguments.run.warmup_steps >= 1:
-        raise SettingsError(
-            f"--warmup_ratio {arguments.run.warmup_steps}: a share of the steps, at least 0 and below 1"
-        )
-    if arguments.lora.q_lora and not arguments.lora.use_lora:
-        if "use_lora" in given:
-            raise SettingsError("--use_lora False and --q_lora True: only adapters train on a quantised model")
+    if arguments.lora.q_lora and "use_lora" not in given:
         arguments.lora.use_lora = True
-    check_settings(arguments, given)
+    check_settings(arguments, set(given))
     return arguments
 
 
-def _expand_alias(word: str) -> str:
-    if not word.startswith("--"):
-        return word
-    name, equals, value = word[2:].partition("=")
-    name = name.replace("-", "_")
-    return f"--{ALIASES.get(name, name)}{equals}{value}"
+class _Parser(HfArgumentParser):
+    """Every option of GROUPS. What was not given is not in the result, so that it is known what was.
+
+    required: names that must be given.
+    """
+
+    def __init__(self) -> None:
+        self.required: list[str] = []
+        self._meanings = {name: meaning for group in GROUPS for name, meaning in list_meanings(group).items()}
+        super().__init__(GROUPS, allow_abbrev=False, prog="finetune.py")
+        self.add_argument("--warmup_ratio", type=float, help=_WARMUP_RATIO)
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        """As argparse's, without the default, which stands in the help."""
+        name = names[0].removeprefix("--")
+        options.pop("meaning", None)
+        names += tuple(f"--{alias}" for alias in self._meanings.get(name, Meaning()).aliases)
+        default = options.pop("default", None)
+        if options.pop("required", False):
+            self.required.append(name)
+        if default not in (None, argparse.SUPPRESS) and name in self._meanings:
+            options["help"] = f"{options.get('help') or ''} (default: {str(default).replace('%', '%%')})".strip()
+        return super().add_argument(*names, default=argparse.SUPPRESS, **options)
+
+    def read(self, words: list[str]) -> dict[str, Any]:
+        """The options that words give, by name. Raises: SettingsError."""
+        values, unknown = self.parse_known_args(words)
+        for word in unknown:
+            if word.startswith("--"):
+                raise SettingsError(self._describe_unknown(word.partition("=")[0]))
+        if unknown:
+            raise SettingsError(f"{unknown[0]}: belongs to no setting; see --help")
+        return vars(values)
+
+    def _describe_unknown(self, flag: str) -> str:
+        flag = flag.replace("-", "_").replace("__", "--", 1)
+        if flag in _RETIRED:
+            return f"{flag}: {_RETIRED[flag]}"
+        known = sorted(name for action in self._actions for name in action.option_strings if "-" not in name[2:])
+        guesses = [name for name in known if name.startswith(flag)] or difflib.get_close_matches(flag, known, n=1)
+        return f"{flag}: unknown setting" + (f"; did you mean {guesses[0]}?" if guesses else "; see --help")
+
+    def error(self, message: str) -> NoReturn:
+        # HfArgumentParser gives every flag a second spelling with dashes; one name is enough in a message.
+        raise SettingsError(re.sub(r"/--[a-z0-9_-]+", "", message).removeprefix("argument "))
 
 
-def _check_flags(words: list[str], known: set[str]) -> None:
-    for word in words:
-        flag = word.partition("=")[0]
-        if not word.startswith("--") or flag in known:
-            continue
-        if flag == "--group_by_length":
-            raise SettingsError("--group_by_length: not needed; rows of a step are laid out by length already")
-        close = difflib.get_close_matches(flag, known, n=1, cutoff=0.6)
-        prefixed = sorted(name for name in known if name.startswith(flag))
-        guess = prefixed[:1] or close
-        raise SettingsError(f"{flag}: unknown setting" + (f"; did you mean {guess[0]}?" if guess else "; see --help"))
+def _build(group: Any, values: dict[str, Any]) -> Any:
+    names = [field.name for field in dataclasses.fields(group) if field.init]
+    return group(**{name: values[name] for name in names if name in values})
 
 
-def _check_engine_flags(words: list[str]) -> None:
-    """Before processes meet, which takes time and can hang: an engine asked for in a way that cannot work."""
-    values = {word: value for word, value in zip(words, [*words[1:], ""], strict=True) if word.startswith("--")}
-    values |= dict(word.split("=", 1) for word in words if word.startswith("--") and "=" in word)
-    asked = [flag for flag in ("--deepspeed", "--fsdp") if flag in values]
-    if len(asked) == 2:
-        raise SettingsError("--deepspeed and --fsdp: choose one")
-    if asked and "RANK" not in os.environ:
-        raise SettingsError(
-            f"{asked[0]}: needs torchrun, for one process too: torchrun --nproc_per_node N finetune.py ..."
-        )
-    kinds = values.get("--fsdp", "full_shard").replace("auto_wrap", "").split()
-    if "offload" in kinds:
-        raise SettingsError("--fsdp offload: not available; DeepSpeed does it (docs/distributed.md)")
-    if kinds not in (["full_shard"], ["shard_grad_op"]):
-        raise SettingsError(f"--fsdp {values['--fsdp']}: say full_shard or shard_grad_op")
+def _rename_warmup_ratio(given: dict[str, Any]) -> None:
+    if "warmup_ratio" not in given:
+        return
+    ratio = given.pop("warmup_ratio")
+    if not 0 <= ratio < 1:
+        raise SettingsError(f"--warmup_ratio {ratio}: a share of the steps, at least 0 and below 1")
+    given["warmup_steps"] = ratio
 
 
-def _device_defaults(words: list[str]) -> list[str]:
-    """Flags that the machine decides: CPU where there is nothing else, bf16 where the GPU has it, else fp16."""
-    if "--use_cpu" in words:
-        return []
+def _device_defaults(given: dict[str, Any]) -> dict[str, Any]:
+    """What the machine decides: the CPU where there is nothing else, bf16 where the GPU has it, else fp16."""
+    if "use_cpu" in given:
+        return {}
     if not torch.cuda.is_available():
         other = torch.backends.mps.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available())
-        return [] if other else ["--use_cpu", "True"]
-    if {"--bf16", "--fp16", "--pure_bf16"} & {word.partition("=")[0] for word in words}:
-        return []
-    return ["--bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "--fp16", "True"]
+        return {} if other else {"use_cpu": True}
+    if given.keys() & {"bf16", "fp16", "pure_bf16"}:
+        return {}
+    return {"bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16": True}

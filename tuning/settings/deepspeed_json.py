@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON: read, held against the command line, and filled from it."""
+"""DeepSpeed's JSON: read, compared with the command line, and completed from it."""
 
 import difflib
 import json
@@ -6,9 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
-
 from tuning.errors import SettingsError
+from tuning.settings.options import RunArguments, list_meanings
 
 # Whole blocks that would override a setting, or be ignored.
 _REFUSED = {
@@ -24,7 +23,7 @@ _REFUSED = {
 }
 
 
-# What else may stand there. DeepSpeed itself ignores words that it does not know.
+# Keys that may stand there beside those of options (Meaning.deepspeed). DeepSpeed itself ignores unknown ones.
 _KNOWN = {
     "zero_optimization", "bf16", "fp16", "data_types", "communication_data_type", "gradient_clipping",
     "gradient_predivide_factor", "prescale_gradients", "sparse_gradients", "train_batch_size",
@@ -34,7 +33,7 @@ _KNOWN = {
 }  # fmt: skip
 
 
-# Of zero_optimization: other ways to cut weights than ours puts together again.
+# Of zero_optimization: other ways to shard weights than those that sharding.py gathers.
 _OTHER_SHARDS = (
     "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_nontrainable_weights",
     "zero_quantized_gradients", "mics_shard_size", "zenflow",
@@ -44,10 +43,8 @@ _OTHER_SHARDS = (
 _BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
-def read_deepspeed_config(path: str, settings: TrainingArguments) -> dict[str, Any]:
-    """The configuration that DeepSpeed gets, with a step of this toolkit as one micro-batch of its own.
-
-    settings: need not be initialised yet; only what the command line said is read.
+def read_deepspeed_config(path: str, settings: RunArguments) -> dict[str, Any]:
+    """The configuration that DeepSpeed gets, in which a step of this toolkit is one micro-batch.
 
     Raises: SettingsError: no such file, no JSON, no ZeRO stage, or a value that contradicts the command line.
     """
@@ -64,21 +61,19 @@ def read_deepspeed_config(path: str, settings: TrainingArguments) -> dict[str, A
     _check_zero(path, config.get("zero_optimization"))
     rows = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    wanted = {
-        "train_micro_batch_size_per_gpu": ("--per_device_train_batch_size", settings.per_device_train_batch_size),
-        "gradient_accumulation_steps": ("--gradient_accumulation_steps", settings.gradient_accumulation_steps),
-        "train_batch_size": ("batch x accumulation x processes", rows * processes),
-        "gradient_clipping": ("--max_grad_norm", settings.max_grad_norm),
-        "bf16.enabled": ("--bf16", bool(settings.bf16)),
-        "fp16.enabled": ("--fp16", bool(settings.fp16)),
+    wanted: dict[str, tuple[str, Any]] = {
+        meaning.deepspeed: (f"--{name}", getattr(settings, name))
+        for name, meaning in list_meanings(settings).items()
+        if meaning.deepspeed
     }
+    wanted["train_batch_size"] = ("batch x accumulation x processes", rows * processes)
     for key, (flag, value) in wanted.items():
         there = _find(config, key)
         if there not in (None, "auto", value):
             raise SettingsError(
                 f'--deepspeed {path}: {key} {json.dumps(there)}, but {flag} is {json.dumps(value)}; write "auto" there'
             )
-    # How many micro-batches a step has is the layout's business; to DeepSpeed each step is one.
+    # The batch layout says how many micro-batches a step has; to DeepSpeed each step is one.
     config |= dict.fromkeys(_BATCH, "auto")
     for block in ("bf16", "fp16"):
         config[block] = {**config.get(block, {}), "enabled": "auto"}
@@ -101,7 +96,7 @@ def _check_zero(path: str, zero: Any) -> None:
             raise SettingsError(f"--deepspeed {path}: zero_optimization.{name}.device nvme: not supported; say cpu")
     try:
         from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    except ImportError:  # join_for_deepspeed says so
+    except ImportError:  # start_processes says so
         return
     try:
         DeepSpeedZeroConfig(**zero)

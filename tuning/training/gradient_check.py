@@ -18,7 +18,7 @@ class GradientCheck:
             if not isinstance(parameter, DTensor)  # which stands for the one that computes, and gets its gradient
         ]
 
-    def check(self) -> None:
+    def finish(self) -> None:
         """All processes must call this. Raises: MachineError: a parameter that none reached."""
         for hook in self._hooks:
             hook.remove()

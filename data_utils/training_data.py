@@ -1,0 +1,71 @@
+"""Everything a run trains and evaluates on, from files to tokenised rows."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from data_utils.cache import RowCache
+from data_utils.dataset import DataOptions, TokenizedRows, count_overlap, load_rows
+from data_utils.report import Account
+from data_utils.sources import read_lines
+from data_utils.template import ChatTemplate
+
+
+@dataclass
+class TrainingData:
+    """What is trained and evaluated on, and how it was rendered. samples: (text, token ids) of prompts to answer."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template: ChatTemplate
+    rows: TokenizedRows
+    account: Account
+    eval_rows: TokenizedRows | None
+    eval_account: Account | None
+    samples: list[tuple[str, list[int]]]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(int(rows.lengths.max()) for rows in (self.rows, self.eval_rows) if rows is not None)
+
+    @property
+    def largest_token_id(self) -> int:
+        """Of all rows."""
+        return max(each.largest_token_id for each in (self.account, self.eval_account) if each is not None)
+
+    @property
+    def fingerprints(self) -> dict[str, str | None]:
+        """What must be the same in all processes of a run."""
+        evaluation = None if self.eval_account is None else self.eval_account.fingerprint
+        return {"the tokenised data": self.account.fingerprint, "the tokenised evaluation data": evaluation}
+
+
+def read_training_data(
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
+    options: DataOptions,
+    *,
+    paths: list[str],
+    eval_paths: list[str] | None,
+    prompts_path: str | None,
+    cache: RowCache,
+    say: Callable[[str], None],
+) -> TrainingData:
+    """Tokenise the files, or find them tokenised, and account for every row.
+
+    prompts_path: a file with a prompt a line. say: takes lines for the log.
+
+    Raises: DataError: mistakes in the data.
+    """
+    rows, account = load_rows(paths, template, options, cache=cache)
+    say("data: " + "\n      ".join(account.describe()))
+    eval_rows, eval_account = None, None
+    if eval_paths:
+        eval_rows, eval_account = load_rows(eval_paths, template, options, cache=cache)
+        say("evaluation data: " + "\n      ".join(eval_account.describe()))
+        if overlap := count_overlap(rows, eval_rows):
+            say(f"evaluation data: {overlap:,} conversations are in the training data, too")
+    prompts = read_lines(prompts_path) if prompts_path else []
+    samples = [(line, template.encode_prompt([{"role": "user", "content": line}])) for line in prompts]
+    return TrainingData(tokenizer, template, rows, account, eval_rows, eval_account, samples)

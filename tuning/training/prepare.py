@@ -1,0 +1,91 @@
+"""From a checkpoint's weights to a model that the Trainer can train."""
+
+from dataclasses import dataclass
+
+import transformers
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from tuning.checkpoint.base import BaseModel
+from tuning.distributed.processes import is_rank_0, on_all_ranks, on_rank_0, say
+from tuning.distributed.sharding import SHARDED, shard_model
+from tuning.model.build import TokensInUse, build_training_model
+from tuning.model.loading import load_model
+from tuning.model.packing import describe_rotary_switch, enable_packing
+from tuning.model.stop_token import align_stop_token
+from tuning.model.training_model import (
+    TrainingModel,
+    check_loss_path,
+    check_positions,
+    count_parameters,
+    enable_gradient_checkpointing,
+)
+from tuning.settings.options import Arguments
+
+
+@dataclass(frozen=True)
+class PreparedModel:
+    """A model that is ready to train.
+
+    generation_config: saved with the result, which then stops on the template's stop token. padded_because: why it
+    cannot train packed sequences; None where it can. trainable, total: numbers of parameters.
+    """
+
+    training_model: TrainingModel
+    generation_config: GenerationConfig
+    padded_because: str | None
+    trainable: int
+    total: int
+
+
+def prepare_model(
+    arguments: Arguments,
+    base: BaseModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: TokensInUse,
+    *,
+    longest: int,
+    checkpointing: bool,
+) -> PreparedModel:
+    """Load the weights and make them ready: what trains, gradient checkpointing, packing, shards.
+
+    longest: tokens of the longest conversation. All processes must call this.
+
+    Raises: SettingsError: a model that cannot be trained as the settings say.
+    """
+    model_args, run = arguments.model, arguments.run
+    transformers.set_seed(run.seed)  # fresh adapters are random
+    is_sharded = run.engine in SHARDED
+    model = on_all_ranks(
+        lambda: load_model(
+            model_args.model_name_or_path,
+            dtype=base.load_dtype,
+            allow_pickle=model_args.allow_pickle,
+            meta=is_sharded and not is_rank_0(),
+            quantization=base.quantization,
+            device=None if is_sharded else run.device,
+            cache_dir=model_args.cache_dir,
+            trust_remote_code=model_args.trust_remote_code,
+        )
+    )
+    is_base = base.evidence.is_base
+    training_model = build_training_model(model, arguments.lora, is_base=is_base, tokens=tokens, adapter=base.adapter)
+    if checkpointing:
+        enable_gradient_checkpointing(model)
+    if not is_sharded:
+        training_model.to(run.device)
+    on_rank_0(lambda: check_loss_path(training_model))
+    trainable, total = count_parameters(training_model)
+    dtype = str(base.compute_dtype).removeprefix("torch.")
+    say(f"model: {base.evidence.describe()}")
+    say(f"       {trainable:,} of {total:,} parameters train; computing in {dtype}")
+    if base.quantization:
+        say(f"       its linear layers: {base.quantization.describe()}")
+    check_positions(training_model, longest)
+    obstacle = enable_packing(training_model, max_length=longest, dtype=base.compute_dtype)
+    packed = "packed sequences" if obstacle is None else f"padded sequences; this model cannot pack: {obstacle}"
+    say(f"batches: {packed}")
+    if warning := describe_rotary_switch(model.config, longest):
+        say(f"batches: {warning}")
+    generation_config = align_stop_token(model, tokenizer, stop_id=tokens.stop_id, is_base=is_base)
+    shard_model(training_model, run, base.compute_dtype)
+    return PreparedModel(training_model, generation_config, obstacle, trainable, total)
