@@ -6,6 +6,7 @@ torchrun --nproc_per_node N -m tests.engines CHECKPOINT OUT ENGINE STEPS KIND/LA
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from accelerate.state import AcceleratorState
@@ -65,8 +66,8 @@ def run_arm(checkpoint: Path, out: Path, engine: str, steps: int, kind: str, lay
     )
     assert describe_engine(trainer) == EXPECTED[engine], describe_engine(trainer)
     tokenizer = load_tokenizer(str(checkpoint))
-    base = {"path": str(checkpoint), "fingerprint": ""}
-    writer = ResultWriter(model, tokenizer, model.causal_lm.generation_config, base=base, dtype=torch.float32, facts={})
+    base = SimpleNamespace(identity={"path": str(checkpoint), "fingerprint": ""}, compute_dtype=torch.float32)
+    writer = ResultWriter(model, tokenizer, model.causal_lm.generation_config, base=base, facts=None)
     gathered = []
     checkpoint_module.gather_tensor = lambda tensor: gathered.append(tensor) or gather_tensor(tensor)
     result = writer.collect()

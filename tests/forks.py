@@ -5,7 +5,7 @@
     {"words": [...], "processes": 2, "plan": {...}, "log": "DIR"}  ->  {"codes": [...]}
 
 A plan hurts one process (rank, default 0) at an event. Events are counted from 1 over a process's whole run: the
-start of every training step, the end of every backward pass, every step of an evaluation, every fsync of a save,
+start of every training step, the end of every backward pass, every micro-batch of an evaluation, every fsync of a save,
 the start and end of every rotation.
 
     {"at": 17, "do": "SIGKILL"}             this process dies; the others are killed as soon as it is seen
@@ -158,57 +158,30 @@ def _run(request: dict, rank: int, port: int) -> None:
 
 def _hook(plan: dict):
     """Count events, and act at one. Returns: a function that says how many there were."""
-    import torch
-
-    from tuning.training import trainer as trainer_module
     from tuning.training.trainer import StepTrainer
 
-    fsync, rotate = os.fsync, trainer_module.rotate_checkpoints
-    step, micro_batch = StepTrainer.training_step, StepTrainer._run_micro_batch
-    move = trainer_module.move_micro_batch
+    fsync = os.fsync
     count = 0
     again = getattr(signal, plan["again"]) if "again" in plan else None
     current: list = []
 
-    def event(kind: str) -> None:
+    def event(kind: str, trainer=None) -> None:
         nonlocal count, again
+        current[:] = [trainer or (current[0] if current else None)]
         if again is not None and count >= plan["at"]:
             number, again = again, None
             os.kill(os.getpid(), number)
         if plan.get("only", kind) == kind:
             count += 1
             if count == plan.get("at"):
-                _hurt(plan, current[0] if current else None)
-
-    def training_step(self, *args, **options):
-        current[:] = [self]
-        event("step")
-        return step(self, *args, **options)
-
-    def run_micro_batch(self, *args):
-        loss = micro_batch(self, *args)
-        event("backward")
-        return loss
-
-    def move_micro_batch(*args):
-        if not torch.is_grad_enabled():
-            event("evaluate")
-        return move(*args)
+                _hurt(plan, current[0])
 
     def slow_fsync(descriptor):
         event("fsync")
         time.sleep(plan.get("slow_s") or 0)
         fsync(descriptor)
 
-    def rotate_checkpoints(*args, **options):
-        event("rotate")
-        rotate(*args, **options)
-        event("rotate")
-
-    StepTrainer.training_step = training_step
-    StepTrainer._run_micro_batch = run_micro_batch
-    trainer_module.move_micro_batch = move_micro_batch
-    trainer_module.rotate_checkpoints = rotate_checkpoints
+    StepTrainer.observers.append(event)
     os.fsync = slow_fsync
     return lambda: count
 

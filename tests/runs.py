@@ -13,12 +13,13 @@ from data_utils.tokenizer import load_tokenizer
 from tests.conftest import CONVERSATIONS
 from tuning.checkpoint.adapter import adapter_config, adapter_state
 from tuning.distributed.sharding import shard_model
+from tuning.distributed.startup import start_processes
 from tuning.model.loading import load_model
 from tuning.model.lora import add_lora
 from tuning.model.packing import enable_packing
 from tuning.model.quantization import Quantization
 from tuning.model.training_model import TrainingModel
-from tuning.settings.options import RunArguments
+from tuning.settings.options import Arguments, DataArguments, LoraArguments, ModelArguments, RunArguments
 from tuning.training.trainer import StepTrainer
 
 MAX_LENGTH = 160
@@ -67,7 +68,7 @@ def train(
 
 
 def run_arguments(output: Path, *, kind: str, batch: int, accumulation: int, steps: int, **options) -> RunArguments:
-    return RunArguments(
+    run = RunArguments(
         output_dir=str(output),
         max_steps=steps,
         per_device_train_batch_size=batch,
@@ -79,6 +80,8 @@ def run_arguments(output: Path, *, kind: str, batch: int, accumulation: int, ste
         use_cpu=True,
         **options,
     )
+    start_processes(Arguments(ModelArguments("model"), DataArguments(["data"]), LoraArguments(), run))
+    return run
 
 
 def train_with(

@@ -1,20 +1,25 @@
+import importlib.util
 from dataclasses import fields
 
 import pytest
 from transformers import TrainingArguments
 
+from tests.conftest import run_python
+from tuning.distributed.startup import start_processes
 from tuning.errors import SettingsError
 from tuning.settings.command_line import parse_arguments
-from tuning.settings.options import describe_settings
-from tuning.settings.transformers_options import FIELDS, HONOURED
+from tuning.settings.options import RunArguments, describe_settings, describe_trajectory_settings, list_meanings
+from tuning.settings.transformers_options import MEANINGS
 
 BASE = ["--model_name_or_path", "m", "--data_path", "d.json", "--output_dir", "/tmp/never-made", "--use_cpu", "True"]
 
 
 def test_every_setting_of_transformers_is_honoured_or_refused():
-    missing = {field.name for field in fields(TrainingArguments)} - FIELDS.keys()
-    assert not missing, "decide in tuning/transformers_settings.py what these mean here"
-    assert all(reason == HONOURED or len(reason) > 10 for reason in FIELDS.values())
+    declared = {field.name for field in fields(RunArguments) if "meaning" in field.metadata}
+    missing = {field.name for field in fields(TrainingArguments)} - MEANINGS.keys() - declared
+    assert not missing, "decide in tuning/settings/transformers_options.py what these mean here"
+    assert not declared & MEANINGS.keys(), "each option is declared once"
+    assert all(meaning.refused is None or len(meaning.refused) > 10 for meaning in list_meanings(RunArguments).values())
 
 
 def test_the_original_scripts_flags_parse_to_what_they_meant():
@@ -64,10 +69,8 @@ EVALUATED = ["--eval_data_path", "e.json", "--eval_strategy", "steps", "--eval_s
         (["--q_lora", "--use_dora"], "--use_dora and --q_lora"),
         (["--q_lora", "--use_lora", "False"], "--use_lora False and --q_lora True"),
         (["--optim", "paged_adamw_8bit"], "on a CPU use adamw_8bit"),
-        (["--deepspeed", "finetune/ds_config_zero2.json"], "--deepspeed: needs torchrun, for one process too"),
-        (["--fsdp", "full_shard"], "--fsdp: needs torchrun, for one process too"),
         (["--deepspeed", "a.json", "--fsdp", "full_shard"], "--deepspeed and --fsdp: choose one"),
-        (["--fsdp_config", "a.json"], "--fsdp_config a.json: --fsdp full_shard or shard_grad_op says all"),
+        (["--fsdp_config", "a.json"], "--fsdp_config a.json: --fsdp full_shard or shard_grad_op is all"),
         (["--force_resume", "True"], "--force_resume: has no effect without --resume_from_checkpoint"),
         (["--resume_from_checkpoint", "auto", "--overwrite_output_dir"], "--overwrite_output_dir: choose one"),
         (["--optim", "schedule_free_adamw"], "--optim schedule_free_adamw: not available yet"),
@@ -78,7 +81,7 @@ EVALUATED = ["--eval_data_path", "e.json", "--eval_strategy", "steps", "--eval_s
         (["--optim", "lomo"], "--optim lomo: steps inside the backward pass"),
         (["--save_strategy", "best"], "--save_strategy best: needs --eval_strategy"),
         ([*EVALUATED, "--load_best_model_at_end", "True", "--save_steps", "4"], "(4) equal to --eval_steps (2)"),
-        ([*EVALUATED, "--metric_for_best_model", "accuracy"], "what is measured is loss and perplexity"),
+        ([*EVALUATED, "--metric_for_best_model", "accuracy"], "evaluation measures loss and perplexity"),
         ([*EVALUATED, "--metric_for_best_model", "loss", "--greater_is_better", "True"], "the lower is the better"),
         (["--metric_for_best_model", "loss"], "--metric_for_best_model: has no effect without --eval_strategy"),
         (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor 0.1: the training step"),
@@ -99,7 +102,7 @@ EVALUATED = ["--eval_data_path", "e.json", "--eval_strategy", "steps", "--eval_s
         (["--lora_weight_path", "a", "--use_lora", "--lora_r", "8"], "--lora_r: has no effect with --lora_weight_path"),
         (["--use_lora", "--lora_alpha", "0"], "--lora_alpha 0: must be above 0"),
         (["--use_lora", "--loraplus_lr_ratio", "-1"], "--loraplus_lr_ratio -1.0: must be above 0"),
-        (["--learning_rate", "nan"], "--learning_rate nan: must be a number above 0"),
+        (["--learning_rate", "nan"], "--learning_rate nan: must be above 0"),
         (["--fp16"], "--fp16: needs a GPU"),
         (["--gradient_checkpointing", "maybe"], "--gradient_checkpointing maybe: say True, False or auto"),
         (["--micro_batch_tokens", "many"], "--micro_batch_tokens many: say a number of tokens, or auto"),
@@ -113,6 +116,13 @@ def test_mistakes_are_one_line(words, message):
     with pytest.raises(SettingsError) as error:
         parse_arguments([*BASE, *words])
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("words", [["--deepspeed", "finetune/ds_config_zero2.json"], ["--fsdp", "full_shard"]])
+def test_engines_need_torchrun(words, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SettingsError, match=f"{words[0]}: needs torchrun, for one process too"):
+        start_processes(parse_arguments([*BASE, *words]))
 
 
 def test_required_settings_are_named():
@@ -130,3 +140,34 @@ def test_required_settings_are_named():
 def test_spellings_of_gradient_checkpointing(words, expected):
     run = parse_arguments([*BASE, *words]).run
     assert ("auto" if run.checkpoints_if_needed else bool(run.gradient_checkpointing)) == expected
+
+
+def test_a_missing_reporter_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SettingsError, match="--report_to wandb: wandb is not installed; pip install wandb"):
+        parse_arguments([*BASE, "--report_to", "wandb"])
+    parse_arguments([*BASE, "--report_to", "none"])
+
+
+def test_building_the_arguments_reads_and_opens_nothing(monkeypatch):
+    """In a fresh process with a process group to join: neither sockets nor files nor DeepSpeed."""
+    code = """
+import socket, sys
+from tuning.settings.command_line import parse_arguments
+socket.socket = None
+before = set(sys.modules)
+arguments = parse_arguments(sys.argv[1:])
+import torch.distributed
+assert not torch.distributed.is_initialized()
+assert not [name for name in set(sys.modules) - before if name.startswith("deepspeed")]
+assert arguments.run.deepspeed == "no/such/file.json" and not arguments.run.started
+"""
+    rank = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    run_python("-c", code, *BASE, "--deepspeed", "no/such/file.json", **rank)
+
+
+def test_options_of_the_trajectory_are_what_a_resumed_run_must_have():
+    arguments = parse_arguments([*BASE, "--use_lora", "--seed", "7"])
+    chosen = describe_trajectory_settings(arguments)
+    assert chosen["seed"] == 7 and chosen["lora_r"] == 64 and chosen["label_mask"] == "assistant"
+    assert not {"output_dir", "logging_steps", "save_steps", "per_device_train_batch_size", "no_cache"} & chosen.keys()

@@ -82,10 +82,10 @@ def kill_and_resume(
     for plan in plans:
         code, stdout, stderr = forks.run(*killed_words, processes=processes, do="SIGKILL", slow_s=0.001, **plan)
         assert 137 in forks.codes, (forks.codes, stderr)
-        torn += "passed over" in stdout
+        torn += "skipped" in stdout
     code, stdout, stderr = forks.run(*killed_words, processes=processes)
     assert code == 0, stderr
-    assert "going on from" in stdout and stdout.count("finished") == 0
+    assert "resuming from" in stdout and stdout.count("finished") == 0
     assert_same_run(calm, killed, steps)
     assert json.loads((killed / "run.json").read_text())["engine"] == ("single" if processes == 1 else engine)
     return torn
@@ -165,7 +165,7 @@ def test_from_any_engine_to_any_other_and_to_more_processes(forks, checkpoints, 
         launched = words(checkpoints["untied"], moved, kind, rows_per_process=4, engine=engine, **options)
         code, stdout, stderr = forks.run(*launched, processes=processes, **plan)
         assert code == (143 if plan else 0), stderr
-    assert "engine ddp (there fsdp)" in stdout and "processes 2 (there 4)" in stdout
+    assert "engine fsdp -> ddp" in stdout and "processes 4 -> 2" in stdout
     for one, other in zip(read_metrics(moved), read_metrics(calm), strict=True):
         assert one.get("loss") == pytest.approx(other.get("loss"), abs=1e-5)
     calm_logits, moved_logits = (probe_logits(checkpoints["untied"], out) for out in (calm, moved))
@@ -184,7 +184,7 @@ def test_from_two_processes_to_one_and_back(forks, checkpoints, tmp_path, kind):
         launched = words(checkpoints["untied"], moved, kind, rows_per_process=4, **options)
         code, stdout, stderr = forks.run(*launched, processes=processes, **plan)
         assert code == (143 if stop_at else 0), stderr
-    assert "8 rows a step, as there" in stdout and "processes 2 (there 1)" in stdout
+    assert "8 conversations a step, as there" in stdout and "processes 1 -> 2" in stdout
     assert [m["step"] for m in read_metrics(moved)] == [m["step"] for m in read_metrics(calm)]
     for one, other in zip(read_metrics(moved), read_metrics(calm), strict=True):
         assert one.get("loss") == pytest.approx(other.get("loss"), abs=1e-5)

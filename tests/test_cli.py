@@ -45,7 +45,7 @@ def test_a_run_leaves_a_whole_result(run_script, checkpoints, tmp_path):
     assert run["settings"]["run"]["gradient_accumulation_steps"] == 2 and run["versions"]["torch"]
     assert run["base_model"]["path"] == str(checkpoints["untied"]) and run["stop_token"]["text"] == "<|im_end|>"
 
-    assert "layout: rows are packed" in stdout and run["layout"]["packed"]
+    assert "batches: packed sequences" in stdout and run["layout"]["packed"]
 
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in metrics if "loss" in m] == [1, 2, 3, 4]
@@ -83,7 +83,7 @@ def test_a_model_that_cannot_be_packed_is_padded_and_says_so(run_script, tokeniz
     run = json.loads((out / "run.json").read_text())
     reason = run["layout"]["padded_because"]
     assert reason.startswith("its attention reaches back 24 tokens, and rows may have ")
-    assert f"layout: rows are padded; this model cannot pack: {reason}" in stdout
+    assert f"batches: padded sequences; this model cannot pack: {reason}" in stdout
     assert run["layout"]["packed"] is False and run["peak_gib"] > 0
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert all(0 < entry["padding_share"] < 1 for entry in metrics if "loss" in entry)

@@ -14,7 +14,7 @@ from tests.conftest import CONVERSATIONS, ROOT
 from tests.test_chaos import ENGINES, assert_same_run, read_metrics, words
 from tuning.checkpoint.manifest import find_fault
 
-RESUME_HINT = "go on with the same command and --resume_from_checkpoint auto"
+RESUME_HINT = "resume with the same command and --resume_from_checkpoint auto"
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,9 @@ def test_a_signal_saves_and_says_how_to_go_on(hurt, calm, tmp_path, name, number
     assert complete == ["checkpoint-2", "checkpoint-3"]
     assert status(tmp_path / "out") == f"stopped by {name}" and not (tmp_path / "out" / "manifest.json").exists()
     code, stdout, stderr, _ = hurt()
-    assert code == 0 and stderr == [] and f"going on from {tmp_path / 'out' / 'checkpoint-3'}; 8 rows" in stdout
+    assert (
+        code == 0 and stderr == [] and f"resuming from {tmp_path / 'out' / 'checkpoint-3'}; 8 conversations" in stdout
+    )
     assert_same_run(calm, tmp_path / "out", 6)
 
 
@@ -116,7 +118,7 @@ def test_a_full_disk(forks, hurt, calm, tmp_path, processes):
     assert status(tmp_path / "out").startswith("failed: ")
     if processes == 1:
         code, stdout, *_ = hurt()
-        assert code == 0 and "going on from" in stdout
+        assert code == 0 and "resuming from" in stdout
         assert_same_run(calm, tmp_path / "out", 6)
 
 
@@ -142,7 +144,7 @@ def test_a_full_disk_at_the_very_end(hurt, calm, tmp_path):
     assert len(stderr) == 1 and "could not be written" in stderr[0] and "/out: " in stderr[0]
     assert not (tmp_path / "out" / "manifest.json").exists()
     code, stdout, *_ = hurt()
-    assert code == 0 and "checkpoint-6; 8 rows a step, as there" in stdout
+    assert code == 0 and "checkpoint-6; 8 conversations a step, as there" in stdout
     assert_same_run(calm, tmp_path / "out", 6)
 
 

@@ -265,7 +265,7 @@ def test_slurm_saves_requeues_and_goes_on(checkpoints, tmp_path):
     assert (tmp_path / "scancelled").read_text() == f"--signal=TERM {os.getpid()}.0\n"
     assert (tmp_path / "requeued").read_text() == f"requeue {os.getpid()}\n"
     stdout, stderr = start().communicate(timeout=120)
-    assert f"going on from {checkpoint}" in stdout and "step 120/120" in stdout, stderr
+    assert f"resuming from {checkpoint}" in stdout and "step 120/120" in stdout, stderr
     run = json.loads((out / "run.json").read_text())
     assert (run["status"], run["processes"], run["engine"]) == ("finished", 2, "fsdp")
 

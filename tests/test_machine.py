@@ -1,11 +1,8 @@
-import importlib.util
-
 import pytest
 import torch
 
 from tests import runs
-from tuning import machine
-from tuning.errors import MachineError, SettingsError
+from tuning.errors import MachineError
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -50,32 +47,3 @@ def test_other_errors_stay_what_they_are(checkpoints, tmp_path):
     model.causal_lm.model.layers[1].mlp.register_forward_pre_hook(break_down)
     with pytest.raises(RuntimeError, match="a bug"):
         runs.train(model, rows, tmp_path, kind="lora", batch=1, accumulation=1, steps=1)
-
-
-def test_a_missing_reporter_says_how_to_install_it(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SettingsError, match="--report_to wandb: wandb is not installed; pip install wandb"):
-        machine.check_reporters(["wandb"])
-    machine.check_reporters([])
-
-
-def test_the_cpu_is_said_and_a_hidden_gpu_too(monkeypatch):
-    assert machine.describe_device(torch.device("cpu")).startswith("CPU, ")
-    monkeypatch.setattr(machine.Path, "exists", lambda self: str(self) == "/proc/driver/nvidia")
-    monkeypatch.setattr(torch.version, "cuda", None)
-    assert "is a CPU build: install the CUDA build" in machine.describe_device(torch.device("cpu"))
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert "CUDA_VISIBLE_DEVICES= hides it" in machine.describe_device(torch.device("cpu"))
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert "its driver is too old" in machine.describe_device(torch.device("cpu"))
-
-
-def test_an_old_gpu_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (5, 2))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GTX 980")
-    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90a", "compute_120"])
-    with pytest.raises(SettingsError, match=r"GTX 980 \(compute capability 5.2\) is too old .* starts at 7.5"):
-        machine.check_device(torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    machine.check_device(torch.device("cuda"))

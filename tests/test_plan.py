@@ -8,13 +8,13 @@ import torch
 
 from data_utils.collate import StepDataset
 from tests import runs
-from tests.conftest import CONVERSATIONS, build_model
+from tests.conftest import CONVERSATIONS, ROOT, build_model
 from tuning.errors import SettingsError
 from tuning.model.attention import NAME
 from tuning.model.lora import add_lora
 from tuning.model.training_model import TrainingModel, enable_gradient_checkpointing
 from tuning.planning.memory import Memory, MicroBatchShape, estimate_memory, simulate_step
-from tuning.planning.plan import Plan, Survey, check_plan
+from tuning.planning.plan import MEASURED_DEVICES, Plan, Survey, check_plan
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
 
@@ -133,11 +133,28 @@ def plan_of(total_gib, limit_gib):
 
 
 def test_what_cannot_fit_is_refused_with_the_figures():
-    settings = SimpleNamespace(micro_batch_tokens=None, engine="single")
-    check_plan(plan_of(1, 2), settings)
-    check_plan(plan_of(2.2, 2), settings)  # within what estimates are off
+    device = SimpleNamespace(type="cpu")
+    settings = SimpleNamespace(micro_batch_tokens=None, engine="single", ignore_memory_plan=False, device=device)
+    assert check_plan(plan_of(1, 2), settings) is None
+    assert check_plan(plan_of(2.2, 2), settings) is None  # within what estimates are off
     with pytest.raises(SettingsError, match=r"memory: 3.00 of 2.0 GiB .*: too much; lower .*--gradient_checkpointing"):
         check_plan(plan_of(3, 2), settings)
+    settings.ignore_memory_plan = True
+    assert check_plan(plan_of(3, 2), settings) is None
+
+
+def test_a_plan_that_was_never_measured_on_a_kind_of_device_warns():
+    device = SimpleNamespace(type="cuda")
+    settings = SimpleNamespace(micro_batch_tokens=None, engine="ddp", ignore_memory_plan=False, device=device)
+    assert check_plan(plan_of(1, 2), settings) is None
+    warning = check_plan(plan_of(3, 2), settings)
+    assert warning.startswith("warning: memory: 3.00 of 2.0 GiB") and "cuda" in warning
+
+
+def test_devices_that_refuse_have_measured_results():
+    results = ROOT / "benchmarks" / "results"
+    for kind in MEASURED_DEVICES:
+        assert (results / f"memory_{kind}.json").is_file()
 
 
 # ---- through the command line ----
@@ -197,20 +214,20 @@ def test_micro_batch_tokens_are_the_budget(run_script, words, tmp_path):
     run = json.loads((tmp_path / "out" / "run.json").read_text())
     assert run["plan"]["layout"]["max_tokens"] == 150 and run["plan"]["layout"]["micro_batches"] > 2
     code, _, stderr = run_script("finetune.py", *words, "--micro_batch_tokens", 7, "--overwrite_output_dir")
-    assert code == 2 and "--micro_batch_tokens 7: the longest row has" in stderr
+    assert code == 2 and "--micro_batch_tokens 7: the longest conversation has" in stderr
 
 
 def test_what_auto_needs_stays_needed_with_both_autos(run_script, words, tmp_path):
     small = ["--device_memory_gib", "0.01", "--gradient_checkpointing", "AUTO", "--micro_batch_tokens", "auto"]
     code, stdout, stderr = run_script("finetune.py", *words, *small, "--dry_run")
     assert code == 0, stderr
-    assert "activations are computed again" in stdout
+    assert "gradient checkpointing on" in stdout
     plan = json.loads((tmp_path / "out" / "plan.json").read_text())
     assert plan["checkpointing"] and plan["largest_micro_batch"] == 0
     assert plan["layout"]["max_tokens"] == 147, "the longest row"
 
 
-@pytest.mark.parametrize("place", ["tuning.plan.estimate_memory", "transformers.AutoModelForCausalLM.from_config"])
+@pytest.mark.parametrize("place", ["tuning.planning.plan.estimate_memory", "transformers.AutoModelForCausalLM.from_config"])
 def test_a_model_that_cannot_be_planned_trains_all_the_same(run_script, words, tmp_path, monkeypatch, place):
     def fail(*_, **__):
         raise RuntimeError("data-dependent")

@@ -103,9 +103,9 @@ def test_auto_passes_over_what_is_damaged_and_ends_the_same(run, finished, torn,
     damage(torn / "checkpoint-6" / file)
     code, stdout, stderr = run(torn)
     assert code == 0 and stderr == []
-    (passed_over,) = [line for line in stdout.splitlines() if line.startswith("passed over")]
-    assert passed_over.startswith(f"passed over {torn}/checkpoint-6: ") and reason in passed_over
-    assert f"going on from {torn}/checkpoint-4; 8 rows a step, as there" in stdout
+    (skipped,) = [line for line in stdout.splitlines() if line.startswith("skipped")]
+    assert skipped.startswith(f"skipped {torn}/checkpoint-6: ") and reason in skipped
+    assert f"resuming from {torn}/checkpoint-4; 8 conversations a step, as there" in stdout
     assert_same_run(finished, torn, 6)
     entry = json.loads((torn / "run.json").read_text())
     assert entry["status"] == "finished" and entry["resumed_from"].endswith("checkpoint-4") and entry["steps"] == 6
@@ -118,7 +118,7 @@ def test_a_complete_last_checkpoint_leaves_only_the_result_to_write(run, finishe
     shutil.copy(finished / "checkpoint-6" / "manifest.json", torn / "checkpoint-6")
     (torn / "adapter_model.safetensors").unlink()
     code, stdout, _ = run(torn)
-    assert code == 0 and "going on from" in stdout and "step 6/6" not in stdout
+    assert code == 0 and "resuming from" in stdout and "step 6/6" not in stdout
     assert_same_run(finished, torn, 6)
     assert find_fault(torn) is None
 
@@ -135,12 +135,12 @@ def test_a_finished_run_says_so_and_changes_nothing(run, finished):
 
 
 CHANGES = {
-    "seed": ({}, ["--seed", 7], "seed 7 (there 42)"),
-    "learning rate": ({"learning_rate": 1e-4}, [], "learning_rate 0.0001 (there 0.003)"),
-    "steps": ({"max_steps": 9}, [], "max_steps 9 (there 6)"),
-    "rank": ({"lora_r": 8}, [], "lora_r 8 (there 4)"),
-    "length": ({"model_max_length": 100}, [], "model_max_length 100 (there 160)"),
-    "optimizer": ({}, ["--weight_decay", 0.1], "weight_decay 0.1 (there 0.0)"),
+    "seed": ({}, ["--seed", 7], "seed 42 -> 7"),
+    "learning rate": ({"learning_rate": 1e-4}, [], "learning_rate 0.003 -> 0.0001"),
+    "steps": ({"max_steps": 9}, [], "max_steps 6 -> 9"),
+    "rank": ({"lora_r": 8}, [], "lora_r 4 -> 8"),
+    "length": ({"model_max_length": 100}, [], "model_max_length 160 -> 100"),
+    "optimizer": ({}, ["--weight_decay", 0.1], "weight_decay 0.0 -> 0.1"),
 }
 
 
@@ -150,7 +150,7 @@ def test_changed_settings_are_refused_with_the_difference(run, request, changes,
     out = request.getfixturevalue(state)
     before = tree(out)
     code, _, stderr = run(out, *more, **changes)
-    assert code == 2 and len(stderr) == 1 and "is of another run: " in stderr[0] and message in stderr[0]
+    assert code == 2 and len(stderr) == 1 and "belongs to another run; " in stderr[0] and message in stderr[0]
     assert "--force_resume True" in stderr[0]
     assert tree(out) == before
 
@@ -170,7 +170,7 @@ def test_changed_data_and_another_base_are_refused(run, checkpoints, torn, tmp_p
 
 def test_force_resume_goes_on_with_what_is_here(run, torn):
     code, stdout, _ = run(torn, "--force_resume", "True", "--lr_scheduler_type", "constant", learning_rate=1e-4)
-    assert code == 0 and "in spite of: learning_rate 0.0001 (there 0.003)" in stdout
+    assert code == 0 and "changed since the checkpoint: learning_rate 0.003 -> 0.0001" in stdout
     rates = [m["learning_rate"] for m in read_metrics(torn) if "loss" in m]
     assert rates[-1] == 1e-4 and rates[0] == 3e-3, "the settings' rate, not the checkpoint's"
     code, _, stderr = run(torn, "--force_resume", "True", lora_r=8, max_steps=9)
@@ -181,13 +181,15 @@ def test_force_resume_trains_a_finished_run_on(run, finished, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(finished, out)
     code, stdout, _ = run(out, "--force_resume", "True", max_steps=8)
-    assert code == 0 and "going on from" in stdout and "in spite of: max_steps 8 (there 6)" in stdout
+    assert code == 0 and "resuming from" in stdout and "changed since the checkpoint: max_steps 6 -> 8" in stdout
     assert [m["step"] for m in read_metrics(out) if "loss" in m] == [1, 3, 6, 8]
     for checkpoint in list_checkpoints(out):
         shutil.rmtree(checkpoint)
     before = tree(out)
     code, _, stderr = run(out, "--force_resume", "True", max_steps=10)
-    assert code == 2 and "is of another run: max_steps 10 (there 8)" in stderr[0], "nothing to go on from"
+    assert code == 2 and "belongs to another run; changed since then: max_steps 8 -> 10" in stderr[0], (
+        "nothing to go on from"
+    )
     assert tree(out) == before
 
 
@@ -203,7 +205,7 @@ def test_what_does_not_change_the_weights_may_change(run, finished, torn):
 
 def test_the_checkpoints_rows_per_step_win(run, finished, torn):
     code, stdout, _ = run(torn, per_device_train_batch_size=3, gradient_accumulation_steps=1)
-    assert code == 0 and "8 rows a step, as there" in stdout and "batch 3 (there 4)" in stdout
+    assert code == 0 and "8 conversations a step, as there" in stdout and "batch 4 -> 3" in stdout
     entries = [(m["step"], m["supervised_tokens"]) for m in read_metrics(torn) if "loss" in m]
     assert entries == [(m["step"], m["supervised_tokens"]) for m in read_metrics(finished) if "loss" in m]
     assert json.loads((torn / "run.json").read_text())["rows_per_step"] == 8
@@ -214,7 +216,7 @@ def test_the_checkpoints_rows_per_step_win(run, finished, torn):
 
 def test_a_named_checkpoint(run, finished, torn, tmp_path):
     code, stdout, _ = run(tmp_path / "new", resume_from_checkpoint=finished / "checkpoint-4")
-    assert code == 0 and "going on from" in stdout
+    assert code == 0 and "resuming from" in stdout
     assert_same_run(finished, tmp_path / "new", 6)
     for name, message in (
         ("checkpoint-9", "no such directory"),
@@ -236,7 +238,11 @@ def test_checkpoints_without_a_training_state(run, tmp_path):
     assert code == 0 and not list(out.glob("checkpoint-*/training_state*"))
     (out / "manifest.json").unlink()
     code, _, stderr = run(out)
-    assert code == 2 and "holds results, but nothing to go on from" in stderr[0] and "(--save_only_model)" in stderr[0]
+    assert (
+        code == 2
+        and "holds results, but no checkpoint to resume from" in stderr[0]
+        and "(--save_only_model)" in stderr[0]
+    )
 
 
 # ---- the best ----
@@ -329,7 +335,7 @@ def test_a_damaged_later_checkpoint_costs_no_good_one(forks, checkpoints, finish
     command[command.index("--save_total_limit") + 1] = 1
     assert forks.run(*command, at=1, do="SIGTERM", only="step")[0] == 143
     code, stdout, _ = forks.run(*command)
-    assert code == 0 and f"going on from {torn}/checkpoint-5" in stdout
+    assert code == 0 and f"resuming from {torn}/checkpoint-5" in stdout
     name = "adapter_model.safetensors"
     assert (torn / name).read_bytes() == (finished / name).read_bytes()
 
@@ -355,7 +361,7 @@ def test_a_result_is_not_deleted_for_a_file_beside_it(run, tmp_path):
     flip(out / "adapter_model.safetensors")
     before = tree(out)
     code, _, stderr = run(out, *more)
-    assert code == 2 and "holds results, but nothing to go on from" in stderr[0]
+    assert code == 2 and "holds results, but no checkpoint to resume from" in stderr[0]
     assert "adapter_model.safetensors is not the file that was saved" in stderr[0] and tree(out) == before
 
 

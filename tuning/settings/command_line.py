@@ -65,7 +65,7 @@ class _Parser(HfArgumentParser):
         self.required: list[str] = []
         self._meanings = {name: meaning for group in GROUPS for name, meaning in list_meanings(group).items()}
         super().__init__(GROUPS, allow_abbrev=False, prog="finetune.py")
-        self.add_argument("--warmup_ratio", type=float, help=_WARMUP_RATIO)
+        self.add_argument("--warmup_ratio", "--warmup-ratio", type=float, help=_WARMUP_RATIO)
 
     def add_argument(self, *names: str, **options: Any) -> argparse.Action:
         """As argparse's, without the default, which stands in the help."""
