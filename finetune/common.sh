@@ -1,12 +1,13 @@
 # Shared by the launchers; sourced, not run. POSIX sh: works under sh as well as bash.
 #
-# launch NAME DEFAULTS... -- ARGUMENTS...: reads -m -d -o -h from the arguments and runs finetune.py with the
-# defaults first, so that flags given on the command line win. DRY_RUN=1 prints the command instead.
+# launch NAME RECIPE FLAGS... -- ARGUMENTS...: reads -m -d -o -h from the arguments and runs finetune.py with
+# recipes/RECIPE.yaml and FLAGS first, so that flags given on the command line win. DRY_RUN=1 prints the command.
 # launch_on_all: the same on all GPUs of this machine, or of several, by torchrun.
 
 ROOT=$(cd "$(dirname "$(readlink -f "$0")")/.." && pwd)
 PYTHON=${PYTHON:-$([ -x "$ROOT/.venv/bin/python" ] && echo "$ROOT/.venv/bin/python" || echo python3)}
 
+# usage SCRIPT RECIPE FLAGS
 usage() {
     cat <<EOF
 usage: $1 [-m MODEL] [-d DATA] [-o OUTPUT] [-h] [any flag of finetune.py ...]
@@ -18,6 +19,12 @@ usage: $1 [-m MODEL] [-d DATA] [-o OUTPUT] [-h] [any flag of finetune.py ...]
   -h         this text
 
 All other flags go to finetune.py (python finetune.py --help); the last one given wins.
+
+$(sed -n '2,/^[^#]/{/^#/!d;s/^# //;s/ See -h\.$//;p;}' "$1")
+
+Settings of ${2#"$ROOT"/}${3:+ and$3}:
+
+$(sed -n 's/^[^#]/  &/p' "$2")
 
 $(describe_machines "$1")
 DRY_RUN=1 $1 ...
@@ -82,21 +89,21 @@ fail() {
 }
 
 launch() {
-    name=$1
-    shift
-    model='' data='' output=''
-    # Rotate through the arguments once: defaults stay in front, -m -d -o are taken out, the rest is kept in order.
-    count=$# past_defaults=''
+    name=$1 recipe=$ROOT/finetune/recipes/$2.yaml
+    shift 2
+    flags='' model='' data='' output=''
+    # Rotate through the arguments once: FLAGS stay in front, -m -d -o are taken out, the rest is kept in order.
+    count=$# past_flags=''
     while [ "$count" -gt 0 ]; do
         word=$1
         shift
         count=$((count - 1))
-        if [ -z "$past_defaults" ]; then
-            if [ "$word" = "--" ]; then past_defaults=1; else set -- "$@" "$word"; fi
+        if [ -z "$past_flags" ]; then
+            if [ "$word" = "--" ]; then past_flags=1; else set -- "$@" "$word" && flags="$flags $word"; fi
             continue
         fi
         case $word in
-            -h | --help) usage "$0"; exit 0 ;;
+            -h | --help) usage "$0" "$recipe" "$flags"; exit 0 ;;
             -m | -d | -o)
                 [ "$count" -gt 0 ] || fail "$word needs a value; see $0 -h"
                 case $1 in '' | -*) fail "$word needs a value, found '$1'; see $0 -h" ;; esac
@@ -131,7 +138,8 @@ launch() {
         torchrun="-m torch.distributed.run $torchrun"
     fi
     # shellcheck disable=SC2086  # $torchrun: words, none with a space
-    set -- $torchrun "$ROOT/finetune.py" --model_name_or_path "$(absolute "$model")" --data_path "$data" --output_dir "$output" "$@"
+    set -- $torchrun "$ROOT/finetune.py" "$recipe" \
+        --model_name_or_path "$(absolute "$model")" --data_path "$data" --output_dir "$output" "$@"
     if [ -n "${DRY_RUN:-}" ]; then
         printf '%s' "$PYTHON"
         for word in "$@"; do printf " '%s'" "$(printf '%s' "$word" | sed "s/'/'\\\\''/g")"; done

@@ -1,26 +1,6 @@
 #!/usr/bin/env bash
-# LoRA on all GPUs, by DeepSpeed ZeRO-2. See -h.
+# LoRA on all GPUs, by DeepSpeed ZeRO-2: each GPU holds the whole base model. See -h.
+# Where it is too large for one GPU, --deepspeed finetune/ds_config_zero3.json shards it over them.
 . "$(dirname "$(readlink -f "$0")")/common.sh"
 
-#   ZeRO-2               each GPU holds the whole base model; where it is too large for one,
-#                        --deepspeed finetune/ds_config_zero3.json spreads it over them
-#   batch 2 x 8          on each GPU: with 8 of them a step has 128 conversations
-#   the rest as in finetune_lora_single_gpu.sh
-launch_on_all lora-ds \
-    --deepspeed "$ROOT/finetune/ds_config_zero2.json" \
-    --use_lora True \
-    --num_train_epochs 5 \
-    --per_device_train_batch_size 2 \
-    --gradient_accumulation_steps 8 \
-    --learning_rate 3e-4 \
-    --weight_decay 0.1 \
-    --adam_beta2 0.95 \
-    --warmup_ratio 0.01 \
-    --lr_scheduler_type cosine \
-    --model_max_length 512 \
-    --save_strategy steps \
-    --save_steps 1000 \
-    --save_total_limit 10 \
-    --gradient_checkpointing True \
-    --report_to none \
-    -- "$@"
+launch_on_all lora-ds lora --deepspeed "$ROOT/finetune/ds_config_zero2.json" -- "$@"

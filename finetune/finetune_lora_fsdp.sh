@@ -1,26 +1,6 @@
 #!/usr/bin/env bash
-# LoRA on all GPUs, by FSDP2: the base model is spread over them. See -h.
+# LoRA on all GPUs, by FSDP2: the base model is sharded over them. See -h.
+# Where one GPU holds it, DDP is faster: torchrun --nproc_per_node N finetune.py finetune/recipes/lora.yaml ...
 . "$(dirname "$(readlink -f "$0")")/common.sh"
 
-#   FSDP2                for base models too large for one GPU; where one holds it, DDP is faster:
-#                        torchrun --nproc_per_node N finetune.py examples/lora.yaml ...
-#   batch 2 x 8          on each GPU: with 8 of them a step has 128 conversations
-#   the rest as in finetune_lora_single_gpu.sh
-launch_on_all lora-fsdp \
-    --fsdp full_shard \
-    --use_lora True \
-    --num_train_epochs 5 \
-    --per_device_train_batch_size 2 \
-    --gradient_accumulation_steps 8 \
-    --learning_rate 3e-4 \
-    --weight_decay 0.1 \
-    --adam_beta2 0.95 \
-    --warmup_ratio 0.01 \
-    --lr_scheduler_type cosine \
-    --model_max_length 512 \
-    --save_strategy steps \
-    --save_steps 1000 \
-    --save_total_limit 10 \
-    --gradient_checkpointing True \
-    --report_to none \
-    -- "$@"
+launch_on_all lora-fsdp lora --fsdp full_shard -- "$@"

@@ -1,25 +1,6 @@
 #!/usr/bin/env bash
-# Q-LoRA on all GPUs, by FSDP2: the quantised model is spread over them. See -h.
+# Q-LoRA on all GPUs, by FSDP2: the quantised model is sharded over them. See -h.
+# For models too large for one GPU; the first process quantises, in host memory.
 . "$(dirname "$(readlink -f "$0")")/common.sh"
 
-#   FSDP2                for quantised models too large for one GPU; the first process quantises, in host memory
-#   batch 2 x 8          on each GPU: with 8 of them a step has 128 conversations
-#   the rest as in finetune_qlora_single_gpu.sh
-launch_on_all qlora-fsdp \
-    --fsdp full_shard \
-    --q_lora True \
-    --num_train_epochs 5 \
-    --per_device_train_batch_size 2 \
-    --gradient_accumulation_steps 8 \
-    --learning_rate 3e-4 \
-    --weight_decay 0.1 \
-    --adam_beta2 0.95 \
-    --warmup_ratio 0.01 \
-    --lr_scheduler_type cosine \
-    --model_max_length 512 \
-    --save_strategy steps \
-    --save_steps 1000 \
-    --save_total_limit 10 \
-    --gradient_checkpointing True \
-    --report_to none \
-    -- "$@"
+launch_on_all qlora-fsdp qlora --fsdp full_shard -- "$@"

@@ -1,4 +1,4 @@
-"""Launchers: their commands parse, under sh and bash; each of them trains, and so do SLURM's script and mpirun."""
+"""Launchers: their commands parse, under sh and bash; one of each engine trains, as SLURM's script and mpirun do."""
 
 import json
 import os
@@ -40,6 +40,11 @@ def dry_run(shell, launcher, *words, cwd=ROOT, **environment):
     )
 
 
+def find_recipe(launcher):
+    method = launcher.stem.split("_")[1]
+    return ROOT / "finetune" / "recipes" / f"{method if method in ('lora', 'qlora') else 'full'}.yaml"
+
+
 def split_command(line):
     """Words before and behind finetune.py."""
     words = shlex.split(line)
@@ -60,12 +65,13 @@ def test_flags_parse_and_pass_through(shell, launcher, tmp_path):
         assert torchrun == []
     else:
         assert torchrun == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
-        flag, value = words[6:8]  # behind -m, -d and -o
-        del words[6:8]  # needs processes to parse
+        flag, value = words[7:9]  # behind the recipe, -m, -d and -o
+        del words[7:9]  # needs processes to parse
         if engine == "fsdp":
             assert (flag, value) == ("--fsdp", "full_shard")
         else:
             assert (flag, value) == ("--deepspeed", str(ROOT / "finetune" / f"ds_config_{engine}.json"))
+    assert words[0] == str(find_recipe(launcher))
     arguments = parse_arguments(words)
     assert arguments.model.model_name_or_path == "org/model"
     assert arguments.data.data_path == [str(tmp_path / "my data.json")]
@@ -74,6 +80,9 @@ def test_flags_parse_and_pass_through(shell, launcher, tmp_path):
     assert arguments.lora.use_lora == ("lora" in launcher.stem)
     assert arguments.run.learning_rate == (3e-4 if arguments.lora.use_lora else 1e-5)
     assert arguments.run.per_device_train_batch_size * arguments.run.gradient_accumulation_steps == 16
+    # Nothing but the recipe, the engine and the user's flags: the launcher itself sets no more.
+    paths = ["--model_name_or_path", "org/model", "--data_path", str(tmp_path / "my data.json")]
+    assert words[1:] == [*paths, "--output_dir", str(tmp_path / "out dir"), "--max_steps", "8"]
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS, ids=lambda p: p.stem)
@@ -81,7 +90,11 @@ def test_defaults_help_and_mistakes(launcher):
     words = shlex.split(dry_run("sh", launcher).stdout)
     assert str(ROOT / "examples" / "conversations.json") in words
     assert str(ROOT / "examples" / "tiny-qwen3-base") in words
-    assert dry_run("sh", launcher, "-h").stdout.startswith("usage:")
+    usage = dry_run("sh", launcher, "-h").stdout
+    assert usage.startswith("usage:")
+    settings = [line for line in find_recipe(launcher).read_text().splitlines() if not line.startswith("#")]
+    assert "".join(f"  {line}\n" for line in settings) in usage and all(" # " in line for line in settings)
+    assert ("NPROC_PER_NODE" in usage) == (ENGINES[launcher.stem] != "single") and "CUDA_VISIBLE_DEVICES" in usage
     for wrong in (["-x"], ["-m"], ["-d", ""], ["-m", "-d", "x"], ["-d", "a", "-d", "b"]):
         done = dry_run("sh", launcher, *wrong)
         assert done.returncode == 2 and done.stderr.startswith("error:") and done.stderr.count("\n") == 1
@@ -117,10 +130,23 @@ def test_machines_and_processes(environment, expected):
 SHORT = ["--max_steps", "3", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
 
 
+# One of each engine, and Q-LoRA. The others pair the same recipes and engines otherwise, which the tests above hold
+# them to; tests/test_engines.py trains each method under each engine.
+TRAINED = [
+    "finetune_full_single_gpu",
+    "finetune_lora_ds",
+    "finetune_ds",
+    "finetune_lora_fsdp",
+    "finetune_qlora_single_gpu",
+]
+
+
 @pytest.mark.dist
-@pytest.mark.parametrize("launcher", LAUNCHERS, ids=lambda p: p.stem)
-def test_every_launcher_trains(launcher, checkpoints, tmp_path):
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_launcher_of_every_engine_trains(name, checkpoints, tmp_path):
+    assert {ENGINES[trained] for trained in TRAINED} == set(ENGINES.values())
     out = tmp_path / "out"
+    launcher = ROOT / "finetune" / f"{name}.sh"
     done = subprocess.run(
         ["bash", launcher, "-m", checkpoints["untied"], "-d", CONVERSATIONS, "-o", out, *SHORT, "--save_steps", "2"],
         env=os.environ | {"NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1", "PYTHON": sys.executable},

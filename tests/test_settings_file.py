@@ -1,10 +1,12 @@
 import pytest
+import yaml
 
 from tests.conftest import ROOT
 from tuning.errors import SettingsError
 from tuning.settings.command_line import parse_arguments
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+RECIPES = sorted((ROOT / "finetune" / "recipes").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
@@ -13,6 +15,16 @@ def test_every_example_parses_and_names_files_that_exist(path):
     for named in [*arguments.data.data_path, *(arguments.data.eval_data_path or []), arguments.run.sample_prompts]:
         assert named is None or (ROOT / named).is_file()
     assert arguments.model.model_name_or_path == "examples/tiny-qwen3-base"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_parses_and_leaves_model_data_and_output_to_the_user(path):
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert not {"model_name_or_path", "data_path", "output_dir"} & settings.keys()
+    arguments = parse_arguments([str(path), "--model_name_or_path", "m", "--data_path", "d", "--output_dir", "o"])
+    assert arguments.lora.use_lora == (path.stem != "full") and arguments.lora.q_lora == (path.stem == "qlora")
+    run = arguments.run
+    assert (run.save_strategy, run.save_steps, run.save_total_limit, run.report_to) == ("steps", 1000, 10, [])
 
 
 def write(tmp_path, text):
