@@ -120,7 +120,7 @@ def estimate_memory(
         training_model, shape, dtype=dtype, casts_weights=plain, accumulates=accumulates or not plain
     )
     if device_type == "cpu":
-        working += _bytes_of_linear_weights(training_model)
+        working += _heap_fragmentation(training_model)
     if plain and not accumulates:  # gradients come while activations go
         working -= min(working, own_gradients)
     on_gpu = device_type != "cpu"
@@ -261,10 +261,12 @@ def _loss_bytes(
     return chunk + hidden + (weight.numel() * 4 if trains else 0)
 
 
-def _bytes_of_linear_weights(training_model: TrainingModel) -> int:
-    """By about these the resident memory of CPU processes grows beyond all tensors in the first forward pass.
+def _heap_fragmentation(training_model: TrainingModel) -> int:
+    """What the C library's heap keeps between its blocks in the first step: about the bytes of the linear weights.
 
-    Measured (benchmarks/LOG.md); the cause is not known.
+    glibc raises the size from which blocks are mapped one by one to that of the largest block that was freed, 32 MiB
+    at most. Smaller tensors then lie in a heap in which those that stay keep what was freed around them. With
+    MALLOC_MMAP_THRESHOLD_=65536 in the environment it does not grow (measured: benchmarks/LOG.md).
     """
     linear = (module for module in training_model.modules() if isinstance(module, nn.Linear))
     weights = {module.weight for module in linear if not isinstance(module, QuantizedLinear)}
