@@ -5,7 +5,8 @@ random model and the same conversations, with dropout: {lora, full, rows (LoRA a
 {packed, padded} x {1 process, 2 processes with DDP}. A cell is the same if loss, gradient norm and learning rate of
 every step are, and every tensor of the result and of its checkpoints, with name, dtype, shape and bytes. Some cells are
 also resumed: AFTER goes on from BEFORE's checkpoint, and must end as BEFORE's run that was never stopped.
-Nothing of either tree is imported. Exit code: 1 where anything differs. All cells take about ten minutes on two cores.
+Nothing of either tree is imported. Exit code: 1 where anything differs.
+All cells take about twenty minutes on two busy cores.
 """
 
 import argparse

@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+
 from benchmarks import bench_train
 
 
+@pytest.mark.slow
 def test_every_arm_trains_the_rows_and_the_figures_are_kept(tokenizer, tmp_path, monkeypatch, write_json, capsys):
     rows = [
         {"instruction": f"Count to {n}.", "input": "", "output": " ".join(map(str, range(n)))} for n in range(1, 25)

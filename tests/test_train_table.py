@@ -20,6 +20,7 @@ def in_this_process(monkeypatch):
     monkeypatch.setattr(train_table, "run_cell", run_cell)
 
 
+@pytest.mark.slow
 def test_every_method_mode_and_arm(in_this_process, tmp_path, capsys):
     cells = ["tiny/lora/64/fast", "tiny/lora/64/lean", "tiny/lora_emb/64/fast", "tiny/full/64/lean"]
     train_table.main(
@@ -71,6 +72,7 @@ def test_a_cell_that_fails_says_why_and_late_ones_are_not_begun(monkeypatch, cap
         train_table.main(["--cells", "7b/lora/fast"])
 
 
+@pytest.mark.slow
 def test_the_table_of_plans(capsys):
     plan_table.main(["--shape", "tiny"])
     lines = capsys.readouterr().out.splitlines()
