@@ -25,10 +25,10 @@ demo: setup ## fine-tune the tiny example model on examples/conversations.json, 
 	$(BIN)/python examples/ask.py $(DEMO)-merged examples/conversations.json
 
 test: setup ## the tests that take minutes
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not gpu"
 
 test-all: setup ## every test this machine can run, with names and skips
-	$(BIN)/python -m pytest -v -rs
+	$(BIN)/python -m pytest -v -rs -n 2 --dist worksteal
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .
