@@ -83,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--onto",
         choices=["dequantized", "base"],
-        help="of a Q-LoRA adapter: the weights it was trained on, unpacked (default), or the unquantised base",
+        help="of a Q-LoRA adapter: the weights it was trained on, dequantised (default), or the unquantised base",
     )
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="of the result (auto: the base's)")
     parser.add_argument("--max_shard_size", default="5GB", help="largest weights file")

@@ -200,7 +200,7 @@ def test_a_loss_that_is_no_number_stops_the_run(run_script, checkpoints, tmp_pat
     code, _, stderr = run_script("finetune.py", *words)
     assert (
         code == 1
-        and "error: the gradient norm is nan at step 2 (rows demo-" in stderr
+        and "error: the gradient norm is nan at step 2 (conversations demo-" in stderr
         and len(stderr.splitlines()) == 1
     )
     assert json.loads((out / "run.json").read_text())["status"].startswith("failed: the gradient norm is nan")

@@ -169,7 +169,7 @@ def test_a_gradient_that_is_no_number_names_its_rows(forks, hurt, tmp_path, proc
     _code, _, stderr, complete = hurt(processes=processes, rank=processes - 1, at=4, do="nan", only="step")
     assert set(forks.codes) == {1} and complete == ["checkpoint-2"]
     assert len(stderr) == 1 and re.match(
-        r"error: the gradient norm is nan at step 4 \(rows demo-\d\d(, demo-\d\d)*\)", stderr[0]
+        r"error: the gradient norm is nan at step 4 \(conversations demo-\d\d(, demo-\d\d)*\)", stderr[0]
     )
     assert "Nothing after the last checkpoint is saved" in stderr[0]
     assert status(tmp_path / "out").startswith("failed: the gradient norm is nan")

@@ -227,7 +227,9 @@ def test_what_auto_needs_stays_needed_with_both_autos(run_script, words, tmp_pat
     assert plan["layout"]["max_tokens"] == 147, "the longest row"
 
 
-@pytest.mark.parametrize("place", ["tuning.planning.plan.estimate_memory", "transformers.AutoModelForCausalLM.from_config"])
+@pytest.mark.parametrize(
+    "place", ["tuning.planning.plan.estimate_memory", "transformers.AutoModelForCausalLM.from_config"]
+)
 def test_a_model_that_cannot_be_planned_trains_all_the_same(run_script, words, tmp_path, monkeypatch, place):
     def fail(*_, **__):
         raise RuntimeError("data-dependent")

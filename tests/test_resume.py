@@ -1,4 +1,4 @@
-"""Where a run goes on: decisions, refusals, and what may change on the way."""
+"""Where a run starts: decisions, refusals, and what may have changed since the checkpoint."""
 
 import json
 import shutil
@@ -9,6 +9,11 @@ from tests.conftest import CONVERSATIONS
 from tests.test_chaos import assert_same_run, read_metrics, words
 from tuning.checkpoint.manifest import find_fault, read_manifest, write_manifest
 from tuning.checkpoint.output_directory import list_checkpoints, rotate_checkpoints
+from tuning.checkpoint.resume import find_starting_point
+from tuning.checkpoint.run_record import RunFacts
+from tuning.errors import SettingsError
+from tuning.settings.command_line import parse_arguments
+from tuning.settings.options import describe_trajectory_settings
 
 
 @pytest.fixture(scope="module")
@@ -144,15 +149,50 @@ CHANGES = {
 }
 
 
+def start_of(checkpoint, out, *more, **changes):
+    """The starting point of a command in an output directory, as finetune.py finds it; its data is that of the run."""
+    command = words(checkpoint, out, "lora", steps=6)
+    for flag, value in changes.items():
+        command[command.index(f"--{flag}") + 1] = value
+    arguments = parse_arguments([str(word) for word in [*command, *more]])
+    saved = read_manifest(next(path for path in (out, *list_checkpoints(out)) if (path / "manifest.json").exists()))
+    settings = json.loads(json.dumps(describe_trajectory_settings(arguments)))
+    assert saved["trajectory"].keys() - settings.keys() == {"base model", "data", "tokenised rows", "quantization"}
+    facts = RunFacts(saved["trajectory"] | settings, saved["layout"], "", saved["versions"], saved["quantization"])
+    return find_starting_point(arguments.run, facts)
+
+
 @pytest.mark.parametrize(("changes", "more", "message"), CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("state", ["finished", "torn"])
-def test_changed_settings_are_refused_with_the_difference(run, request, changes, more, message, state):
+def test_changed_settings_are_refused_with_the_difference(checkpoints, request, changes, more, message, state):
     out = request.getfixturevalue(state)
     before = tree(out)
-    code, _, stderr = run(out, *more, **changes)
-    assert code == 2 and len(stderr) == 1 and "belongs to another run; " in stderr[0] and message in stderr[0]
-    assert "--force_resume True" in stderr[0]
-    assert tree(out) == before
+    with pytest.raises(SettingsError) as error:
+        start_of(checkpoints["untied"], out, *more, **changes)
+    line = str(error.value)
+    assert "belongs to another run; " in line and message in line and "--force_resume True" in line
+    assert "\n" not in line and tree(out) == before
+
+
+def test_where_a_run_starts(checkpoints, finished, torn, tmp_path):
+    base = checkpoints["untied"]
+    assert start_of(base, finished).finished
+    resumed = start_of(base, torn)
+    assert (resumed.finished, resumed.checkpoint, resumed.rows_per_step) == (False, torn / "checkpoint-4", 8)
+    forced = start_of(base, torn, "--force_resume", "True", learning_rate=1e-4)
+    assert forced.checkpoint == torn / "checkpoint-4"
+    assert "  changed since the checkpoint: learning_rate 0.003 -> 0.0001" in forced.notes
+    finished_copy = shutil.copytree(finished, tmp_path / "copy")
+    (finished_copy / "adapter_model.safetensors").unlink()
+    last = start_of(base, finished_copy)
+    assert last.checkpoint == finished_copy / "checkpoint-6" and "skipped the result in" in last.notes[0]
+
+
+def test_a_refused_run_changes_nothing(run, torn):
+    before = tree(torn)
+    code, _, stderr = run(torn, learning_rate=1e-4)
+    assert code == 2 and len(stderr) == 1 and "learning_rate 0.003 -> 0.0001" in stderr[0]
+    assert tree(torn) == before
 
 
 def test_changed_data_and_another_base_are_refused(run, checkpoints, torn, tmp_path):

@@ -158,12 +158,12 @@ def test_the_first_loss_that_is_no_number_is_found_and_an_fp16_overflow_is_not_o
     each.add(1, step("a", "b"), [torch.tensor(1.0)])
     each.add_gradient_norm(1, torch.tensor(float("inf")))
     assert each.find_non_finite(gradients=False) is None
-    assert each.find_non_finite(gradients=True) == "the gradient norm is inf at step 1 (rows a, b)"
+    assert each.find_non_finite(gradients=True) == "the gradient norm is inf at step 1 (conversations a, b)"
     each.add(
         2, {**step(), "row_ids": [["c"], [f"d{i}" for i in range(9)]]}, [torch.tensor(1.0), torch.tensor(torch.nan)]
     )
     message = each.find_non_finite(gradients=False)
-    assert message == "the loss is nan at step 2 (rows d0, d1, d2, d3, d4, d5, d6, d7 and 1 more)"
+    assert message == "the loss is nan at step 2 (conversations d0, d1, d2, d3, d4, d5, d6, d7 and 1 more)"
 
 
 def test_the_loss_scale_is_kept():

@@ -31,7 +31,7 @@ class BaseModel:
 
     path, fingerprint: which checkpoint it is. load_dtype, compute_dtype: of its weights, and of the computation.
     quantization: of its linear layers in training. adapter: of --lora_weight_path. evidence: base or chat.
-    meta_model: with what trains of it, without storage, on rank 0; None where it cannot be built, unknown says why.
+    meta_model: on the meta device, with what trains of it, on rank 0; None where it cannot be built, unknown says why.
     process_bytes: memory of this process before.
     """
 

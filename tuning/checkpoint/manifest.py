@@ -16,7 +16,7 @@ MANIFEST_FILE = "manifest.json"
 
 
 def check_manifest(directory: Path, names: list[str]) -> None:
-    """Hold files against the manifest of their directory, where it has one.
+    """Compare files with the manifest of their directory, where it has one.
 
     Raises: SettingsError: a run without its manifest (the save was not finished), or a file that is not as saved.
     """
@@ -29,12 +29,12 @@ def check_manifest(directory: Path, names: list[str]) -> None:
 def find_fault(directory: Path, names: Iterable[str] | None = None) -> str | None:
     """Why a directory is not what was saved there, or None if it is.
 
-    names: the files to hold against the manifest; all of it if None, so that None says: complete, to the byte.
+    names: the files to compare; all of it if None, so that None says: complete, to the byte.
     """
     try:
         listed = read_manifest(directory)["files"]
     except FileNotFoundError:
-        return f"has no {MANIFEST_FILE}, so the run did not finish or its save was cut short"
+        return f"has no {MANIFEST_FILE}, so the run did not finish or its save was interrupted"
     except ValueError:
         return f"{MANIFEST_FILE} is damaged"
     except OSError as error:

@@ -106,14 +106,14 @@ def check_same_origin(base: Path, trained_on: Path, *, trust_remote_code: bool) 
     packed = load_model(str(trained_on), dtype="auto", trust_remote_code=trust_remote_code)
     layers = [(name, module) for name, module in packed.named_modules() if isinstance(module, QuantizedLinear)]
     for name, layer in layers[:: max(1, len(layers) // 4)]:
-        weight, unpacked = getattr(plain.get(name), "weight", None), layer.dequantize().float()
-        same = weight is not None and weight.shape == unpacked.shape
-        if weight is None or not same or (weight.float() - unpacked).norm() > 0.5 * unpacked.norm():
+        weight, dequantized = getattr(plain.get(name), "weight", None), layer.dequantize().float()
+        same = weight is not None and weight.shape == dequantized.shape
+        if weight is None or not same or (weight.float() - dequantized).norm() > 0.5 * dequantized.norm():
             raise SettingsError(f"--base {base}: {trained_on} was not made from it ({name} is another)")
 
 
 def load_base(base: Path, quantization: Quantization | None, *, trust_remote_code: bool) -> PreTrainedModel:
-    """The model to merge onto, in float32: as it is, or quantised as in training and unpacked again."""
+    """The model to merge onto, in float32: as it is, or quantised as in training and dequantised."""
     dtype = getattr(torch, quantization.dtype) if quantization and quantization.dtype else torch.float32
     model = load_model(str(base), dtype=dtype, quantization=quantization, trust_remote_code=trust_remote_code)
     return dequantize(model)
@@ -128,7 +128,7 @@ def read_dtype(base: Path, *, trust_remote_code: bool) -> torch.dtype:
 def compute_expected_logits(
     adapter: Path, base: Path, quantization: Quantization | None, probes: list[list[int]], *, trust_remote_code: bool
 ) -> list[Tensor]:
-    """Logits of base and adapter as peft itself loads them: a road of its own, so that our mistakes show."""
+    """Logits of base and adapter as peft itself loads them: independent code, so that our mistakes show."""
     read_adapter(adapter)  # a damaged file is one line here, and a traceback in peft
     model = load_base(base, quantization, trust_remote_code=trust_remote_code)
     hide_gptqmodel()

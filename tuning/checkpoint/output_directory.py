@@ -118,9 +118,9 @@ def step_of(checkpoint: Path) -> int:
 
 
 def rotate_checkpoints(newest: Path, limit: int | None, *, keep: Path | None) -> None:
-    """Delete the checkpoints beyond a limit, and what is left of torn ones.
+    """Delete the checkpoints beyond a limit, and what is left of incomplete ones.
 
-    newest: what was just saved, and is complete. Later ones are of no account: the run passed them over.
+    newest: what was just saved, and is complete. Later ones stay: the run skipped them when it was resumed.
     keep: a checkpoint that stays whatever its age.
     """
     if limit is None:
@@ -134,7 +134,7 @@ def rotate_checkpoints(newest: Path, limit: int | None, *, keep: Path | None) ->
 
 
 def remove_checkpoint(directory: Path) -> None:
-    """Delete a checkpoint, its manifest first: a deletion that is cut short leaves nothing that looks complete."""
+    """Delete a checkpoint, its manifest first: an interrupted deletion leaves nothing that looks complete."""
     with contextlib.suppress(OSError):
         (directory / MANIFEST_FILE).unlink(missing_ok=True)
         shutil.rmtree(directory, ignore_errors=True)

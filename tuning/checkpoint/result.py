@@ -47,7 +47,7 @@ class ResultWriter:
         write_manifest(directory, step=step, base_model=self._base, **vars(self._facts))
 
     def collect(self) -> dict[str, torch.Tensor]:
-        """What is to be written, on the first process; nothing on others, all of which must call this.
+        """What is to be written, on rank 0; nothing on other ranks. All must call this.
 
         Only what is written: of LoRA training the adapter, never the model it adapts.
         """
@@ -80,7 +80,7 @@ class ResultWriter:
 
 
 def gather_state(named: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-    """Full values on the CPU of the first process, cast to a dtype; nothing on others. All processes must call this.
+    """Full tensors on the CPU of rank 0, cast to a dtype; nothing on other ranks. All processes must call this.
 
     A tied matrix stays one tensor under its names.
     """

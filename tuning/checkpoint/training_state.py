@@ -1,4 +1,4 @@
-"""What training needs to go on to the bit, beside what it saves for users: exact weights, optimizer, counters.
+"""What a bit-equal resume needs beside what is saved for users: exact weights, optimizer, counters.
 
     training_state*.safetensors   "weight/NAME" and "KEY/NAME": every trained parameter and its optimizer's tensors
     training_state.json           the optimizer's plain values, the scheduler, the loss scale, counters
@@ -31,7 +31,7 @@ STATE_FILE = "training_state.json"
 _TENSORS = "training_state{suffix}.safetensors"
 
 
-_FILE_BYTES = 5 * 10**9  # what the first process holds at a time
+_FILE_BYTES = 5 * 10**9  # what rank 0 holds at a time
 
 
 _WEIGHT = "weight"
@@ -47,7 +47,7 @@ def save_training_state(
 ) -> None:
     """Write the trained parameters and the optimizer's state as they are, and counters (JSON values).
 
-    All processes must call it: shards come together a tensor at a time. write: runs what the first process writes.
+    All processes must call it: shards are gathered tensor by tensor. write: runs what rank 0 writes.
 
     Raises: SettingsError: an optimizer whose state is not made of tensors and plain values.
     """

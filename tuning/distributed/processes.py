@@ -1,4 +1,4 @@
-"""What the processes of one run do together: meet, agree, and fail with one voice."""
+"""What the processes of one run do together: agree, exchange values, and fail with the same error."""
 
 import os
 import socket
@@ -26,7 +26,7 @@ def say(line: str) -> None:
 
 
 def on_rank_0(function: Callable[[], T]) -> T:
-    """Call a function on the first process; all get its value, or raise its error. All must call this.
+    """Call a function on rank 0; all ranks get its value, or raise its error. All must call this.
 
     Raises: SettingsError, MachineError: what the function raised, on every process.
     """
@@ -39,7 +39,7 @@ def on_rank_0(function: Callable[[], T]) -> T:
         except (SettingsError, MachineError) as error:
             outcome = [None, (type(error).__name__, str(error))]
         except BaseException as error:
-            dist.broadcast_object_list([None, ("MachineError", f"the first process failed: {error!r}")])
+            dist.broadcast_object_list([None, ("MachineError", f"rank 0 failed: {error!r}")])
             raise
     dist.broadcast_object_list(outcome)
     if outcome[1] is not None:
@@ -48,16 +48,16 @@ def on_rank_0(function: Callable[[], T]) -> T:
 
 
 class RankZeroWork:
-    """Work of the first process in parts, while all processes do something together between them.
+    """Work of rank 0 in parts, between which all ranks take part in collectives.
 
-    An error ends the work, not what is done together; finish raises it on all.
+    An error ends the work, not the collectives; finish raises it on all ranks.
     """
 
     def __init__(self) -> None:
         self._error: Exception | None = None
 
     def do(self, function: Callable[[], None]) -> None:
-        """Do a part, on the first process."""
+        """Do a part, on rank 0."""
         if not is_rank_0() or self._error is not None:
             return
         try:
@@ -79,7 +79,7 @@ def on_all_ranks(function: Callable[[], T]) -> T:
     """Call a function on every process; where it fails on one, all raise that error. All must call this.
 
     Raises: SettingsError: the function raised a ValueError (a mistake of the user's) on some process. MachineError:
-        anything else. The message names the process where it is not the first one.
+        anything else. The message names the process where it is not rank 0.
     """
     if not dist.is_initialized():
         return function()
@@ -100,7 +100,7 @@ def on_all_ranks(function: Callable[[], T]) -> T:
 
 
 def find_anywhere(value: T | None) -> T | None:
-    """The value of the first process that has one, on all processes. All must call this."""
+    """The value of the lowest rank that has one, on all ranks. All must call this."""
     return next((each for each in gather_values(value) if each is not None), None)
 
 
@@ -111,7 +111,7 @@ def raise_on_all_ranks(message: str | None) -> None:
 
 
 def check_agreement(facts: dict[str, Any]) -> None:
-    """Hold what every process knows against the first one's. All must call this.
+    """Compare what every process knows with rank 0's. All must call this.
 
     Raises: SettingsError: something differs; the first difference is named, with its process.
     """

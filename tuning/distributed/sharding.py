@@ -21,12 +21,12 @@ SHARDED = ("zero3", "fsdp")  # engines whose processes hold a part of each weigh
 
 
 def shard_model(training_model: Any, settings: Any, dtype: torch.dtype) -> None:
-    """Give every process its shard of each weight, a layer at a time. All must call this.
+    """Give every rank its shard of each weight, layer by layer. All must call this.
 
     training_model: a TrainingModel. settings: RunArguments; an engine that does not shard weights leaves the model
     alone. dtype: of the computation.
 
-    Raises: SettingsError: a process built another model than the first one.
+    Raises: SettingsError: a rank built another model than rank 0.
     """
     if settings.engine not in SHARDED:
         return
@@ -96,7 +96,7 @@ def partition(value: Tensor, parameter: Any) -> Tensor:
 
 
 def reshard(model: nn.Module) -> None:
-    """Let FSDP2 and ZeRO-3 give back the whole weights that they keep or fetch after a forward without a backward."""
+    """Free the full weights that FSDP2 and ZeRO-3 keep or prefetch after a forward without a backward."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -106,15 +106,15 @@ def reshard(model: nn.Module) -> None:
 
 
 def check_quantized_sharding(settings: Any) -> None:
-    """Raises: SettingsError: this torch's FSDP2 cannot cut integers. settings: RunArguments."""
+    """Raises: SettingsError: this torch's FSDP2 cannot shard integers. settings: RunArguments."""
     if settings.engine != "fsdp":
         return
     from torch.distributed.fsdp._fully_shard import _fsdp_param
 
     if "is_floating_point" not in inspect.getsource(_fsdp_param):  # since torch 2.12 or 2.13
         raise SettingsError(
-            f"--q_lora and --fsdp: FSDP2 of torch {torch.__version__} cannot cut packed weights; use torch 2.13, or "
-            "--deepspeed finetune/ds_config_zero2.json"
+            f"--q_lora and --fsdp: FSDP2 of torch {torch.__version__} cannot shard quantised weights; use torch 2.13, "
+            "or --deepspeed finetune/ds_config_zero2.json"
         )
 
 
@@ -132,7 +132,7 @@ def local_part(parameter: Any) -> Tensor:
 
 
 def master_dtype(parameter: Tensor) -> torch.dtype:
-    """The precision that whole gives."""
+    """The dtype of gather_tensor's result."""
     return torch.float32 if _has_master(parameter) else parameter.dtype
 
 
@@ -173,13 +173,13 @@ def _check_nothing_left(model: nn.Module) -> None:
             if isinstance(value, Tensor) and value.is_meta:
                 raise SettingsError(
                     f"{type(module).__name__} keeps a tensor beside parameters and buffers ({name}.{key}), which "
-                    "cannot be dealt out; use --deepspeed finetune/ds_config_zero2.json, or no engine"
+                    "cannot be sharded; use --deepspeed finetune/ds_config_zero2.json, or no engine"
                 )
 
 
 @torch.no_grad()
 def _materialise(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
-    """Bring a tensor to the device with the first process's value. The object stays, so ties and references do."""
+    """Bring a tensor to the device with rank 0's value. The object stays the same, and so do ties and references."""
     if tensor.is_meta:
         empty = torch.empty(tensor.shape, dtype=dtype, device=device)
         fresh = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty

@@ -132,7 +132,7 @@ def _prepare_deepspeed(run: RunArguments) -> None:
 
 
 def check_connection(device: torch.device) -> None:
-    """See that everyone is there and that a sum over all devices is right. All must call this.
+    """Check that all processes are there and that a sum over all devices is right. All must call this.
 
     Raises: MachineError: a process is missing, or the devices cannot reach each other.
     """
@@ -165,19 +165,19 @@ def check_connection(device: torch.device) -> None:
 
 
 def check_shared(directory: Path) -> None:
-    """See that all processes find the same directory there. All must call this.
+    """Check that all processes see the same directory. All must call this.
 
-    directory: need not exist yet; what exists above it is looked at. Nothing is left there.
+    directory: need not exist yet; its nearest existing parent is checked. Nothing is left there.
 
     Raises: SettingsError: it is another one on some machine.
     """
     if not dist.is_initialized():
         return
 
-    whole = directory.absolute()
+    target = directory.absolute()
 
     def leave() -> tuple[int, str]:
-        depth, existing = next((d, path) for d, path in enumerate((whole, *whole.parents)) if path.exists())
+        depth, existing = next((d, path) for d, path in enumerate((target, *target.parents)) if path.exists())
         name = f".{uuid.uuid4().hex}.tmp"
         try:
             (existing / name).touch()
@@ -186,7 +186,7 @@ def check_shared(directory: Path) -> None:
         return depth, name
 
     depth, name = on_rank_0(leave)
-    mark = (whole, *whole.parents)[depth] / name
+    mark = (target, *target.parents)[depth] / name
     deadline = time.monotonic() + _VISIBLE_S
     try:
         while not (seen := mark.exists()) and time.monotonic() < deadline:

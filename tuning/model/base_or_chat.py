@@ -53,7 +53,7 @@ def judge_base_or_chat(
     Base, where the template's stop token does not end generation by the checkpoint's own configuration, or where
     its embedding or output row was never trained: near zero, or equal to the row of a token nothing ever uses.
 
-    path: its directory or hub name. meta_model: its model without storage, where one can be built: it knows the names
+    path: its directory or hub name. meta_model: its meta model, where one can be built: it knows the names
     of its matrices. vocabulary_size: ids from here on belong to no token (padding of the matrix). allow_pickle: read
     .bin files where there are no safetensors.
     """

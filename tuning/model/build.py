@@ -28,7 +28,7 @@ class TokensInUse:
 def build_training_model(
     model: PreTrainedModel, lora: LoraArguments, *, is_base: bool, tokens: TokensInUse, adapter: SavedAdapter | None
 ) -> TrainingModel:
-    """Prepare a loaded model, or one without storage, for training: adapters, token rows, what is frozen.
+    """Prepare a loaded model, or a meta model, for training: adapters, token rows, what is frozen.
 
     is_base: whether it is a base model (judge_base_or_chat): then the control tokens' rows train, too. adapter: of
     --lora_weight_path.

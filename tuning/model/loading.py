@@ -31,7 +31,7 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a causal language model from safetensors (or .bin where allow_pickle).
 
-    meta: build it without storage for its weights, for sharding.shard_model to fill. quantization: quantise it while
+    meta: build it on the meta device, for a plan or for sharding.shard_model to fill. quantization: quantise it while
     it loads; a checkpoint that is quantised already stays as it is. device: where that is done (default: the CPU);
     what is not quantised is always loaded there.
 
@@ -40,7 +40,7 @@ def load_model(
     """
     if (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file():
         raise SettingsError(
-            f"{path}: is an adapter, not a model; merge it first, or go on from it by --lora_weight_path"
+            f"{path}: is an adapter, not a model; merge it first, or train it further with --lora_weight_path"
         )
     try:
         config = AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=trust_remote_code)

@@ -87,17 +87,17 @@ def add_lora(
 ) -> tuple[PeftModel, TokenRows | None]:
     """Freeze a model and give it fresh LoRA adapters.
 
-    embeddings: "off", "tokens" (rows of token_ids train) or "full" (both whole matrices train).
+    embeddings: "off", "tokens" (rows of token_ids train) or "full" (both matrices train).
     target_modules: layer names; None adapts every linear layer but the output.
 
     Raises: SettingsError: no such layer, or one that cannot be adapted.
     """
     targets = find_lora_targets(model) if target_modules is None else target_modules
     check_lora_targets(model, targets)
-    whole: dict[str, Any] = {}
+    matrices_to_train: dict[str, Any] = {}
     if embeddings == "full":
         matrices = [model.get_input_embeddings()] + ([] if is_tied(model) else [model.get_output_embeddings()])
-        whole = {
+        matrices_to_train = {
             "modules_to_save": [find_module_name(model, matrix).rpartition(".")[2] for matrix in matrices],
             "ensure_weight_tying": is_tied(model),
         }
@@ -110,7 +110,7 @@ def add_lora(
         use_rslora=use_rslora,
         target_modules=targets,
         task_type="CAUSAL_LM",
-        **whole,
+        **matrices_to_train,
     )
     if embeddings == "tokens" and getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise SettingsError(

@@ -31,7 +31,7 @@ class OutputHead:
     There the engines that hooked the layer (ZeRO-3, FSDP) have its weight at hand; outside they have not. Called
     with hidden states alone the layer gives logits as ever.
 
-    token_rows: rows of the layer that train in its stead.
+    token_rows: vocabulary rows that train in place of the layer's own.
 
     Raises: SettingsError: an output layer that is not linear.
     """

@@ -186,7 +186,7 @@ def _as_dict(config: Any) -> dict[str, Any]:
 
 
 def quantize_meta_model(model: PreTrainedModel, quantization: Quantization, dtype: torch.dtype) -> None:
-    """Give a model without storage the layers that loading it quantised would give it."""
+    """Give a meta model the layers that loading it quantised would give it."""
     output = model.get_output_embeddings()
     for name, module in list(model.named_modules()):
         if isinstance(module, Conv1D):  # which bitsandbytes transposes

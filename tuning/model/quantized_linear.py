@@ -1,9 +1,9 @@
-"""Linear layers whose frozen weights are packed in 4 or 8 bits: bitsandbytes' NF4, FP4 and Int8, and GPTQ.
+"""Linear layers with frozen 4- or 8-bit weights: bitsandbytes' NF4, FP4 and Int8, and GPTQ.
 
-The libraries read and pack. The product is our own: it keeps packed weights alone for the backward pass and unpacks
-them again there, so that its gradient is that of the unpacked matrix, after an evaluation as before. The libraries'
-layers have other ways for inference, which some of them never leave again, and some keep every layer's unpacked matrix
-until backward.
+The libraries read and quantise. The product is our own: only the quantised weight is kept for the backward pass, and
+it is dequantised again there, so that the gradient is that of the dequantised matrix, also after an evaluation. The
+libraries' layers switch to other code for inference, which some never leave again, and some keep every layer's
+dequantised matrix until backward.
 """
 
 from typing import Any
@@ -14,16 +14,16 @@ from torch import Tensor, nn
 
 from tuning.errors import SettingsError
 
-_DEQUANTIZED_CHANNELS = 1024  # input channels that GPTQ unpacks at a time; a multiple of 32
+_DEQUANTIZED_CHANNELS = 1024  # input channels that GPTQ dequantises at a time; a multiple of 32
 
 
 _BLOCK, _NESTED_BLOCK = 64, 256  # bitsandbytes': weights that share a scale, scales that share theirs
 
 
 class QuantizedLinear(nn.Linear):
-    """A linear layer whose weight is packed. Frozen.
+    """A linear layer with a quantised, frozen weight.
 
-    weight: the packed numbers, as the library lays them out. Tables of scales are buffers.
+    weight: the quantised numbers, as the library stores them. Tables of scales are buffers.
     """
 
     def __init__(self, in_features: int, out_features: int, packed: Tensor, bias: Tensor | None):
@@ -45,7 +45,7 @@ class QuantizedLinear(nn.Linear):
         return super()._apply(move, recurse)
 
     def forward(self, x: Tensor) -> Tensor:
-        """As nn.Linear, with the unpacked weight in x's dtype (autocast's, where it is on)."""
+        """As nn.Linear, with the dequantised weight in x's dtype (autocast's, where it is on)."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         with torch.autocast(device, enabled=False):
@@ -54,7 +54,7 @@ class QuantizedLinear(nn.Linear):
 
 
 class _DequantizedProduct(torch.autograd.Function):
-    """x @ weight.T. The weight is unpacked for each of both passes, and not kept between them."""
+    """x @ weight.T. The weight is dequantised in each of both passes, and not kept between them."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
@@ -96,7 +96,7 @@ class FourBitLinear(QuantizedLinear):
         """From bitsandbytes' layer."""
         state = getattr(layer.weight, "quant_state", None)
         if state is None or state.blocksize != _BLOCK or (state.nested and state.state2.blocksize != _NESTED_BLOCK):
-            raise SettingsError("its weights are not packed as its configuration says")
+            raise SettingsError("its weights are not quantised as its configuration says")
         tables = {"absmax": state.absmax, "code": state.code}
         if state.nested:
             nested = {"nested_absmax": state.state2.absmax, "nested_code": state.state2.code, "offset": state.offset}
@@ -172,7 +172,7 @@ class Int8Linear(QuantizedLinear):
     def take(cls, layer: Any) -> "Int8Linear":
         """From bitsandbytes' layer."""
         if getattr(layer.weight, "SCB", None) is None:
-            raise SettingsError("its weights are not packed as its configuration says")
+            raise SettingsError("its weights are not quantised as its configuration says")
         scales = layer.weight.SCB.float() / 127
         return cls(layer.in_features, layer.out_features, layer.weight.data, _data(layer.bias), scales=scales)
 
@@ -221,7 +221,7 @@ class GptqLinear(QuantizedLinear):
         """From gptqmodel's layer, which keeps zeros as they are (format 2) whatever the file has."""
         in_features, out_features = len(layer.g_idx), layer.scales.shape[1]
         if layer.pack_dtype != torch.int32 or layer.qzero_format() != 2 or getattr(layer, "planar", False):
-            raise SettingsError(f"its layers are packed in a way that is not supported ({type(layer).__name__})")
+            raise SettingsError(f"its layers store weights in a way that is not supported ({type(layer).__name__})")
         return cls(
             in_features,
             out_features,
@@ -255,7 +255,7 @@ class GptqLinear(QuantizedLinear):
         shifts = torch.arange(0, 32, self.bits, dtype=torch.int32, device=self.weight.device)
         zeros = ((self.zeros[:, :, None] >> shifts) & mask).flatten(1, 2)[:, : self.out_features]
         weight = self.scales.new_empty(self.in_features, self.out_features)
-        # A part at a time: whole, the integers would take several times what the weight does.
+        # A part at a time: all integers at once would take several times the memory of the weight.
         for start in range(0, self.in_features, _DEQUANTIZED_CHANNELS):
             rows = slice(start, start + _DEQUANTIZED_CHANNELS)
             words = self.weight[rows.start * self.bits // 32 : rows.stop * self.bits // 32]

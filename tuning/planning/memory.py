@@ -1,4 +1,4 @@
-"""How much memory a step takes, found by running it on tensors without storage."""
+"""How much memory a step takes, found by running it on fake tensors (shapes, no values)."""
 
 import math
 import weakref
@@ -95,8 +95,8 @@ def estimate_memory(
     """Memory of training a model that has no storage (on the meta device).
 
     dtype: of the computation. engine: RunArguments.engine. optimizer: --optim. process_bytes: before any of it.
-    accumulates: a step has several micro-batches, so that gradients are there from the first on. keeps_whole: weights
-    stay together between forward and backward (--fsdp shard_grad_op). offloaded: "optimizer", "param", of DeepSpeed.
+    accumulates: a step has several micro-batches, so that gradients are there from the first on. keeps_whole: full
+    weights stay between forward and backward (--fsdp shard_grad_op). offloaded: "optimizer", "param", of DeepSpeed.
 
     Raises: whatever a model does with tensors without values: where its computation depends on them.
     """
@@ -248,7 +248,7 @@ def _loss_bytes(
     *,
     simulated: bool = False,
 ) -> int:
-    """Buffers of the loss: logits and probabilities of a chunk, and the whole gradient of a matrix that trains."""
+    """Buffers of the loss: logits and probabilities of a chunk, and the full gradient of a matrix that trains."""
     causal_lm = training_model.causal_lm
     weight = causal_lm.get_output_embeddings().weight
     rows = min(shape.num_targets, chunk_rows(shape.num_targets, len(weight), device_type))
@@ -274,7 +274,7 @@ def _heap_fragmentation(training_model: TrainingModel) -> int:
 
 
 def _gathered_bytes(training_model: TrainingModel, dtype: torch.dtype, keeps_whole: bool) -> int:
-    """What is whole at a time: two layers (one is fetched ahead), and all that lies in no layer; or everything."""
+    """What is gathered at a time: two layers (one is prefetched), and all that is in no layer; or everything."""
     if keeps_whole:
         return sum(_size(p, dtype) for p in training_model.parameters())
     sizes = [sum(_size(p, dtype) for p in layer.parameters()) for layer in training_model.layers]
@@ -283,7 +283,7 @@ def _gathered_bytes(training_model: TrainingModel, dtype: torch.dtype, keeps_who
 
 
 def _size(parameter: Tensor, dtype: torch.dtype | None) -> int:
-    """Bytes, cast to a dtype where one is given; packed weights are not cast."""
+    """Bytes, cast to a dtype where one is given; quantised weights are not cast."""
     if dtype is not None and parameter.is_floating_point():
         return parameter.numel() * dtype.itemsize
     return parameter.nbytes
@@ -293,7 +293,7 @@ def largest_micro_batch(total_of: Any, *, row: int, limit: int) -> int:
     """Tokens of the largest micro-batch whose memory stays below a limit.
 
     total_of: tokens -> bytes, for a number of rows of `row` tokens each; memory grows with tokens as a straight line.
-    Returns: tokens, rounded down to whole rows; 0 where not even one row fits.
+    Returns: tokens, rounded down to full rows; 0 where not even one row fits.
     """
     few, many = 2 * row, 6 * row
     low, high = total_of(few), total_of(many)

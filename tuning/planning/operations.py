@@ -43,7 +43,7 @@ def count_operations(training_model: TrainingModel) -> StepOperations | None:
     if not heads or not layers or any("expert" in name for name, _ in causal_lm.named_parameters()):
         return None
     inside = {id(module) for module in causal_lm.get_output_embeddings().modules()}
-    # Beside a whole matrix that trains peft keeps the original, which computes nothing.
+    # Beside a matrix that trains peft keeps the original, which computes nothing.
     linear = [
         module
         for name, module in causal_lm.named_modules()

@@ -34,7 +34,7 @@ _SURVEYED_STEPS = 1000  # enough to know how the data lies; a million conversati
 
 @dataclass(frozen=True)
 class Survey:
-    """How conversations lie in micro-batches, over the steps that were looked at.
+    """How conversations lie in micro-batches, over the steps that were surveyed.
 
     steps_per_epoch, num_steps: of the run. micro_batches: of a step on each process, on average. fill: tokens over the
     positions that micro-batches have (max_tokens each). num_tokens, num_targets, num_pairs: of a step, on average, over
@@ -196,12 +196,12 @@ def make_plan(
     unknown: str | None = None,
     notes: tuple[str, ...] = (),
 ) -> Plan:
-    """Plan a run of a model without storage.
+    """Plan a run with its meta model.
 
     dtype: of the computation. row_tokens: of rows that fill the largest micro-batch.
     checkpointing: whether gradient checkpointing is on; None: where it is needed. process_bytes: of this process
     before the plan. outlook: also the time of a step and the micro-batch that would fit, which takes seconds to find
-    out. meta_model None: the model cannot be built without storage, unknown says why.
+    out. meta_model None: it cannot be built, unknown says why.
     """
     device = settings.device
     limit = memory_limit(device) if settings.device_memory_gib is None else int(settings.device_memory_gib * _GIB)
@@ -274,7 +274,7 @@ def check_plan(plan: Plan, settings: RunArguments) -> str | None:
     line = f"{plan.describe_memory()}: too much; {what}"
     kind = settings.device.type
     if kind not in MEASURED_DEVICES:
-        return f"warning: {line}. The run goes on: no plan was compared with measurements on a {kind} device"
+        return f"warning: {line}. The run continues: no plan was compared with measurements on a {kind} device"
     raise SettingsError(f"{line}. --ignore_memory_plan True tries all the same")
 
 

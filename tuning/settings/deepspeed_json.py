@@ -16,7 +16,7 @@ _REFUSED = {
     "amp": "--bf16 and --fp16 say the precision",
     "torch_autocast": "--bf16 and --fp16 say the precision",
     "activation_checkpointing": "--gradient_checkpointing says it",
-    "tensor_parallel": "each process holds whole layers here",
+    "tensor_parallel": "layers are not split over processes here",
     "checkpoint": "checkpoints are the toolkit's own",
     "curriculum_learning": "the order of the data follows from --seed",
     "data_efficiency": "the order of the data follows from --seed",

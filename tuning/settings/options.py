@@ -172,7 +172,7 @@ class RunArguments(TrainingArguments):
 
     @property
     def engine(self) -> Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp"]:
-        """What spreads the work over processes. Known once processes have started."""
+        """The engine that distributes the work over processes. Known once processes have started."""
         config: Any = self.deepspeed
         if config is not None:
             return ("zero1", "zero2", "zero3")[config["zero_optimization"]["stage"] - 1]

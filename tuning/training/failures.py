@@ -29,4 +29,4 @@ def describe_out_of_memory(micro_batch: Any, row_ids: list[str], *, batch_size: 
         first = "lower --model_max_length" if checkpointing else "pass --gradient_checkpointing True"
     elif not checkpointing:
         first += ", or pass --gradient_checkpointing True"
-    return f"out of memory in a micro-batch of {size} (rows {name_conversations(row_ids)}); {first}"
+    return f"out of memory in a micro-batch of {size} (conversations {name_conversations(row_ids)}); {first}"

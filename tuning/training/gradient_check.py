@@ -27,7 +27,7 @@ class GradientCheck:
         if without:
             fault = (
                 f"no gradient reached {without[0]} and {len(without) - 1} more of {len(self._parameters)} trained "
-                "tensors: the model, or the kernels of its quantised layers, cut the way back; choose other "
+                "tensors: the model, or a kernel of its quantised layers, detaches them from the graph; choose other "
                 "--lora_target_modules"
             )
         raise_on_all_ranks(fault)

@@ -1,4 +1,4 @@
-"""What is measured between two log lines: losses, tokens, time; and which rows a loss that is no number came from."""
+"""What is measured between two log lines: losses, tokens, time; and which conversations a non-finite loss came from."""
 
 import math
 import time
@@ -16,7 +16,7 @@ _COUNTS = ("num_targets", "num_tokens", "num_positions", "num_pairs")  # of a st
 class StepMetrics:
     """Steps since the last log line. Nothing here waits for the GPU until it is asked.
 
-    saved: the state() of a window that a checkpoint cut in two; processes need not be as many as then.
+    saved: state() in a checkpoint that was saved between two log lines; the number of processes may have changed.
     """
 
     def __init__(self, device: torch.device, *, saved: dict[str, Any] | None, rank: int, num_ranks: int):
@@ -48,7 +48,7 @@ class StepMetrics:
             self._gradient_norms.append((number, self._rows, torch.as_tensor(norm).detach()))
 
     def find_non_finite(self, *, gradients: bool) -> str | None:
-        """The first loss (or gradient norm) on this rank that is no number, with its step and rows."""
+        """The first loss (or gradient norm) on this rank that is not finite, with its step and conversations."""
         kinds = [("loss", self._losses)] + ([("gradient norm", self._gradient_norms)] if gradients else [])
         found = []
         for kind, entries in kinds:
@@ -57,7 +57,7 @@ class StepMetrics:
             if bad is not None:
                 number, rows, _ = entries[bad]
                 found.append(
-                    (number, f"the {kind} is {values[bad]} at step {number} (rows {name_conversations(rows)})")
+                    (number, f"the {kind} is {values[bad]} at step {number} (conversations {name_conversations(rows)})")
                 )
         return min(found)[1] if found else None
 

@@ -1,4 +1,4 @@
-"""The training loop: transformers' Trainer, where one dataloader item is one rank's whole optimizer step."""
+"""The training loop: transformers' Trainer, where one dataloader item is one rank's share of an optimizer step."""
 
 import contextlib
 import math
@@ -142,7 +142,7 @@ class StepTrainer(Trainer):
         return build_loader(self.train_dataset, self.args, sampler)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple:
-        """One item, which is a whole step, and its number of supervised tokens over all ranks."""
+        """One item, which is a full step, and its number of supervised tokens over all ranks."""
         step = next(epoch_iterator)
         return [step], step["num_targets"]
 
@@ -503,7 +503,7 @@ class StepTrainer(Trainer):
 
 def _adapt_arguments(args: Any) -> None:
     """Tell the Trainer to leave alone what happens elsewhere here."""
-    args.gradient_accumulation_steps = 1  # one item is a whole step; the batch layout accumulates
+    args.gradient_accumulation_steps = 1  # one item is a full step; the batch layout accumulates
     args.fsdp = args.save_total_limit = None
     args.logging_nan_inf_filter = False  # a host sync per step, to hide what must be seen
     # Already enabled on the model itself; the Trainer would look for it on the wrapper.
