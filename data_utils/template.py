@@ -6,43 +6,21 @@ token. A turn whose prompt begins with the row so far continues that row. Where 
 or move earlier reasoning, or an answer whose first token would merge into the prompt), it starts a row of its own.
 """
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from data_utils.rows import IGNORE_INDEX, Row
 from data_utils.schema import Conversation
 from data_utils.sources import DataError
 from data_utils.tokenizer import PROBE, SafeEncoder
 
-IGNORE_INDEX = -100
 LABEL_MASKS = ("assistant", "qwen")
 Message = dict[str, Any]
 _QUESTION: Message = {"role": "user", "content": "Q"}
 _CALL: Message = {"function": {"name": f"{PROBE}_name", "arguments": {f"{PROBE}_key": f"{PROBE}_value"}}}
 _RENDERING = {"tools", "messages", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict"}
-
-
-@dataclass
-class Row:
-    """One training row.
-
-    input_ids, labels: same length, not shifted; labels are IGNORE_INDEX where nothing is trained.
-    ends: for each supervised turn in the row, the index after its last token, ascending.
-    weights: of the loss of each supervised turn. pieces: (index after it, why it is trained or not) of each stretch.
-    """
-
-    input_ids: list[int]
-    labels: list[int]
-    ends: list[int]
-    weights: list[float] = field(default_factory=list)
-    pieces: list[tuple[int, str]] = field(default_factory=list)
-
-    @property
-    def num_supervised(self) -> int:
-        """Supervised tokens: labels that some position predicts (the first token is predicted by none)."""
-        return sum(label != IGNORE_INDEX for label in self.labels[1:])
 
 
 class ChatTemplate:

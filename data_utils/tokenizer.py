@@ -7,26 +7,28 @@ that the template wrote are renamed and parse as tokens, the escaped ones are pu
 One encoding of the whole string, so metaspace tokenizers and lstrip/rstrip tokens behave as at inference.
 """
 
+import contextlib
 import json
 import re
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
-from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from data_utils.bpe import ByteLevelBPE, Differs, FastBPE
 from data_utils.sources import DataError
+from data_utils.tiktoken_encoder import TiktokenEncoder
 
 DEFAULT_SYSTEM_MESSAGE = "You are a helpful assistant."
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 PROBE = "PROBE"  # an answer that stands in no template
 _LOOKS_LIKE_CONTROL = re.compile(r"<\|[^|<>\s'\"]+\|>|<｜[^｜<>\s]+｜>|<(?:start|end)_of_turn>")
 _JINJA_COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
+_REMEMBERED_TOKENS = 500_000  # some 20 MB
+_COMPARED_FIRST, _COMPARED_EVERY = 256, 32  # pieces that tiktoken and the tokenizer both encode
 _PRIVATE_USE = 0x100000  # plane 16; 65,534 characters that mean nothing in any text
 
 PLAIN_CHATML = """\
@@ -123,11 +125,14 @@ def _with_defaults(template: str, kwargs: str) -> str:
     return head + template
 
 
+class TiktokenDiffers(Exception):
+    """tiktoken gave other ids than the tokenizer."""
+
+
 class SafeEncoder:
     r"""Escape, encode, and the set of control tokens of one tokenizer and its chat template.
 
     control_ids: text -> id of every control token.
-    can_be_fast: whether encode_batch_fast is worth a try.
     template_ids: ids of the control tokens that stand in the template's own text, ascending.
 
     Example: encode("<|im_start|>user\n" + escape("<|im_end|>")) holds the id of <|im_start|> and not of <|im_end|>.
@@ -158,26 +163,22 @@ class SafeEncoder:
         }
 
         nonce = "".join(chr(_PRIVATE_USE + secrets.randbelow(0xFFF0)) for _ in range(8))
+        self._nonce = nonce
         self._mangled = (repr(nonce[0])[1:-1], json.dumps(nonce[0])[1:-1])
-        # White space beside them is theirs, so that pieces are not encoded as wholes are.
-        self.strips = any(token.lstrip or token.rstrip or token.single_word for token in added.values())
         ordered = sorted(self.control_ids, key=len, reverse=True)
         self._escaped = {text: f"{nonce}{chr(_PRIVATE_USE + index)}" for index, text in enumerate(ordered)}
-        renamed = {text: f"{nonce[::-1]}{chr(_PRIVATE_USE + index)}" for index, text in enumerate(ordered)}
-        self._swap = {plain: text for text, plain in self._escaped.items()} | renamed
+        self._renamed = {text: f"{nonce[::-1]}{chr(_PRIVATE_USE + index)}" for index, text in enumerate(ordered)}
+        self._unescaped = {escaped: text for text, escaped in self._escaped.items()}
         self._user_pattern = _any_of(ordered)
         self._assistant_pattern = _any_of([text for text in ordered if text not in self.markup])
-        self._swap_pattern = _any_of(sorted(self._swap, key=len, reverse=True))
-        self._twin, self._original_ids, self._byte_level = _build_twin(tokenizer, renamed)
-        largest = max(self._twin.get_vocab_size(), *self._original_ids, *added)
-        table = np.arange(largest + 1, dtype=np.int32)
-        for twin_id, token_id in self._original_ids.items():
-            table[twin_id] = token_id
-        is_same = np.array_equal(table, np.arange(len(table)))
-        self._id_table = None if is_same else table
-        self.can_be_fast = self._byte_level is not None
-        self._bpe: FastBPE | None = None
-        self._never_written = {renamed[text] for text in self.control_ids if text not in template}
+        self._escaped_pattern = re.compile(f"{nonce}.")
+        self._twin, self._changed_ids, self._state = _build_twin(tokenizer, self._renamed)
+        self._cut_pattern = re.compile(f"({self._user_pattern.pattern})")
+        self._can_cut = _can_cut(self._state, set(self._renamed.values()))
+        self._pieces: dict[str, list[int]] = {}  # ids of pieces that were encoded lately
+        self._num_remembered = 0  # tokens in them
+        self._tiktoken: TiktokenEncoder | None = None
+        self._num_compared = 0
         # A metaspace tokenizer marks the start of a piece: there, pieces must not be encoded apart.
         unsafe = self._find_unsafe(tokenizer)
         if unsafe is not None:
@@ -194,44 +195,69 @@ class SafeEncoder:
         return pattern.sub(lambda match: self._escaped[match.group()], text)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of rendered, escaped text, encoded as one string."""
-        ids = self._twin.encode(self.swap(text), add_special_tokens=False).ids
-        return [self._original_ids.get(token_id, token_id) for token_id in ids]
+        """Encode rendered, escaped text; the ids are those of the text encoded as one string.
 
-    def swap(self, text: str) -> str:
-        """Rendered, escaped text as the twin reads it: control tokens renamed, escaped ones plain again."""
-        return self._swap_pattern.sub(lambda match: self._swap[match.group()], text)
-
-    def encode_batch(self, swapped: list[str]) -> list[NDArray[np.int32]]:
-        """Ids of texts that went through swap, on all cores."""
-        return [self._as_array(ids) for ids in self._encode_plainly(swapped)]
-
-    def encode_batch_fast(self, swapped: list[str]) -> list[NDArray[np.int32]]:
-        """The same through a faster library, on one core.
-
-        Raises: Differs: it does not agree with the tokenizer.
+        A tokenizer cuts a text at control tokens before anything else. So the text is encoded piece by piece, and a
+        piece that was met before, as earlier turns are in every later prompt, is not encoded again.
         """
-        first = self._bpe is None
-        if self._bpe is None:
-            assert self._byte_level is not None
-            self._bpe = self._byte_level.build(self._twin, self._never_written)
-        if (bpe := self._bpe) is None:
-            raise Differs
-        ids = [bpe.encode(text) for text in swapped]
-        # All of the first few are held against the tokenizer, and every 32nd after them.
-        checked = [i for i, each in enumerate(ids) if each is None or i % 32 == 0 or (first and i < 256)]
-        for index, expected in zip(checked, self._encode_plainly([swapped[i] for i in checked]), strict=True):
-            if ids[index] is not None and ids[index] != expected:
-                raise Differs
-            ids[index] = expected
-        return [self._as_array(each) for each in ids]
+        if not self._can_cut:
+            return self._encode_whole(self._cut_pattern.sub(lambda match: self._renamed[match.group()], text))
+        parts = ["", *self._cut_pattern.split(text), ""]  # control token, piece, control token, ..., control token
+        ids: list[int] = []
+        for index in range(1, len(parts), 2):
+            before, piece, after = parts[index - 1 : index + 2]
+            if piece:
+                ids += self._recall_piece(before, piece, after)
+            if after:
+                ids.append(self.control_ids[after])
+        return ids
 
-    def _encode_plainly(self, swapped: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._twin.encode_batch_fast(swapped, add_special_tokens=False)]
+    def _recall_piece(self, before: str, piece: str, after: str) -> list[int]:
+        key = before + piece + after
+        ids = self._pieces.get(key)
+        if ids is None:
+            ids = self._encode_piece(before, piece, after)
+            self._num_remembered += len(ids)
+            if self._num_remembered > _REMEMBERED_TOKENS:
+                self._pieces.clear()
+                self._num_remembered = len(ids)
+            self._pieces[key] = ids
+        return ids
 
-    def _as_array(self, ids: Any) -> NDArray[np.int32]:
-        found = np.array(ids, dtype=np.int32)
-        return found if self._id_table is None else self._id_table[found]
+    def _encode_piece(self, before: str, piece: str, after: str) -> list[int]:
+        """Encode a piece. Its ids may depend on the control tokens around it (metaspace, rstrip)."""
+        found = self._tiktoken.encode(self._unescape(piece)) if self._tiktoken else None
+        if found is not None:
+            self._num_compared += 1
+            if self._num_compared > _COMPARED_FIRST and self._num_compared % _COMPARED_EVERY:
+                return found
+        whole = self._encode_whole(self._renamed.get(before, "") + piece + self._renamed.get(after, ""))
+        ids = whole[bool(before) : len(whole) - bool(after)]
+        if found not in (None, ids):
+            raise TiktokenDiffers
+        return ids
+
+    def _encode_whole(self, renamed: str) -> list[int]:
+        (encoded,) = self._twin.encode_batch_fast([self._unescape(renamed)], add_special_tokens=False)
+        changed = self._changed_ids
+        return [changed.get(token_id, token_id) for token_id in encoded.ids] if changed else encoded.ids
+
+    def _unescape(self, text: str) -> str:
+        if self._nonce not in text:
+            return text
+        return self._escaped_pattern.sub(lambda match: self._unescaped[match.group()], text)
+
+    @contextlib.contextmanager
+    def use_tiktoken(self) -> Iterator[None]:
+        """Encode by tiktoken where its ids are sure to be the tokenizer's. Building it takes 0.3 s.
+
+        The first ids and every 32nd after them are compared. Raises: TiktokenDiffers: in encode, where they differ.
+        """
+        self._tiktoken = TiktokenEncoder.build(self._twin, self._state, set(self._renamed.values()))
+        try:
+            yield
+        finally:
+            self._tiktoken = None
 
     def has_mangled_escape(self, rendered: str) -> bool:
         """Whether an escaped text was written in yet another escaped form (of JSON, say), which nothing turns back."""
@@ -240,11 +266,6 @@ class SafeEncoder:
     def holds_control_text(self, text: str) -> bool:
         """Whether the text of a control token stands in it."""
         return self._user_pattern.search(text) is not None
-
-    def after_last_control(self, text: str) -> str | None:
-        """What stands behind the last control token of a rendered text, or None if there is none."""
-        found = list(self._user_pattern.finditer(text))
-        return text[found[-1].end() :] if found else None
 
     def encode_target(self, prompt: str, prompt_ids: list[int], target: str) -> list[int]:
         """Ids of what follows a prompt, with a cut where generation starts.
@@ -263,8 +284,11 @@ class SafeEncoder:
 
 def _build_twin(
     tokenizer: PreTrainedTokenizerBase, renamed: dict[str, str]
-) -> tuple[Tokenizer, dict[int, int], ByteLevelBPE | None]:
-    """The tokenizer with its control tokens renamed, the way back to its ids, and what tiktoken needs of it."""
+) -> tuple[Tokenizer, dict[int, int], dict[str, Any]]:
+    """Rename the control tokens of a tokenizer.
+
+    Returns: the twin; its ids that differ from the tokenizer's -> those; its JSON state without the vocabulary.
+    """
     state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     for token in state["added_tokens"]:
         token["content"] = renamed.get(token["content"], token["content"])
@@ -273,11 +297,24 @@ def _build_twin(
     twin = Tokenizer.from_str(json.dumps(state))
     twin.no_truncation()
     twin.no_padding()
-    added = tokenizer.added_tokens_decoder.items()
-    names = {token_id: renamed.get(token.content, token.content) for token_id, token in added}
-    twin_ids = {token_id: twin.token_to_id(name) for token_id, name in names.items()}
-    original_ids = {twin_id: token_id for token_id, twin_id in twin_ids.items() if twin_id is not None}
-    return twin, original_ids, ByteLevelBPE.find(state)
+    changed_ids = {}
+    for token_id, token in tokenizer.added_tokens_decoder.items():
+        twin_id = twin.token_to_id(renamed.get(token.content, token.content))
+        if twin_id is not None and twin_id != token_id:
+            changed_ids[twin_id] = token_id
+    state["model"] = {name: value for name, value in state["model"].items() if name not in ("vocab", "merges")}
+    return twin, changed_ids, state
+
+
+def _can_cut(state: dict[str, Any], control: set[str]) -> bool:
+    """Whether a text may be cut at every control token and encoded piece by piece."""
+    # Tokens that are searched for in normalised text cut nothing where the normaliser looks across them.
+    is_local = (state["normalizer"] or {"type": "NFC"})["type"] in ("NFC", "NFD", "NFKC", "NFKD")
+    return all(
+        not token["single_word"] and (is_local or not token["normalized"])
+        for token in state["added_tokens"]
+        if token["content"] in control
+    )
 
 
 def _render_delimiters(tokenizer: PreTrainedTokenizerBase) -> str:
