@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 
 from data_utils.report import Account, hash_conversation
-from data_utils.rows import EncodedRow, cut_to_length, encode_row, to_arrow
+from data_utils.render_cache import RowEncoder
+from data_utils.rows import EncodedRow, cut_to_length, to_arrow
 from data_utils.schema import Conversation
 from data_utils.sources import DataError
-from data_utils.template import ChatTemplate
 
 TOO_LONG = "; --on_long drop_turns or drop goes on without them"
 
@@ -51,13 +51,14 @@ class EncodedChunk:
     dropped: list[str] = field(default_factory=list)
 
 
-def encode_chunk(conversations: Sequence[Conversation], template: ChatTemplate, options: DataOptions) -> EncodedChunk:
+def encode_chunk(conversations: Sequence[Conversation], encoder: RowEncoder, options: DataOptions) -> EncodedChunk:
     """Encode conversations, cut their rows to length, and count what is trained and what is dropped."""
     chunk = EncodedChunk()
+    template = encoder.template
     kept: list[tuple[str, int, EncodedRow]] = []
     for conversation in conversations:
         try:
-            rows = [encode_row(row) for row in template.encode_conversation(conversation)]
+            rows = encoder.encode(conversation)
         except DataError as error:
             chunk.account.problems.append(str(error))
             continue

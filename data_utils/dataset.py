@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from data_utils.cache import RowCache
 from data_utils.chunks import TOO_LONG, DataOptions, EncodedChunk, encode_chunk
+from data_utils.render_cache import RowEncoder
 from data_utils.report import Account, DataErrors, Statistics
 from data_utils.rows import DROPPED_FILE, ROWS_FILE, SCHEMA, TokenizedRows
 from data_utils.schema import Conversation, parse_record
@@ -126,7 +127,7 @@ def _encode(
     chunks: Iterator[Chunk], template: ChatTemplate, options: DataOptions, *, tiktoken: bool
 ) -> Iterator[EncodedChunk]:
     """Encode chunks in order: one chunk here, several in worker processes, and those by tiktoken where it fits."""
-    encode = functools.partial(_encode_one, template=template, options=options)
+    encode = functools.partial(_encode_one, encoder=RowEncoder(template), options=options)
     head = list(itertools.islice(chunks, 2))
     chunks = itertools.chain(head, chunks)
     if len(head) < 2:
@@ -146,9 +147,9 @@ def _encode(
         ) from None
 
 
-def _encode_one(chunk: Chunk, template: ChatTemplate, options: DataOptions) -> EncodedChunk:
+def _encode_one(chunk: Chunk, encoder: RowEncoder, options: DataOptions) -> EncodedChunk:
     conversations, problems = chunk
-    encoded = encode_chunk(conversations, template, options)
+    encoded = encode_chunk(conversations, encoder, options)
     encoded.account.problems[:0] = problems
     return encoded
 

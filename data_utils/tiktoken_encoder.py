@@ -23,7 +23,7 @@ class TiktokenEncoder:
     """A tokenizer's vocabulary in tiktoken, for texts without control tokens."""
 
     def __init__(self, encoding: Any, special: set[str]):
-        self._encode = encoding.encode
+        self._encoding = encoding
         self._special = special
 
     @classmethod
@@ -65,7 +65,9 @@ class TiktokenEncoder:
         if not self.is_common(text):
             return None
         try:
-            return self._encode(text, allowed_special=self._special, disallowed_special=())
+            if not self._special:  # twice as fast
+                return self._encoding.encode_ordinary(text)
+            return self._encoding.encode(text, allowed_special=self._special, disallowed_special=())
         except ValueError:  # its regular expressions fail on a million spaces
             return None
 

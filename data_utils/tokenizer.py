@@ -184,6 +184,8 @@ class SafeEncoder:
         if unsafe is not None:
             raise DataError(f"this tokenizer reads {unsafe} as a control token wherever it stands; it is not supported")
         self.pieces_equal_whole = self.encode("a\nHello") == self.encode("a\n") + self.encode("Hello")
+        strips = any(token.lstrip or token.rstrip or token.single_word for token in added.values())
+        self.is_context_free = self.pieces_equal_whole and not strips
 
     def _find_unsafe(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
         control = set(self.control_ids.values()) - {tokenizer.unk_token_id}
@@ -266,6 +268,11 @@ class SafeEncoder:
     def holds_control_text(self, text: str) -> bool:
         """Whether the text of a control token stands in it."""
         return self._user_pattern.search(text) is not None
+
+    def after_last_control(self, text: str) -> str | None:
+        """Return what follows the last control token of a rendered text, or None if there is none."""
+        found = list(self._user_pattern.finditer(text))
+        return text[found[-1].end() :] if found else None
 
     def encode_target(self, prompt: str, prompt_ids: list[int], target: str) -> list[int]:
         """Ids of what follows a prompt, with a cut where generation starts.
