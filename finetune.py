@@ -21,10 +21,10 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from data_utils.cache import RowCache, default_root
-from data_utils.collate import StepDataset
 from data_utils.dataset import DROPPED_FILE, DataOptions, TokenizedRows, count_overlap, load_rows
 from data_utils.report import Account
 from data_utils.sources import DataError, read_lines
+from data_utils.steps import StepDataset
 from data_utils.template import ChatTemplate
 from data_utils.tokenizer import load_tokenizer
 from tuning import checkpoint, record

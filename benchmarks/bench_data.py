@@ -181,7 +181,7 @@ def run_ours(args: argparse.Namespace, *, file: str = "rows.jsonl", warm: bool =
             load_rows([args.work / file], template, cache=cache)
         started = time.perf_counter()
         with PeakMemory() as peak:
-            rows, account = load_rows([args.work / file], template, cache=cache)
+            _, account = load_rows([args.work / file], template, cache=cache)
             seconds = time.perf_counter() - started
     return {"seconds": seconds, "rows": account.conversations, "tokens": account.tokens, "peak_mb": peak.mb}
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from data_utils.report import Account, hash_conversation
 from data_utils.render_cache import RowEncoder
+from data_utils.report import Account, hash_conversation
 from data_utils.rows import EncodedRow, cut_to_length, to_arrow
 from data_utils.schema import Conversation
 from data_utils.sources import DataError

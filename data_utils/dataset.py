@@ -15,10 +15,10 @@ from data_utils.chunks import TOO_LONG, DataOptions, EncodedChunk, encode_chunk
 from data_utils.render_cache import RowEncoder
 from data_utils.report import Account, DataErrors, Statistics
 from data_utils.rows import DROPPED_FILE, ROWS_FILE, SCHEMA, TokenizedRows
+from data_utils.safe_encoder import TiktokenDiffers
 from data_utils.schema import Conversation, parse_record
 from data_utils.sources import DataError, Source, find_sources, hash_file, read_records
 from data_utils.template import ChatTemplate
-from data_utils.tokenizer import TiktokenDiffers
 from data_utils.worker_pool import WorkerDied, count_workers, map_in_order
 
 # Conversations that are encoded together. Fewer start no worker processes, which cost more than they would save.
@@ -139,10 +139,10 @@ def _encode(
             yield from map_in_order(encode, chunks, num_workers) if num_workers > 1 else map(encode, chunks)
     except WorkerDied as error:
         conversations, _ = error.item
-        where = conversations[0].where if conversations else "the end of the data"
+        where = conversations[0].where if conversations else "end of the data"
         raise DataError(
-            f"{where}: the worker process that encoded the {len(conversations):,} conversations from here on ended "
-            f"({error.cause}), perhaps for lack of memory; free memory, or start the command with `taskset -c 0`, which "
+            f"{where}: a worker process ended while it encoded the {len(conversations):,} conversations from here on "
+            f"({error.cause}), perhaps for lack of memory; free memory, or run the command with `taskset -c 0`, which "
             "encodes in one process"
         ) from None
 

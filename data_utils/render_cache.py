@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from data_utils.rows import EncodedRow, encode_row
+from data_utils.safe_encoder import TiktokenDiffers
 from data_utils.schema import Conversation
 from data_utils.taint_tracking import TrackedTemplate
 from data_utils.template import ChatTemplate, Message
-from data_utils.tokenizer import TiktokenDiffers
 
 _TEXTS = ("content", "reasoning_content", "thinking")
 # With quotes, brackets and a line end: a template that escapes or splits texts does not leave it whole.

@@ -10,8 +10,8 @@ from data_utils.schema import Conversation
 from data_utils.sources import DataError
 
 _SUMMED = (
-    "conversations", "conversations_trained", "rows", "split", "shortened", "turns", "turns_trained", "stopped", "tokens",
-    "supervised_tokens", "control_texts",
+    "conversations", "conversations_trained", "rows", "split", "shortened", "turns", "turns_trained", "stopped",
+    "tokens", "supervised_tokens", "control_texts",
 )  # fmt: skip
 SHOWN = 3  # places that are named; the rest is counted
 

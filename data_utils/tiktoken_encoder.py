@@ -50,7 +50,8 @@ class TiktokenEncoder:
                 for piece, rank in tokenizer.get_vocab(with_added_tokens=False).items()
                 if piece not in added
             }
-            special = {name: tokenizer.token_to_id(name) for name in names}
+            ids = tokenizer.get_vocab(with_added_tokens=True)
+            special = {name: ids[name] for name in names}
             encoding = tiktoken.Encoding("fast", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         except (UnicodeEncodeError, ValueError):
             return None

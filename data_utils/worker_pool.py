@@ -82,12 +82,12 @@ def map_in_order(function: Callable[[Item], Result], items: Iterator[Item], num_
             connection.close()
 
 
-def _start_worker(
-    function: Callable[[Any], Any], *, inherited: list[Connection]
-) -> tuple[Connection, BaseProcess]:
+def _start_worker(function: Callable[[Any], Any], *, inherited: list[Connection]) -> tuple[Connection, BaseProcess]:
     ours, theirs = multiprocessing.Pipe()
     # A copy of our ends in a worker would keep it, or another one, from noticing that this process has ended.
-    process = multiprocessing.get_context("fork").Process(target=_work, args=(function, theirs, [*inherited, ours]), daemon=True)
+    process = multiprocessing.get_context("fork").Process(
+        target=_work, args=(function, theirs, [*inherited, ours]), daemon=True
+    )
     process.start()
     theirs.close()
     return ours, process
@@ -103,6 +103,7 @@ def _work(function: Callable[[Any], Any], connection: Connection, inherited: lis
     with contextlib.suppress(EOFError, OSError):
         while True:
             item = connection.recv()
+            answer: tuple[Any, Exception | None]
             try:
                 answer = (function(item), None)
             except Exception as error:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from data_utils.collate import StepDataset
+from data_utils.steps import StepDataset
 from tests import runs
 from tests.conftest import CONVERSATIONS, build_model
 from tuning.adapters import add_lora

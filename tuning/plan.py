@@ -27,7 +27,7 @@ class Survey:
 
     steps_per_epoch, num_steps: of the run. micro_batches: of a step on each process, on average. fill: tokens over the
     positions that micro-batches have (max_tokens each). num_tokens, num_targets, num_pairs: of a step, on average, over
-    all processes (collate.Step). largest: the micro-batch of most positions.
+    all processes (steps.Step). largest: the micro-batch of most positions.
     """
 
     steps_per_epoch: int

@@ -37,7 +37,7 @@ class StepTrainer(ResumableTrainer):
 
     train_dataset, eval_dataset: item s is this rank's share of step s of the run, counted over epochs:
         {"micro_batches": [inputs of the model's forward, ...], "row_ids": [[...], ...], "num_targets", "num_tokens",
-        "num_positions", "num_pairs"} (data_utils.collate.Step); len() is the steps of one epoch. Every rank has the
+        "num_positions", "num_pairs"} (data_utils.steps.Step); len() is the steps of one epoch. Every rank has the
         same number of micro-batches.
     writer: writes what was trained into a directory (on rank 0).
     """
