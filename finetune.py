@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 from data_utils.cache import RowCache, default_root
-from data_utils.collate import StepDataset
 from data_utils.dataset import DROPPED_FILE, DataOptions, TokenizedRows
 from data_utils.sources import DataError
+from data_utils.steps import StepDataset
 from data_utils.template import ChatTemplate
 from data_utils.tokenizer import load_tokenizer
 from data_utils.training_data import TrainingData, read_training_data

@@ -3,12 +3,16 @@
 Arms, each in a process of its own, in turn, `--repeats` times; the table holds medians:
 
     ours        from file to Arrow rows with ids and labels (data_utils.load_rows), nothing cached
-    warm        the same again, from the cache
-    tokenizer   the tokenizer's encode_batch_fast alone, on texts that lie rendered in memory
+    definition  the same without cached renderings: every turn is rendered (ChatTemplate.encode_conversation)
+    plain       the same without cached renderings and without tiktoken
+    tools       long tool conversations of --tool_data, as `ours`
+    warm        `ours` again, from the cache
+    tokenizer   the tokenizer's encode_batch_fast alone, on rendered texts in memory
     trl         TRL's SFTTrainer preparation, dataset_num_proc=2, assistant-only loss
     check       `check` and tokenise a generated jsonl of --check_gb gigabytes: time and peak memory
 
-DATA are alpaca files (instruction, input, output); every answer is made unique, so that no arm gains by repetition.
+DATA are alpaca files (instruction, input, output), --tool_data is a file of ShareGPT rows with tools (glaive). Every
+answer is made unique, so that no arm gains by repetition.
 """
 
 import argparse
@@ -26,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import harness  # noqa: E402
 
-ARMS = ("ours", "warm", "tokenizer", "trl", "check")
+ARMS = ("ours", "definition", "plain", "tools", "warm", "tokenizer", "trl", "check")
 
 
 def main() -> None:
@@ -34,7 +38,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="+", type=Path)
     parser.add_argument("--tokenizer", required=True, type=Path)
+    parser.add_argument("--tool_data", type=Path, help="ShareGPT rows with tools; without it there is no `tools` arm")
     parser.add_argument("--rows", type=int, default=20_000)
+    parser.add_argument("--tool_rows", type=int, default=4_000)
+    parser.add_argument("--min_turns", type=int, default=8, help="turns of a long tool conversation")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--check_gb", type=float, default=2.0)
@@ -48,6 +55,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         args.work = Path(directory)
         write_conversations(args.data, args.work / "rows.jsonl", rows=args.rows)
+        if args.tool_data:
+            write_tool_conversations(args.tool_data, args.work / "tools.jsonl", args.tool_rows, args.min_turns)
+        else:
+            args.arms = [arm for arm in args.arms if arm != "tools"]
         figures: dict[str, list[dict[str, float]]] = {arm: [] for arm in args.arms}
         for repeat in range(args.repeats):
             for arm in args.arms:
@@ -100,6 +111,19 @@ def write_conversations(sources: list[Path], path: Path, *, rows: int) -> None:
             file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
 
 
+def write_tool_conversations(source: Path, path: Path, rows: int, min_turns: int) -> None:
+    """Real tool conversations of at least min_turns turns, repeated, each answer with a number of its own."""
+    found = [row for row in json.loads(source.read_text(encoding="utf-8")) if len(row["conversations"]) >= min_turns]
+    with open(path, "w", encoding="utf-8") as file:
+        for index in range(rows):
+            row = found[index % len(found)]
+            turns = [
+                {**turn, "value": f"{turn['value']} ({index})"} if turn["from"] in ("human", "gpt") else turn
+                for turn in row["conversations"]
+            ]
+            file.write(json.dumps({**row, "conversations": turns}, ensure_ascii=False) + "\n")
+
+
 def load_template(path: Path):
     """The tokenizer with Qwen3's chat template."""
     import trl
@@ -145,7 +169,7 @@ class PeakMemory:
         return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
 
 
-def run_ours(args: argparse.Namespace, *, warm: bool = False) -> dict[str, float]:
+def run_ours(args: argparse.Namespace, *, file: str = "rows.jsonl", warm: bool = False) -> dict[str, float]:
     """From file to rows."""
     from data_utils.cache import RowCache
     from data_utils.dataset import load_rows
@@ -154,13 +178,33 @@ def run_ours(args: argparse.Namespace, *, warm: bool = False) -> dict[str, float
     with tempfile.TemporaryDirectory() as directory:
         cache = RowCache(Path(directory))
         if warm:
-            load_rows([args.work / "rows.jsonl"], template, cache=cache)
+            load_rows([args.work / file], template, cache=cache)
         started = time.perf_counter()
         with PeakMemory() as peak:
-            rows, account = load_rows([args.work / "rows.jsonl"], template, cache=cache)
+            _, account = load_rows([args.work / file], template, cache=cache)
             seconds = time.perf_counter() - started
-    assert len(rows) == args.rows
-    return {"seconds": seconds, "rows": len(rows), "tokens": account.tokens, "peak_mb": peak.mb}
+    return {"seconds": seconds, "rows": account.conversations, "tokens": account.tokens, "peak_mb": peak.mb}
+
+
+def run_definition(args: argparse.Namespace) -> dict[str, float]:
+    """Every turn rendered."""
+    from data_utils.render_cache import RowEncoder
+
+    RowEncoder.encode_cached = lambda self, conversation: None
+    return run_ours(args)
+
+
+def run_plain(args: argparse.Namespace) -> dict[str, float]:
+    """Every turn rendered, and encoded by the tokenizer."""
+    from data_utils.tiktoken_encoder import TiktokenEncoder
+
+    TiktokenEncoder.build = lambda *_: None
+    return run_definition(args)
+
+
+def run_tools(args: argparse.Namespace) -> dict[str, float]:
+    """Long tool conversations."""
+    return run_ours(args, file="tools.jsonl")
 
 
 def run_warm(args: argparse.Namespace) -> dict[str, float]:
@@ -237,7 +281,16 @@ def run_check(args: argparse.Namespace) -> dict[str, float]:
     return {"seconds": seconds, "rows": account.conversations, "tokens": account.tokens, "peak_mb": peak.mb}
 
 
-RUN = {"ours": run_ours, "warm": run_warm, "tokenizer": run_tokenizer, "trl": run_trl, "check": run_check}
+RUN = {
+    "ours": run_ours,
+    "definition": run_definition,
+    "plain": run_plain,
+    "tools": run_tools,
+    "warm": run_warm,
+    "tokenizer": run_tokenizer,
+    "trl": run_trl,
+    "check": run_check,
+}
 
 if __name__ == "__main__":
     main()

@@ -162,8 +162,8 @@ def prepare_rows(args: argparse.Namespace) -> None:
 
 def load_steps(args: argparse.Namespace, *, packed: bool = True):
     """The rows, and the steps that they make."""
-    from data_utils.collate import StepDataset
     from data_utils.dataset import DataOptions, load_rows
+    from data_utils.steps import StepDataset
     from data_utils.template import ChatTemplate
     from data_utils.tokenizer import load_tokenizer
 

@@ -236,8 +236,8 @@ def run_ours(model: Any, method: str, length: int, *, lean: bool) -> tuple[list[
     """StepTrainer."""
     import torch
 
-    from data_utils.collate import StepDataset
     from data_utils.dataset import TokenizedRows
+    from data_utils.steps import StepDataset
     from data_utils.template import Row
     from tuning.model.packing import enable_packing
     from tuning.model.training_model import TrainingModel, enable_gradient_checkpointing

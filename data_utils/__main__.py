@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from data_utils.dataset import DataOptions, TokenizedRows, build_rows, read_conversations
-from data_utils.report import Account, Statistics
+from data_utils.report import Account, Statistics, hash_conversation
 from data_utils.schema import FORMATS, Conversation, parse_record
 from data_utils.show import as_html, as_json, as_text
 from data_utils.sources import DataError, find_sources, read_records
@@ -137,7 +137,10 @@ def _account_for(paths: list[str], args: argparse.Namespace, template: ChatTempl
         for conversation in read_conversations(source, options, account):
             account.conversations_trained += bool(conversation.supervised_turns) or conversation.text is not None
             account.turns_trained += len(conversation.supervised_turns)
-            seen.add(statistics.add_conversation(conversation, holds_control_text=False))
+            account.count_texts(conversation)
+            number = hash_conversation(conversation)
+            statistics.add([(number, conversation.where)])
+            seen.add(number)
     return account, seen
 
 

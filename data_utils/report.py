@@ -9,6 +9,10 @@ from typing import Any
 from data_utils.schema import Conversation
 from data_utils.sources import DataError
 
+_SUMMED = (
+    "conversations", "conversations_trained", "rows", "split", "shortened", "turns", "turns_trained", "stopped",
+    "tokens", "supervised_tokens", "control_texts",
+)  # fmt: skip
 SHOWN = 3  # places that are named; the rest is counted
 
 
@@ -68,6 +72,27 @@ class Account:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
         self.note(reason, where)
 
+    def count_texts(self, conversation: Conversation) -> None:
+        """Count a conversation's turns, and their characters by role."""
+        messages = _messages(conversation)
+        self.turns += len(messages)
+        for message in messages:
+            role = message["role"]
+            self.characters[role] = self.characters.get(role, 0) + len(message["content"] or "")
+
+    def add(self, other: "Account") -> None:
+        """Add what was counted of the conversations that follow."""
+        for name in _SUMMED:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.largest_token_id = max(self.largest_token_id, other.largest_token_id)
+        for mine, theirs in ((self.characters, other.characters), (self.dropped, other.dropped)):
+            for key, count in theirs.items():
+                mine[key] = mine.get(key, 0) + count
+        for what, places in other.places.items():
+            for where in places:
+                self.note(what, where)
+        self.problems += other.problems
+
     def describe(self) -> list[str]:
         """Lines for the log."""
         lines = [
@@ -115,41 +140,24 @@ class Account:
 
 
 class Statistics:
-    """What an account needs of every conversation while the set is read, a few bytes each."""
+    """Completes an account with what takes all conversations to tell: duplicates, and the spread of lengths."""
 
     def __init__(self, account: Account):
         self._account = account
         self._seen: set[int] = set()
         self._lengths = array("i")
 
-    def add_conversation(self, conversation: Conversation, *, holds_control_text: bool) -> int:
-        """Count a conversation's texts. Returns: a hash of it."""
-        account = self._account
-        account.turns += len(conversation.messages) or 1
-        digest = hashlib.blake2b(digest_size=8)
-        for message in conversation.messages or ({"role": "text", "content": conversation.text},):
-            role, text = message["role"], message["content"] or ""
-            account.characters[role] = account.characters.get(role, 0) + len(text)
-            digest.update(
-                f"{role}\0{text}\0{message.get('tool_calls', '')}{message.get('reasoning_content', '')}".encode()
-            )
-        digest.update(repr((conversation.tools, conversation.template_kwargs)).encode())
-        number = int.from_bytes(digest.digest(), "little", signed=True)
-        if number in self._seen:
-            account.duplicates += 1
-            account.note("duplicates", conversation.where)
-        self._seen.add(number)
-        if holds_control_text:
-            account.control_texts += 1
-            account.note("control_texts", conversation.where)
-        return number
-
-    def add_length(self, tokens: int) -> None:
-        """Count a row's tokens, before it is cut."""
-        self._lengths.append(tokens)
+    def add(self, hashes: Sequence[tuple[int, str]], lengths: Sequence[int] = ()) -> None:
+        """Add conversations as (hash, `file:line`), and their rows' lengths in tokens, before they are cut."""
+        for number, where in hashes:
+            if number in self._seen:
+                self._account.duplicates += 1
+                self._account.note("duplicates", where)
+            self._seen.add(number)
+        self._lengths.extend(lengths)
 
     def finish(self, max_length: int | None) -> None:
-        """Complete the account."""
+        """Write the lengths into the account. max_length: tokens, to count longer rows."""
         if self._lengths:
             ordered = sorted(self._lengths)
             at = {"median": 0.5, "90 %": 0.9, "99 %": 0.99, "longest": 1.0}
@@ -157,3 +165,17 @@ class Statistics:
             self._account.longest_row = ordered[-1]
             if max_length is not None:
                 self._account.too_long = sum(length > max_length for length in ordered)
+
+
+def hash_conversation(conversation: Conversation) -> int:
+    """Hash all that a conversation says (64 bits, signed)."""
+    digest = hashlib.blake2b(digest_size=8)
+    for message in _messages(conversation):
+        said = f"{message.get('tool_calls', '')}{message.get('reasoning_content', '')}"
+        digest.update(f"{message['role']}\0{message['content'] or ''}\0{said}".encode())
+    digest.update(repr((conversation.tools, conversation.template_kwargs)).encode())
+    return int.from_bytes(digest.digest(), "little", signed=True)
+
+
+def _messages(conversation: Conversation) -> Sequence[dict[str, Any]]:
+    return conversation.messages or ({"role": "text", "content": conversation.text},)

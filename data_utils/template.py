@@ -6,43 +6,22 @@ token. A turn whose prompt begins with the row so far continues that row. Where 
 or move earlier reasoning, or an answer whose first token would merge into the prompt), it starts a row of its own.
 """
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from data_utils.qwen_recipe import check_conversation, label_rendering
+from data_utils.rows import IGNORE_INDEX, Row
+from data_utils.safe_encoder import PROBE, SafeEncoder
 from data_utils.schema import Conversation
 from data_utils.sources import DataError
-from data_utils.tokenizer import PROBE, SafeEncoder
 
-IGNORE_INDEX = -100
 LABEL_MASKS = ("assistant", "qwen")
 Message = dict[str, Any]
 _QUESTION: Message = {"role": "user", "content": "Q"}
 _CALL: Message = {"function": {"name": f"{PROBE}_name", "arguments": {f"{PROBE}_key": f"{PROBE}_value"}}}
 _RENDERING = {"tools", "messages", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict"}
-
-
-@dataclass
-class Row:
-    """One training row.
-
-    input_ids, labels: same length, not shifted; labels are IGNORE_INDEX where nothing is trained.
-    ends: for each supervised turn in the row, the index after its last token, ascending.
-    weights: of the loss of each supervised turn. pieces: (index after it, why it is trained or not) of each stretch.
-    """
-
-    input_ids: list[int]
-    labels: list[int]
-    ends: list[int]
-    weights: list[float] = field(default_factory=list)
-    pieces: list[tuple[int, str]] = field(default_factory=list)
-
-    @property
-    def num_supervised(self) -> int:
-        """Supervised tokens: labels that some position predicts (the first token is predicted by none)."""
-        return sum(label != IGNORE_INDEX for label in self.labels[1:])
 
 
 class ChatTemplate:
@@ -119,7 +98,10 @@ class ChatTemplate:
             messages = self.escape_messages(messages)
             variables = self._variables(conversation)
             if self.label_mask == "qwen":
-                return self._encode_like_qwen(messages, conversation, variables) if weights else []
+                if not weights:
+                    return []
+                check_conversation(conversation)
+                return [label_rendering(self.render(messages, **variables), self.encoder)]
             rows: list[Row] = []
             for turn, weight in weights.items():
                 prompt, target = self.place_turn(messages, turn, conversation.where, variables)
@@ -209,42 +191,6 @@ class ChatTemplate:
             ids.insert(0, bos)
         ids.append(self.stop_id if eos is None else eos)
         return Row(ids, list(ids), [len(ids)], [1.0], [(len(ids), "trained: plain text, up to its end")])
-
-    def _encode_like_qwen(
-        self, messages: list[Message], conversation: Conversation, variables: dict[str, Any]
-    ) -> list[Row]:
-        """The original recipe: one row of the whole rendering; role names and other roles' contents are not trained.
-
-        Source: QwenLM/Qwen finetune.py `preprocess`.
-        """
-        if conversation.tools or any(m["role"] == "tool" or m.get("tool_calls") for m in messages):
-            raise DataError(f"{conversation.where}: --label_mask qwen knows no tools; use --label_mask assistant")
-        if any(weight != 1 for weight in conversation.weights.values()):
-            raise DataError(
-                f"{conversation.where}: --label_mask qwen trains every turn alike; use --label_mask assistant"
-            )
-        start, end = (self.encoder.control_ids[token] for token in ("<|im_start|>", "<|im_end|>"))
-        newline = self.encoder.encode("\n")
-        rendered = self.render(messages, **variables)
-        before, *blocks = rendered.split("<|im_start|>")
-        row = Row(self.encoder.encode(before), [], [])
-        row.labels = [IGNORE_INDEX] * len(row.input_ids)
-        for block in blocks:
-            role, _, rest = block.partition("\n")
-            header = [start, *self.encoder.encode(role), *newline]
-            body = self.encoder.encode(rest)
-            if role == "assistant":
-                trained = body
-            else:
-                content = body.index(end) if end in body else len(body)
-                trained = [IGNORE_INDEX] * content + body[content:]
-            row.input_ids += header + body
-            row.labels += [start] + [IGNORE_INDEX] * (len(header) - 1) + trained
-            if role == "assistant":
-                row.ends.append(len(row.input_ids))
-                row.weights.append(1.0)
-            row.pieces.append((len(row.input_ids), f"{role}, by the original Qwen recipe"))
-        return [row]
 
     def with_system_message(self, messages: list[Message]) -> list[Message]:
         """The messages, with the default system turn before them if they have none."""

@@ -6,8 +6,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM
 
-from data_utils.collate import StepDataset
 from data_utils.dataset import DataOptions, TokenizedRows, load_rows
+from data_utils.steps import StepDataset
 from data_utils.template import ChatTemplate
 from data_utils.tokenizer import load_tokenizer
 from tests.conftest import CONVERSATIONS

@@ -10,7 +10,7 @@ import pytest
 from data_utils import dataset
 from data_utils.cache import RowCache
 from data_utils.dataset import DataOptions, load_rows
-from data_utils.fast import encode_row
+from data_utils.rows import encode_row
 from data_utils.sources import DataError
 from data_utils.template import ChatTemplate
 from data_utils.tokenizer import load_tokenizer

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from data_utils.collate import StepDataset
+from data_utils.steps import StepDataset
 from tests import runs
 from tests.conftest import CONVERSATIONS, ROOT, build_model
 from tuning.errors import SettingsError

@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausa
 import chat
 import merge_lora
 import quantize
-from data_utils.collate import StepDataset
+from data_utils.steps import StepDataset
 from tests import runs
 from tests.conftest import CONVERSATIONS, ROOT
 from tests.library_logits import Library

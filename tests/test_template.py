@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from data_utils.dataset import DataOptions, load_rows
-from data_utils.fast import cut_to_length, encode_row
+from data_utils.rows import cut_to_length, encode_row
 from data_utils.schema import Conversation, parse_record
 from data_utils.sources import DataError, Record
 from data_utils.template import IGNORE_INDEX, ChatTemplate

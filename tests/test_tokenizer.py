@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from data_utils.safe_encoder import SafeEncoder
 from data_utils.sources import DataError
-from data_utils.tokenizer import PLAIN_CHATML, SafeEncoder, load_tokenizer
+from data_utils.tokenizer import PLAIN_CHATML, load_tokenizer
 from tests.conftest import CONVERSATIONS
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

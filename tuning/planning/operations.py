@@ -26,7 +26,7 @@ class StepOperations:
     per_pair: int
 
     def of(self, step: dict[str, Any]) -> int:
-        """Operations of a step (see collate.Step), over all ranks."""
+        """Operations of a step (see steps.Step), over all ranks."""
         tokens, targets, pairs = step["num_tokens"], step["num_targets"], step["num_pairs"]
         return int(self.per_token * tokens + self.per_target * targets + self.per_pair * pairs)
 

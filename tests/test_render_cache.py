@@ -1,4 +1,4 @@
-"""The definition holds for ten families of templates, and the fast way equals it."""
+"""The definition holds for ten families of templates, and rows by cached renderings equal it."""
 
 import json
 
@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_utils.fast import FastEncoder, encode_row
+from data_utils.render_cache import RowEncoder
+from data_utils.rows import encode_row
 from data_utils.schema import parse_record
 from data_utils.sources import DataError, Record
 from data_utils.template import IGNORE_INDEX, ChatTemplate
@@ -67,18 +68,18 @@ def parse(row):
 
 
 def encode(template, row):
-    """Rows by the definition, after checking that the fast way gives them, too."""
+    """Rows by the definition, after checking that RowEncoder gives them, too."""
     conversation = parse(row)
-    encoder = FastEncoder(template)
-    batch = encoder.prepare([conversation])
-    (fast,) = encoder.finish(batch, encoder.encode(batch))
     try:
         rows = template.encode_conversation(conversation)
     except DataError as error:
-        assert isinstance(fast, DataError) and str(fast) == str(error)
+        with pytest.raises(DataError) as found:
+            RowEncoder(template).encode(conversation)
+        assert str(found.value) == str(error)
         raise
-    assert not isinstance(fast, DataError) and len(fast) == len(rows)
-    for one, other in zip(fast, map(encode_row, rows), strict=True):
+    encoded = RowEncoder(template).encode(conversation)
+    assert len(encoded) == len(rows)
+    for one, other in zip(encoded, map(encode_row, rows), strict=True):
         assert np.array_equal(one.input_ids, other.input_ids) and one.spans == other.spans and one.ends == other.ends
     return rows
 
@@ -125,12 +126,12 @@ def spans(row):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_most_of_real_talk_goes_the_fast_way(name):
+def test_most_real_conversations_use_a_cached_rendering(name):
     rows = json.loads(CONVERSATIONS.read_text(encoding="utf-8"))
     template = load_template(name)
-    batch = FastEncoder(template).prepare([parse(row) for row in rows])
-    fast = sum(type(plan).__name__ == "_Plan" for plan in batch.plans)
-    assert fast >= 0.9 * len(rows)
+    encoder = RowEncoder(template)
+    cached = sum(encoder.encode_cached(parse(row)) is not None for row in rows)
+    assert cached >= 0.9 * len(rows)
     for row in rows:
         encode(template, row)
 
@@ -172,7 +173,7 @@ def test_nothing_a_user_wrote_becomes_a_control_token(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_fast_way_is_the_definition_for_any_text(name):
+def test_cached_renderings_give_the_definitions_rows_for_any_text(name):
     template = load_template(name)
     text = st.lists(st.sampled_from(pieces(name)), min_size=1, max_size=5).map("".join)
 
@@ -188,11 +189,10 @@ def test_the_fast_way_is_the_definition_for_any_text(name):
     check()
 
 
-def test_metaspace_tokenizers_go_the_whole_string_way():
+def test_metaspace_tokenizers_use_no_cached_rendering():
     template = ChatTemplate(_metaspace_tokenizer())
     assert not template.encoder.pieces_equal_whole
-    batch = FastEncoder(template).prepare([parse(ROWS["multi-turn"])])
-    assert batch.stretches == []
+    assert RowEncoder(template).encode_cached(parse(ROWS["multi-turn"])) is None
     encode(template, ROWS["multi-turn"])
 
 
@@ -231,7 +231,7 @@ TRICKS = {
 
 
 @pytest.mark.parametrize("trick", TRICKS)
-def test_templates_that_ask_about_texts_are_asked_back(checkpoints, trick):
+def test_templates_that_test_texts_give_the_definitions_rows(checkpoints, trick):
     tokenizer = load_tokenizer(str(checkpoints["untied"]))
     macro, mark, body = TRICKS[trick].rpartition("{% endmacro %}")
     tokenizer.chat_template = (
@@ -243,18 +243,16 @@ def test_templates_that_ask_about_texts_are_asked_back(checkpoints, trick):
         + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     )
     template = ChatTemplate(tokenizer)
-    encoder = FastEncoder(template)
+    encoder = RowEncoder(template)
     plain = ["one", "two words", "three", "four", "five", "six", "seven"]
     special = ["magic", "magic word", "a magic", "m", "mm", "zebra", "7", "x" * 40, "a\nb", 'say "hi"', "a\\b", "word"]
     for text in [*plain, *special, *plain]:
         answers = [{"role": "assistant", "content": "Yes."}, {"role": "user", "content": text}]
         talk = {"messages": [{"role": "user", "content": text}, *answers, {"role": "assistant", "content": "No."}]}
         conversation = parse(talk)
-        batch = encoder.prepare([conversation])
-        (fast,) = encoder.finish(batch, encoder.encode(batch))
+        found = encoder.encode(conversation)
         expected = [encode_row(row) for row in template.encode_conversation(conversation)]
-        assert not isinstance(fast, DataError)
-        assert [row.input_ids.tolist() for row in fast] == [row.input_ids.tolist() for row in expected], text
+        assert [row.input_ids.tolist() for row in found] == [row.input_ids.tolist() for row in expected], text
 
 
 def chatml(*, special=(), strips=False, answer="{{ m.content }}", prompt="<|im_start|>assistant\\n"):
@@ -320,10 +318,10 @@ def test_weights_of_turns_that_touch():
     assert [weight for *_, weight in encode_row(row).spans] == [0.5, 0.25]
 
 
-def test_tokens_that_take_white_space_with_them_and_cuts_inside_a_line_go_the_slow_way():
+def test_tokens_that_strip_white_space_and_targets_inside_a_line_use_no_cached_rendering():
     talk = {"messages": [QUESTION, {"role": "assistant", "content": "UIControl"}] * 2}
     in_line = chatml(prompt="<|im_start|>assistant:").tokenizer
     in_line.chat_template = in_line.chat_template.replace("m.role + '\\n'", "m.role + ':'")
     for template in (chatml(strips=True), ChatTemplate(in_line)):
         encode(template, talk)
-        assert not FastEncoder(template).prepare([parse(talk)]).stretches
+        assert RowEncoder(template).encode_cached(parse(talk)) is None

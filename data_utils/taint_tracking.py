@@ -156,7 +156,7 @@ class TrackedTemplate:
             environment.make_globals({_JOIN_NAME: lambda *parts: _join(parts), _IN_NAME: _is_in}),
         )
 
-    def ask(
+    def render(
         self, messages: list[dict[str, Any]], texts: list[tuple[int, str]], *, add_generation_prompt: bool
     ) -> tuple[str, Questions]:
         """Render with some texts tracked, each named by (number of its message, key). Returns: text and questions."""

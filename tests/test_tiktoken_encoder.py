@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from data_utils import dataset
-from data_utils.bpe import ByteLevelBPE, Differs
 from data_utils.dataset import load_rows
+from data_utils.safe_encoder import TiktokenDiffers
 from data_utils.template import ChatTemplate
+from data_utils.tiktoken_encoder import TiktokenEncoder, find_pattern
 from data_utils.tokenizer import load_tokenizer
 from tests.templates import load_template
 
@@ -22,21 +22,23 @@ TEXT = st.text(max_size=30) | st.lists(
 ).map("".join)
 
 
-def twin_and_fast(template):
+def both(template):
+    """The tokenizer's encoder, and tiktoken."""
     encoder = template.encoder
-    fast = encoder._byte_level.build(encoder._twin, encoder._never_written)
-    assert fast is not None
+    with encoder.use_tiktoken():
+        fast = encoder._tiktoken
+    assert fast is not None and encoder._tiktoken is None
     return encoder, fast
 
 
 @pytest.fixture(scope="module")
 def real(real_tokenizer_path):
-    return twin_and_fast(ChatTemplate(load_tokenizer(str(real_tokenizer_path))))
+    return both(ChatTemplate(load_tokenizer(str(real_tokenizer_path))))
 
 
 @pytest.fixture(scope="module")
 def small():
-    return twin_and_fast(load_template("qwen3"))
+    return both(load_template("qwen3"))
 
 
 @pytest.mark.parametrize("which", ["small", "real"])
@@ -47,10 +49,9 @@ def test_ids_are_the_tokenizers(request, which):
     @given(TEXT)
     @settings(max_examples=500, deadline=None)
     def check(text):
-        swapped = encoder.swap(encoder.escape(text)) + encoder.swap("<|im_end|>")
-        if fast.takes(swapped):
+        if fast.is_common(text):
             taken.append(text)
-            assert [fast.encode(swapped)] == encoder._encode_plainly([swapped])
+            assert fast.encode(text) == encoder._encode_whole(encoder.escape(text))
 
     check()
     assert len(taken) > 50
@@ -59,9 +60,9 @@ def test_ids_are_the_tokenizers(request, which):
 def test_texts_that_libraries_may_read_differently_are_left_to_the_tokenizer(small):
     _, fast = small
     for text in ("plain", "Ünï", "中文，好", "ひらがな", "한국어", "привет", "🙂", "“x” – …"):
-        assert fast.takes(text), text
+        assert fast.is_common(text), text
     for text in ("\u017f", "e\u0301", "\u212a", "\U00016d40", "\u1e9e\u0323", "ﬁ"):
-        assert not fast.takes(text), text
+        assert not fast.is_common(text), text
 
 
 def test_a_tokenizer_that_is_more_than_byte_level_bpe_is_left_alone():
@@ -75,7 +76,7 @@ def test_a_tokenizer_that_is_more_than_byte_level_bpe_is_left_alone():
 
     plain = state()
     plain["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": " "}
-    assert ByteLevelBPE.find(plain) is not None
+    assert find_pattern(plain) is not None
     for change in (
         {"normalizer": normalizers.NFKC()},
         {"use_regex": True},
@@ -85,7 +86,7 @@ def test_a_tokenizer_that_is_more_than_byte_level_bpe_is_left_alone():
     ):
         changed = state(**change)
         changed["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": " "}
-        assert ByteLevelBPE.find(changed) is None, change
+        assert find_pattern(changed) is None, change
 
 
 @pytest.fixture
@@ -102,30 +103,30 @@ def many(write_json):
     return write_json("\n".join(map(json.dumps, rows)), "many.jsonl")
 
 
-def test_a_set_that_is_encoded_in_other_processes_is_the_same(checkpoints, many, monkeypatch):
-    template = ChatTemplate(load_tokenizer(str(checkpoints["untied"])))
-    assert template.encoder.can_be_fast
-    fast = load_rows([many], template)
-    template.encoder.can_be_fast = False
-    threaded = load_rows([many], template)
-    monkeypatch.setattr(dataset, "_POOL_FROM", 10**9)
-    assert fast[1] == threaded[1] == load_rows([many], template)[1]
+def build_off_by_one(tokenizer, state, control, build=TiktokenEncoder.build):
+    made = build(tokenizer, state, control)
+    encode = made.encode
+    made.encode = lambda text: encode(text)[:-1]
+    return made
 
 
-def test_a_difference_sends_everything_back_to_the_tokenizer(checkpoints, many, monkeypatch):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_difference_sends_everything_back_to_the_tokenizer(checkpoints, many, monkeypatch, workers):
+    monkeypatch.setattr("data_utils.dataset.count_workers", lambda: workers)
     template = ChatTemplate(load_tokenizer(str(checkpoints["untied"])))
     expected = load_rows([many], template)[1]
     template = ChatTemplate(load_tokenizer(str(checkpoints["untied"])))
-    wrong = ByteLevelBPE.build
+    monkeypatch.setattr(TiktokenEncoder, "build", build_off_by_one)
+    with template.encoder.use_tiktoken(), pytest.raises(TiktokenDiffers):
+        template.encoder.encode("some text")
+    assert load_rows([many], template)[1] == expected
 
-    def build(self, tokenizer, never_written):
-        made = wrong(self, tokenizer, never_written)
-        encode = made.encode
-        made.encode = lambda text: encode(text)[:-1]
-        return made
 
-    monkeypatch.setattr(ByteLevelBPE, "build", build)
-    with pytest.raises(Differs):
-        template.encoder.encode_batch_fast(["some text"])
+def test_a_set_has_the_same_rows_with_and_without_tiktoken(checkpoints, many, monkeypatch):
     template = ChatTemplate(load_tokenizer(str(checkpoints["untied"])))
-    assert load_rows([many], template)[1] == expected and not template.encoder.can_be_fast
+    with template.encoder.use_tiktoken():
+        assert template.encoder._tiktoken is not None
+    expected = load_rows([many], template)[1]
+    monkeypatch.setattr(TiktokenEncoder, "build", lambda *_: None)
+    template = ChatTemplate(load_tokenizer(str(checkpoints["untied"])))
+    assert load_rows([many], template)[1] == expected

@@ -1,0 +1,187 @@
+"""Training rows: token ids and labels of one row, and many of them in a memory-mapped Arrow file."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+IGNORE_INDEX = -100
+ROWS_FILE, DROPPED_FILE = "rows.arrow", "dropped.jsonl"
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("conversation", pa.int64()),  # hash: equal conversations are duplicates
+        ("input_ids", pa.list_(pa.int32())),
+        ("starts", pa.list_(pa.int32())),  # of the supervised spans
+        ("ends", pa.list_(pa.int32())),
+        ("weights", pa.list_(pa.float32())),
+        ("num_targets", pa.int32()),
+    ]
+)
+
+
+@dataclass
+class Row:
+    """One training row.
+
+    input_ids, labels: same length, not shifted; labels are IGNORE_INDEX where nothing is trained.
+    ends: for each supervised turn in the row, the index after its last token, ascending.
+    weights: loss weight of each supervised turn.
+    pieces: (index after the piece, why it is trained or not) for each piece of the row.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    ends: list[int]
+    weights: list[float] = field(default_factory=list)
+    pieces: list[tuple[int, str]] = field(default_factory=list)
+
+    @property
+    def num_supervised(self) -> int:
+        """Supervised tokens. The first token of a row does not count: no position predicts it."""
+        return sum(label != IGNORE_INDEX for label in self.labels[1:])
+
+
+@dataclass
+class EncodedRow:
+    """A row in the form that is stored.
+
+    input_ids: int32. spans: (start, end, loss weight) of each supervised span, ascending.
+    ends: for each supervised turn, the index after its last token.
+    """
+
+    input_ids: NDArray[np.int32]
+    spans: list[tuple[int, int, float]]
+    ends: list[int]
+
+    @property
+    def num_supervised(self) -> int:
+        """Supervised tokens, as in Row."""
+        return sum(end - max(start, 1) for start, end, _ in self.spans)
+
+
+def encode_row(row: Row) -> EncodedRow:
+    """Convert a row to its stored form."""
+    if len(row.pieces) == 2 * len(row.ends):  # a context and a target per turn
+        edges = [(row.pieces[i][0], row.pieces[i + 1][0]) for i in range(0, len(row.pieces), 2)]
+    else:
+        supervised = np.concatenate([[False], np.array(row.labels) != IGNORE_INDEX, [False]])
+        pairs = np.flatnonzero(supervised[1:] != supervised[:-1]).reshape(-1, 2)
+        edges = [(int(start), int(end)) for start, end in pairs]
+    # label_mask "qwen" supervises more spans than turns, all of weight 1.
+    weights = row.weights if len(edges) == len(row.weights) else [1.0] * len(edges)
+    spans = [(start, end, weight) for (start, end), weight in zip(edges, weights, strict=True)]
+    return EncodedRow(np.array(row.input_ids, dtype=np.int32), spans, list(row.ends))
+
+
+def cut_to_length(row: EncodedRow, max_length: int) -> EncodedRow | None:
+    """Drop turns from the end until the row has at most max_length tokens; None if the first turn does not fit."""
+    ends = [end for end in row.ends if end <= max_length]
+    if not ends:
+        return None
+    spans = [(start, min(end, ends[-1]), weight) for start, end, weight in row.spans if start < ends[-1]]
+    return EncodedRow(row.input_ids[: ends[-1]], spans, ends)
+
+
+def to_arrow(rows: Sequence[tuple[str, int, EncodedRow]]) -> pa.RecordBatch:
+    """Convert (row id, hash of the conversation, row) to a record batch with SCHEMA."""
+    encoded = [row for _, _, row in rows]
+    spans = [np.array(row.spans, dtype=np.float64).reshape(-1, 3) for row in encoded]
+    id_offsets = np.cumsum([0, *(len(row.input_ids) for row in encoded)], dtype=np.int32)
+    span_offsets = np.cumsum([0, *map(len, spans)], dtype=np.int32)
+    input_ids = np.concatenate([row.input_ids for row in encoded] or [np.zeros(0, np.int32)])
+    columns = np.concatenate(spans or [np.zeros((0, 3))])
+    return pa.record_batch(
+        [
+            pa.array([row_id for row_id, _, _ in rows], pa.string()),
+            pa.array([number for _, number, _ in rows], pa.int64()),
+            pa.ListArray.from_arrays(id_offsets, pa.array(input_ids)),
+            *(
+                pa.ListArray.from_arrays(span_offsets, pa.array(columns[:, i].astype(kind)))
+                for i, kind in enumerate((np.int32, np.int32, np.float32))
+            ),
+            pa.array([row.num_supervised for row in encoded], pa.int32()),
+        ],
+        schema=SCHEMA,
+    )
+
+
+class TokenizedRows:
+    """Rows in a memory-mapped Arrow file, so that a million rows take no memory.
+
+    Indexing gives (input_ids int64, labels int64, weights float32 or None), each of shape [T].
+    lengths, num_targets: tokens and supervised tokens of every row, int32 arrays.
+    """
+
+    directory: Path
+
+    def __init__(self, table: pa.Table):
+        batches = table.to_batches() or [pa.RecordBatch.from_pylist([], schema=SCHEMA)]
+        self._batches = [_Columns(batch) for batch in batches]
+        self._first = np.cumsum([0, *(len(batch.num_targets) for batch in self._batches)])
+        self.lengths = np.concatenate([np.diff(batch.id_offsets) for batch in self._batches])
+        self.num_targets = np.concatenate([batch.num_targets for batch in self._batches])
+
+    @classmethod
+    def from_directory(cls, directory: Path) -> "TokenizedRows":
+        """Open the rows that build_rows wrote. The list of dropped turns is in the same directory."""
+        with pa.memory_map(str(directory / ROWS_FILE)) as source:
+            rows = cls(pa.ipc.open_file(source).read_all())
+        rows.directory = directory
+        return rows
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[tuple[str, Row]]) -> "TokenizedRows":
+        """Hold (row id, row) in memory."""
+        encoded = [(row_id, 0, encode_row(row)) for row_id, row in rows]
+        return cls(pa.Table.from_batches([to_arrow(encoded)]))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32] | None]:
+        batch, position = self._find(index)
+        start, end = batch.id_offsets[position : position + 2]
+        input_ids = batch.input_ids[start:end].astype(np.int64)
+        labels = np.full(len(input_ids), IGNORE_INDEX, dtype=np.int64)
+        first, last = batch.span_offsets[position : position + 2]
+        spans = slice(first, last)
+        weights = None
+        if np.any(batch.weights[spans] != 1):
+            weights = np.ones(len(input_ids), dtype=np.float32)
+        for begin, stop, weight in zip(batch.starts[spans], batch.ends[spans], batch.weights[spans], strict=True):
+            labels[begin:stop] = input_ids[begin:stop]
+            if weights is not None:
+                weights[begin:stop] = weight
+        return input_ids, labels, weights
+
+    def row_id(self, index: int) -> str:
+        """Return a row's id: the conversation's own id or `<file stem>-<row number>`, with `#2` for its second row."""
+        batch, position = self._find(index)
+        return batch.ids[position].as_py()
+
+    def conversations(self) -> NDArray[np.int64]:
+        """Return the hash of every row's conversation."""
+        return np.concatenate([batch.conversations for batch in self._batches])
+
+    def _find(self, index: int) -> "tuple[_Columns, int]":
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = int(np.searchsorted(self._first, index, side="right")) - 1
+        return self._batches[number], index - int(self._first[number])
+
+
+class _Columns:
+    """One record batch as numpy views."""
+
+    def __init__(self, batch: pa.RecordBatch):
+        self.ids = batch["id"]
+        self.conversations = batch["conversation"].to_numpy()
+        self.num_targets = batch["num_targets"].to_numpy()
+        self.id_offsets = batch["input_ids"].offsets.to_numpy()
+        self.input_ids = batch["input_ids"].values.to_numpy()
+        self.span_offsets = batch["starts"].offsets.to_numpy()
+        self.starts, self.ends, self.weights = (batch[name].values.to_numpy() for name in ("starts", "ends", "weights"))
