@@ -22,7 +22,8 @@ from tuning.distributed.processes import check_agreement, is_rank_0, on_all_rank
 from tuning.distributed.startup import join_mpi, start_processes
 from tuning.entry import run_entry
 from tuning.model.build import TokensInUse
-from tuning.planning.plan import check_plan, plan_run, survey_steps
+from tuning.planning.plan import check_plan, plan_run
+from tuning.planning.survey import survey_steps
 from tuning.settings.command_line import parse_arguments
 from tuning.settings.options import Arguments
 from tuning.training.prepare import prepare_model

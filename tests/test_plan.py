@@ -14,7 +14,8 @@ from tuning.model.attention import NAME
 from tuning.model.lora import add_lora
 from tuning.model.training_model import TrainingModel, enable_gradient_checkpointing
 from tuning.planning.memory import Memory, MicroBatchShape, estimate_memory, simulate_step
-from tuning.planning.plan import MEASURED_DEVICES, Plan, Survey, check_plan
+from tuning.planning.plan import MEASURED_DEVICES, Plan, check_plan
+from tuning.planning.survey import Survey
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
 

@@ -1,8 +1,7 @@
 """How much memory a step takes, found by running it on fake tensors (shapes, no values)."""
 
-import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -287,22 +286,3 @@ def _size(parameter: Tensor, dtype: torch.dtype | None) -> int:
     if dtype is not None and parameter.is_floating_point():
         return parameter.numel() * dtype.itemsize
     return parameter.nbytes
-
-
-def largest_micro_batch(total_of: Any, *, row: int, limit: int) -> int:
-    """Tokens of the largest micro-batch whose memory stays below a limit.
-
-    total_of: tokens -> bytes, for a number of rows of `row` tokens each; memory grows with tokens as a straight line.
-    Returns: tokens, rounded down to full rows; 0 where not even one row fits.
-    """
-    few, many = 2 * row, 6 * row
-    low, high = total_of(few), total_of(many)
-    slope = (high - low) / (many - few)
-    if slope <= 0:
-        return many
-    return max(0, math.floor((few + (limit - low) / slope) / row)) * row
-
-
-def rows_of(length: int, tokens: int) -> Sequence[int]:
-    """Rows of one length that make up so many tokens."""
-    return [length] * max(1, tokens // length)

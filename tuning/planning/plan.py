@@ -1,7 +1,7 @@
 """What a run will do and take, before its weights are loaded: parameters, memory of a device, time of a step."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -13,8 +13,9 @@ from tuning.messages import first_line
 from tuning.model.attention import NAME
 from tuning.model.packing import find_obstacle
 from tuning.model.training_model import TrainingModel, count_parameters, enable_gradient_checkpointing
-from tuning.planning.memory import Memory, MicroBatchShape, estimate_memory, largest_micro_batch, rows_of
+from tuning.planning.memory import Memory, MicroBatchShape, estimate_memory
 from tuning.planning.operations import count_operations, measure_matmul_rate
+from tuning.planning.survey import Survey
 from tuning.settings.options import RunArguments
 
 # Estimates were within 15 % of what was measured (benchmarks/LOG.md): what is chosen stays below the limit by some of
@@ -29,46 +30,6 @@ _MATMUL_SHARE = {"cpu": 0.7}
 # Kinds of devices on which benchmarks/bench_memory.py measured runs; the results lie in benchmarks/results.
 MEASURED_DEVICES = ("cpu",)
 _GIB = 2**30
-_SURVEYED_STEPS = 1000  # enough to know how the data lies; a million conversations take minutes
-
-
-@dataclass(frozen=True)
-class Survey:
-    """How conversations lie in micro-batches, over the steps that were surveyed.
-
-    steps_per_epoch, num_steps: of the run. micro_batches: of a step on each process, on average. fill: tokens over the
-    positions that micro-batches have (max_tokens each). num_tokens, num_targets, num_pairs: of a step, on average, over
-    all processes (data_utils' Step). largest: the micro-batch of most positions.
-    """
-
-    steps_per_epoch: int
-    num_steps: int
-    micro_batches: float
-    fill: float
-    num_tokens: float
-    num_targets: float
-    num_pairs: float
-    max_tokens: int
-    largest: MicroBatchShape
-
-
-def survey_steps(steps: Any, settings: RunArguments) -> Survey:
-    """How conversations lie in the micro-batches of the run's first steps. steps: a data_utils StepDataset."""
-    num_steps = settings.max_steps if settings.max_steps > 0 else math.ceil(settings.num_train_epochs * len(steps))
-    found = steps.survey(min(_SURVEYED_STEPS, num_steps))
-    lengths, num_targets = found["largest"]
-    max_tokens = steps.layout.max_tokens
-    return Survey(
-        steps_per_epoch=len(steps),
-        num_steps=num_steps,
-        micro_batches=found["micro_batches"],
-        fill=found["num_tokens"] / (found["micro_batches"] * settings.world_size * max_tokens),
-        num_tokens=found["num_tokens"],
-        num_targets=found["num_targets"],
-        num_pairs=found["num_pairs"],
-        max_tokens=max_tokens,
-        largest=MicroBatchShape(tuple(lengths), num_targets, steps.layout.packed),
-    )
 
 
 @dataclass(frozen=True)
@@ -305,3 +266,22 @@ def _offloaded(settings: Any) -> tuple[str, ...]:
     zero = settings.deepspeed["zero_optimization"] if settings.deepspeed else {}
     devices = {name: (zero.get(f"offload_{name}") or {}).get("device") for name in ("optimizer", "param")}
     return tuple(name for name, device in devices.items() if device == "cpu")
+
+
+def largest_micro_batch(total_of: Any, *, row: int, limit: int) -> int:
+    """Tokens of the largest micro-batch whose memory stays below a limit.
+
+    total_of: tokens -> bytes, for a number of rows of `row` tokens each; memory grows with tokens as a straight line.
+    Returns: tokens, rounded down to full rows; 0 where not even one row fits.
+    """
+    few, many = 2 * row, 6 * row
+    low, high = total_of(few), total_of(many)
+    slope = (high - low) / (many - few)
+    if slope <= 0:
+        return many
+    return max(0, math.floor((few + (limit - low) / slope) / row)) * row
+
+
+def rows_of(length: int, tokens: int) -> Sequence[int]:
+    """Rows of one length that make up so many tokens."""
+    return [length] * max(1, tokens // length)

@@ -1,6 +1,11 @@
 """What is due after a step: its log line, its evaluation, its checkpoint, the end."""
 
 from dataclasses import dataclass
+from typing import Any
+
+from transformers import TrainerCallback
+
+from tuning.distributed.processes import on_rank_0
 
 
 @dataclass(frozen=True)
@@ -60,3 +65,42 @@ class Schedule:
         if stopped:
             return Due(log=log, evaluate=False, save=True, stop=True, evaluation_postponed=evaluate)
         return Due(log=log, evaluate=evaluate, save=save, stop=last)
+
+
+class ScheduleCallback(TrainerCallback):
+    """Orders what is due after each step, in place of transformers' DefaultFlowCallback.
+
+    trainer: a StepTrainer.
+    """
+
+    def __init__(self, trainer: Any):
+        self._trainer = trainer
+        self._schedule: Schedule | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Everything is loaded: the run begins."""
+        self._schedule = Schedule(
+            max_steps=state.max_steps,
+            steps_per_epoch=self._trainer.steps_per_epoch,
+            logging_strategy=args.logging_strategy.value,
+            logging_steps=state.logging_steps,
+            logging_first_step=args.logging_first_step,
+            eval_strategy=args.eval_strategy.value,
+            eval_steps=state.eval_steps,
+            eval_delay=args.eval_delay,
+            save_strategy=args.save_strategy.value,
+            save_steps=state.save_steps,
+        )
+        if self._trainer.on_begin is not None:
+            on_rank_0(self._trainer.on_begin)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Order what is due; a signal stops all ranks at the same step."""
+        trainer = self._trainer
+        assert self._schedule is not None
+        signal_number = trainer.stop.agreed()
+        due = self._schedule.find_due(state.global_step, stopped=bool(signal_number))
+        if signal_number:
+            trainer.stopped_by, trainer.evaluation_due = signal_number, due.evaluation_postponed
+        control.should_log, control.should_evaluate = due.log, due.evaluate
+        control.should_save, control.should_training_stop = due.save, due.stop

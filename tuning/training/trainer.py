@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
-from transformers import DefaultFlowCallback, PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers import DefaultFlowCallback, PrinterCallback, Trainer, TrainerControl, TrainerState
 from transformers.trainer_callback import ProgressCallback
 
 from tuning.checkpoint.output_directory import remove_checkpoint, rotate_checkpoints
@@ -40,7 +40,7 @@ from tuning.training.failures import describe_lost_process, describe_out_of_memo
 from tuning.training.gradient_check import GradientCheck
 from tuning.training.metrics import StepMetrics
 from tuning.training.optimizer import describe_schedules, group_for_loraplus, restore_schedules
-from tuning.training.schedule import Schedule
+from tuning.training.schedule import ScheduleCallback
 from tuning.training.step_loader import StepSampler, build_loader, move_micro_batch
 from tuning.training.stopping import StopRequest
 
@@ -101,7 +101,7 @@ class StepTrainer(Trainer):
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset)
         for callback in (DefaultFlowCallback, PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
-        self.add_callback(_ScheduleCallback(self))
+        self.add_callback(ScheduleCallback(self))
         self.writer = writer
         self.on_begin = on_begin
         self.metrics_path = Path(args.output_dir) / METRICS_FILE
@@ -528,39 +528,3 @@ def _write_into(directory: Path, function: Callable[[], None]) -> None:
     except BaseException:
         remove_checkpoint(directory)
         raise
-
-
-class _ScheduleCallback(TrainerCallback):
-    """Orders what is due after each step, in place of transformers' DefaultFlowCallback."""
-
-    def __init__(self, trainer: StepTrainer):
-        self._trainer = trainer
-        self._schedule: Schedule | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Everything is loaded: the run begins."""
-        self._schedule = Schedule(
-            max_steps=state.max_steps,
-            steps_per_epoch=self._trainer.steps_per_epoch,
-            logging_strategy=args.logging_strategy.value,
-            logging_steps=state.logging_steps,
-            logging_first_step=args.logging_first_step,
-            eval_strategy=args.eval_strategy.value,
-            eval_steps=state.eval_steps,
-            eval_delay=args.eval_delay,
-            save_strategy=args.save_strategy.value,
-            save_steps=state.save_steps,
-        )
-        if self._trainer.on_begin is not None:
-            on_rank_0(self._trainer.on_begin)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Order what is due; a signal stops all ranks at the same step."""
-        trainer = self._trainer
-        assert self._schedule is not None
-        signal_number = trainer.stop.agreed()
-        due = self._schedule.find_due(state.global_step, stopped=bool(signal_number))
-        if signal_number:
-            trainer.stopped_by, trainer.evaluation_due = signal_number, due.evaluation_postponed
-        control.should_log, control.should_evaluate = due.log, due.evaluate
-        control.should_save, control.should_training_stop = due.save, due.stop
