@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -15,11 +16,11 @@ WORKER = """
 import json, os, sys
 from pathlib import Path
 import torch, torch.distributed as dist
-from tuning.distributed import processes
+from tuning.distributed import processes, startup
 from tuning.errors import MachineError, SettingsError
 
-processes._VISIBLE_S = 1
-rank, case, place = int(os.environ["RANK"]), sys.argv[1], Path(sys.argv[2])
+startup._VISIBLE_S = 1
+rank, root = int(os.environ["RANK"]), Path(sys.argv[1])
 dist.init_process_group("gloo")
 
 def fail():
@@ -45,9 +46,9 @@ cases = {
     "agree": lambda: processes.check_agreement({"--seed": 1, "torch": "2.13"}),
     "disagree": lambda: processes.check_agreement({"--seed": 1, "torch": "2.12" if rank == 2 else "2.13"}),
     "lacks": lambda: processes.check_agreement({"--seed": 1} if rank == 1 else {"--seed": 1, "numpy": "2"}),
-    "connection": lambda: processes.check_connection(torch.device("cpu")),
-    "shared": lambda: processes.check_shared(place / "not" / "there"),
-    "not shared": lambda: (os.chdir(place / ("x" if rank != 1 else "y")), processes.check_shared(Path("out"))),
+    "connection": lambda: startup.check_connection(torch.device("cpu")),
+    "shared": lambda: startup.check_shared(place / "not" / "there"),
+    "not shared": lambda: (os.chdir(place / ("x" if rank != 1 else "y")), startup.check_shared(Path("out"))),
     "on all": lambda: processes.on_all_ranks(lambda: rank),
     "fails on one": lambda: processes.on_all_ranks(fail),
     "crashes on one": lambda: processes.on_all_ranks(crash),
@@ -56,36 +57,43 @@ cases = {
     "anywhere": lambda: processes.find_anywhere("here" if rank == 2 else None),
     "in parts": several,
 }
-try:
-    outcome = ["value", cases[case]()]
-except (SettingsError, MachineError, ValueError, KeyError) as error:
-    outcome = [type(error).__name__, str(error)]
-(place / f"{rank}.json").write_text(json.dumps(outcome))
-dist.barrier()
+for case, function in cases.items():
+    place = root / case
+    try:
+        outcome = ["value", function()]
+    except (SettingsError, MachineError, ValueError, KeyError) as error:
+        outcome = [type(error).__name__, str(error)]
+    os.chdir(root)
+    (place / f"{rank}.json").write_text(json.dumps(outcome))
+    dist.barrier()
 os._exit(0)
 """
 
 
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """All cases, in one start of three processes. Returns: the directory with a directory for each case."""
+    root = tmp_path_factory.mktemp("processes")
+    (root / "worker.py").write_text(WORKER)
+    for case in re.findall(r'^    "([a-z ]+)": ', WORKER, re.MULTILINE):
+        for name in ("x", "y"):
+            (root / case / name).mkdir(parents=True)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3"]
+    subprocess.run(
+        [*launch, root / "worker.py", root],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    return root
+
+
 @pytest.fixture
-def together(tmp_path):
-    """Run a case in three processes. Returns: what each got."""
-
-    def run(case):
-        (tmp_path / "worker.py").write_text(WORKER)
-        (tmp_path / "x").mkdir()
-        (tmp_path / "y").mkdir()
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3"]
-        subprocess.run(
-            [*launch, tmp_path / "worker.py", case, tmp_path],
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            check=True,
-            capture_output=True,
-            timeout=120,
-        )
-        return [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
-
-    return run
+def together(outcomes):
+    """What each process got in a case."""
+    return lambda case: [json.loads((outcomes / case / f"{rank}.json").read_text()) for rank in range(3)]
 
 
 @pytest.mark.dist
@@ -108,17 +116,18 @@ def together(tmp_path):
         ("in parts", "SettingsError", "the disk"),
     ],
 )
-def test_all_get_the_same(together, tmp_path, case, kind, message):
-    outcomes = together(case)
-    assert outcomes[0] == outcomes[1] == outcomes[2]
-    assert outcomes[0][0] == kind
+def test_all_get_the_same(outcomes, together, case, kind, message):
+    first, second, third = together(case)
+    assert first == second == third
+    assert first[0] == kind
     if kind == "value":
-        assert outcomes[0][1] == message
+        assert first[1] == message
     else:
-        assert message.replace("HOST", os.uname().nodename) in outcomes[0][1]
-    assert not list(tmp_path.rglob(".*.tmp"))
+        assert message.replace("HOST", os.uname().nodename) in first[1]
+    assert not list((outcomes / case).rglob(".*.tmp"))
     if case == "in parts":
-        assert (tmp_path / "0").exists() and not (tmp_path / "2").exists(), "an error ends the work"
+        place = outcomes / case
+        assert (place / "0").exists() and not (place / "2").exists(), "an error ends the work"
 
 
 @pytest.mark.dist
