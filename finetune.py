@@ -152,9 +152,10 @@ def describe_tokens(data: TrainingData) -> TokensInUse:
 def build_steps(
     arguments: Arguments, rows: TokenizedRows, max_tokens: int, *, packed: bool, rows_per_step: int | None = None
 ) -> StepDataset:
-    """This rank's share of every training step.
+    """This rank's micro-batches of every training step.
 
-    rows_per_step: of the checkpoint; None: batch x accumulation x processes, as in every HF script.
+    rows_per_step: conversations of a step over all ranks, of the checkpoint on resume; None: per-device batch size x
+    accumulation x ranks.
     """
     run = arguments.run
     batch, accumulation = run.per_device_train_batch_size, run.gradient_accumulation_steps

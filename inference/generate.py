@@ -20,7 +20,7 @@ class Answer:
 
 
 class TextPieces(BaseStreamer):
-    """Gives generated text to a function as soon as it is whole characters."""
+    """Passes generated text to a function, whole characters only."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None]):
         self._tokenizer = tokenizer

@@ -11,9 +11,9 @@ class SettingsError(ValueError):
 
 
 class MachineError(RuntimeError):
-    """The machine could not do it (memory, say). The message says what was running and what to change first.
+    """The run failed though its settings are valid: memory, disk, a lost process, a non-finite loss.
 
-    agreed: every process of the run raises the same, so that one of them is enough to say it.
+    agreed: all ranks raise the same message, so that one per machine prints it.
     """
 
     def __init__(self, message: str, *, agreed: bool = False):

@@ -62,7 +62,7 @@ def process_memory() -> int:
 
 
 def memory_limit(device: torch.device) -> int | None:
-    """Bytes that a process may take on a device; of the machine's memory what is free, and what the process has."""
+    """Bytes this process may use: a GPU's total; on CPUs its share of free memory (plus its own) or of its cgroup."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     if device.type != "cpu":

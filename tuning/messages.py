@@ -7,7 +7,7 @@ def name_conversations(row_ids: list[str]) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """Of its message; the name of its class where it has none."""
+    """First line of the error's message, or the name of its class if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

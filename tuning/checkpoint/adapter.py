@@ -84,7 +84,7 @@ def adapter_state(peft_model: PeftModel, rows: TokenRows | None) -> dict[str, Te
 
 
 def adapter_config(peft_model: PeftModel, rows: TokenRows | None) -> LoraConfig:
-    """The adapter_config.json to it."""
+    """The adapter_config.json for adapter_state's tensors."""
     config = copy.deepcopy(peft_model.peft_config["default"])
     assert isinstance(config, LoraConfig)
     config.inference_mode = True

@@ -80,7 +80,7 @@ def find_base(adapter: Path, base: str | None, cache_dir: str | None, *, other: 
 def choose_onto(
     adapter: Path, onto: str | None, base: str | None, cache_dir: str | None, *, trust_remote_code: bool
 ) -> Quantization | None:
-    """How the model was quantised that the adapter was trained on; None where it was not.
+    """Quantisation of the model that the adapter was trained on, after checking --onto; None if it was not quantised.
 
     onto: of the command line, "dequantized", "base" or None.
 
@@ -203,7 +203,7 @@ def verify_saved(
     dtype: torch.dtype,
     trust_remote_code: bool,
 ) -> Comparison:
-    """Hold what OUT loads as against the merged model, and that against the adapter's logits.
+    """Check that OUT loads as the merged model, and compare the merged model's logits with the adapter's.
 
     The file's tensors must be the merged ones, rounded to dtype; the logits are those of a freshly loaded model with
     the float32 tensors put in, so that nothing left over in the merged object can hide a mistake.

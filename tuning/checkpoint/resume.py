@@ -52,7 +52,7 @@ def describe_facts(
 def describe_trajectory(
     arguments: Arguments, base: BaseModel, account: Any, quantization: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """What the weights after each step follow from, as JSON values; conversations per step aside."""
+    """What determines the weights after each step, as JSON values, except conversations per step (rows_per_step)."""
     chosen = describe_trajectory_settings(arguments)
     if base.adapter is not None:  # rank, scale and dropout are its own, weights the checkpoint's
         config = base.adapter.directory / "adapter_config.json"
@@ -158,7 +158,7 @@ def _named(path: Path, output_dir: Path) -> StartingPoint:
 
 
 def _find_damaged_weights(result: Path) -> str | None:
-    """The rest of a result may have been changed on purpose: its generation config, say."""
+    """What is wrong with a result's weights, or None. Other files (generation config) may be edited on purpose."""
     try:
         return find_fault(result, [name for name in read_manifest(result)["files"] if name.endswith(".safetensors")])
     except ValueError:

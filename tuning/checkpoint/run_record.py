@@ -29,8 +29,8 @@ _OPTIONAL = ("deepspeed", "bitsandbytes", "gptqmodel")  # part of some runs; Non
 class RunFacts:
     """What manifests say of the run that wrote them, and what a resumed run is compared with.
 
-    trajectory: what the weights after each step follow from (resume.describe_trajectory). layout: what rounding follows
-    from. rows_per_step: conversations of a step; None before the first start.
+    trajectory: what determines the weights after each step (resume.describe_trajectory). layout: what changes only
+    rounding and dropout (ranks, engine, micro-batch size). rows_per_step: conversations of a step; None until known.
     """
 
     trajectory: dict[str, Any]

@@ -52,7 +52,7 @@ def save_training_state(
     Raises: SettingsError: an optimizer whose state is not made of tensors and plain values.
     """
     if torch.cuda.is_available():
-        torch.cuda.synchronize()  # what is paged is read on the host's side
+        torch.cuda.synchronize()  # paged optimizer states (unified memory) are read by the CPU
     number, size = 1, 0
     tensors: dict[str, Tensor] = {}
     for name, tensor in _named_state(model, optimizer):

@@ -76,10 +76,10 @@ class RankZeroWork:
 
 
 def on_all_ranks(function: Callable[[], T]) -> T:
-    """Call a function on every process; where it fails on one, all raise that error. All must call this.
+    """Call a function on every rank; if it fails on any, all ranks raise. All ranks must call this.
 
-    Raises: SettingsError: the function raised a ValueError (a mistake of the user's) on some process. MachineError:
-        anything else. The message names the process where it is not rank 0.
+    Raises: on a rank where it failed (and in a run of one process): its own error. On the others: SettingsError if
+        that was a ValueError, else MachineError; the message names the rank unless it is rank 0.
     """
     if not dist.is_initialized():
         return function()

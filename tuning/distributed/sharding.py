@@ -67,7 +67,7 @@ def gather_tensor(parameter: Any) -> Tensor:
 
 @torch.no_grad()
 def assign(parameter: Tensor, value: Tensor) -> None:
-    """Give a tensor a full value that every process has. All processes must call this."""
+    """Copy a full tensor, the same on every rank, into a parameter or its shard. All ranks must call this."""
     if isinstance(parameter, DTensor):
         parameter.copy_(scatter(value, parameter))
         return
@@ -125,7 +125,7 @@ def scatter(value: Tensor, like: DTensor) -> DTensor:
 
 
 def local_part(parameter: Any) -> Tensor:
-    """What this process holds of a tensor."""
+    """This rank's shard of a parameter; the full parameter where it is not sharded."""
     if isinstance(parameter, DTensor):
         return parameter.to_local().detach()
     return parameter.ds_tensor.detach() if _is_partitioned(parameter) else parameter.detach()
@@ -172,7 +172,7 @@ def _check_nothing_left(model: nn.Module) -> None:
         for key, value in vars(module).items():
             if isinstance(value, Tensor) and value.is_meta:
                 raise SettingsError(
-                    f"{type(module).__name__} keeps a tensor beside parameters and buffers ({name}.{key}), which "
+                    f"{type(module).__name__} has a tensor that is no parameter or buffer ({name}.{key}), which "
                     "cannot be sharded; use --deepspeed finetune/ds_config_zero2.json, or no engine"
                 )
 

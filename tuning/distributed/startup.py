@@ -20,14 +20,14 @@ from tuning.settings.checks import check_engine
 from tuning.settings.deepspeed_json import read_deepspeed_config
 from tuning.settings.options import Arguments, RunArguments
 
-# How MPI's launchers number their processes: rank, processes, rank on this machine.
+# Environment variables of MPI launchers: rank, world size, local rank.
 _MPI_NAMES = {
     "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
     "MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
 }
 
 
-_MEETING_S = 120  # for the slowest machine to get as far as the others
+_MEETING_S = 120  # timeout (s) of the connection check: how late the slowest rank may reach it
 
 
 _VISIBLE_S = 30  # for a new file to be seen by other machines: network file systems cache directories

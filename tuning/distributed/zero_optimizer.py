@@ -59,7 +59,7 @@ def scaler_state(optimizer: Any) -> dict[str, Any]:
 
 
 def load_scaler(optimizer: Any, saved: dict[str, Any]) -> None:
-    """Put scaler_state back; of torch's GradScaler the scale."""
+    """Restore what scaler_state returned; from a torch GradScaler's state (run without DeepSpeed) only the scale."""
     vars(_zero(optimizer).loss_scaler).update(saved if "cur_scale" in saved else {"cur_scale": saved["scale"]})
 
 
@@ -68,7 +68,7 @@ def _zero(optimizer: Any) -> Any:
 
 
 def _link(zero: Any) -> None:
-    """Let parameters find their parts. DeepSpeed does it (ZeRO-1, ZeRO-2) when the first group alone has a state."""
+    """Link parameters to their optimizer state. DeepSpeed (ZeRO-1, ZeRO-2) does so only if group 0 has a state."""
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()

@@ -48,7 +48,7 @@ def attend(
     packed_starts: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each packed row; rows that are not packed go to transformers' sdpa.
+    """Causal attention within each packed sequence; padded batches go to transformers' sdpa.
 
     Shapes: query [1, heads, T, D], key [1, key heads, T, D], value [1, key heads, T, D']; packed_lengths of the R rows;
         packed_starts [R + 1] int32, where each begins, and T. Returns: [1, T, heads, D'].

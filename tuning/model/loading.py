@@ -100,7 +100,7 @@ def find_quantization(path: str, *, cache_dir: str | None, trust_remote_code: bo
 
 
 def hide_gptqmodel() -> None:
-    """Keep peft from importing gptqmodel (seconds, and a banner), whose layers no model here has (packed_linear.py)."""
+    """Keep peft from importing gptqmodel (seconds, and a banner), whose layers no model here has (quantized_linear)."""
     import peft.tuners.lora.awq
     import peft.tuners.lora.gptq
     import peft.utils.other

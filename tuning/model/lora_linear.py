@@ -22,8 +22,8 @@ def fuse_lora_forward(peft_model: PeftModel) -> None:
 
 def _forward(layer: LoraLinear, slow: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
     down, up = layer.lora_A["default"], layer.lora_B["default"].weight
-    # ZeRO-3 gathers a weight for the call of its layer only, and a view of it kept for backward would keep all it
-    # gathered along with it.
+    # ZeRO-3 gathers a weight for its own module's forward only; a view saved for backward would keep the whole
+    # gathered buffer alive.
     sharded = hasattr(up, "ds_id")
     casts = x.dtype != down.weight.dtype and not torch.is_autocast_enabled(x.device.type)
     if sharded or casts or args or options or layer.disable_adapters or layer.merged:

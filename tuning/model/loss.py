@@ -1,7 +1,7 @@
 """The loss of one micro-batch: cross-entropy summed over its supervised tokens, without keeping their logits.
 
 Logits are V numbers a token, often more than everything else of it together. Here they exist for a few hundred rows
-at a time: projection, softmax and gradient of a chunk follow each other, and only the gradients stay.
+at a time: each chunk is projected, its softmax and gradients are computed in forward, and only gradients are kept.
 """
 
 from collections.abc import Callable
@@ -79,7 +79,7 @@ class OutputHead:
 
 
 def chunk_rows(num_rows: int, num_logits: int, device_type: str) -> int:
-    """Rows whose logits exist at a time."""
+    """Supervised tokens per chunk: num_rows split evenly so that a chunk's logits stay within _CHUNK_LOGITS."""
     limit = max(1, _CHUNK_LOGITS.get(device_type, _CHUNK_LOGITS["other"]) // num_logits)
     return -(-num_rows // -(-num_rows // limit)) if num_rows else 1
 
@@ -161,7 +161,7 @@ class _SumCrossEntropy(torch.autograd.Function):
                 logits.addmm_(low_input[part], low_weight.t())
             largest, target_logit = logits.amax(1, keepdim=True).float(), logits.gather(1, target).float()
             p = torch.softmax(logits, 1, dtype=torch.float32, out=probabilities_buffer[: len(hidden_part)])
-            # torch's softmax adds up V numbers one by one: what is lost stands in their sum, which is taken pairwise.
+            # torch's softmax sums V terms sequentially; its rounding error shows in p's sum (pairwise): divide by it.
             sums = p.sum(1, keepdim=True)
             losses = largest - p.amax(1, keepdim=True).log() + sums.log() - target_logit
             scale = sums.reciprocal()
@@ -198,7 +198,7 @@ class _SumCrossEntropy(torch.autograd.Function):
                 else:
                     d_weight += d_logits.t() @ scaled
         if d_bias is not None and rows is not None:
-            d_bias.index_fill_(0, token_ids, 0)  # rows have none
+            d_bias.index_fill_(0, token_ids, 0)  # logits of replaced rows have no bias
         ctx.gradients, ctx.dtypes = gradients, [None if x is None else x.dtype for x in inputs]
         return total
 

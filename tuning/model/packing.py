@@ -46,7 +46,7 @@ def _test_packing(training_model: TrainingModel, max_length: int, dtype: torch.d
 
 @torch.no_grad()
 def _try_packing(training_model: TrainingModel, *, exact: bool) -> str | None:
-    """Compare two short rows packed and alone, and look whether the first has an influence on the second."""
+    """Compare two short sequences packed and separate, and check that the first does not change the second's logits."""
     causal_lm = training_model.eval().causal_lm
     device = causal_lm.get_input_embeddings().weight.device
     first, other, second = (torch.arange(start, start + 8, device=device) % 13 + 1 for start in (0, 5, 9))
@@ -74,7 +74,7 @@ def _try_packing(training_model: TrainingModel, *, exact: bool) -> str | None:
 
 
 def find_obstacle(training_model: TrainingModel, max_length: int) -> str | None:
-    """What two short rows would not show: attention that reaches back less far than max_length."""
+    """Why the model cannot pack, by its configuration (a window below max_length, which short rows would not show)."""
     config = training_model.config.get_text_config()
     if getattr(config, "is_encoder_decoder", False):
         return "it has an encoder"
@@ -91,9 +91,9 @@ def find_obstacle(training_model: TrainingModel, max_length: int) -> str | None:
 
 
 def describe_rotary_switch(config: Any, max_length: int) -> str | None:
-    """A warning where rotary embeddings change with the longest row of a micro-batch, and rows are long enough.
+    """A warning if the rotary embedding switches with the longest sequence of a micro-batch, and the data is that long.
 
-    Then the rows that a row lies with have an influence on it, packed or padded.
+    A sequence's logits then depend on which sequences share its micro-batch, packed or padded.
     """
     config = config.get_text_config()
     found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}

@@ -17,7 +17,7 @@ from tuning.errors import SettingsError
 _DEQUANTIZED_CHANNELS = 1024  # input channels that GPTQ dequantises at a time; a multiple of 32
 
 
-_BLOCK, _NESTED_BLOCK = 64, 256  # bitsandbytes': weights that share a scale, scales that share theirs
+_BLOCK, _NESTED_BLOCK = 64, 256  # bitsandbytes' block sizes: weights per scale, scales per nested scale
 
 
 class QuantizedLinear(nn.Linear):
@@ -37,7 +37,7 @@ class QuantizedLinear(nn.Linear):
         raise NotImplementedError
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        # Cast to half precision, scales (of double quantisation above all) would give other weights.
+        # Move, but never cast: scales in half precision (nested ones above all) would change the weights.
         def move(tensor: Tensor) -> Tensor:
             moved: Tensor = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)

@@ -1,4 +1,4 @@
-"""Trained rows of the embedding and output matrices: a side table instead of a copy of the matrix."""
+"""Trained vocabulary rows of the embedding and output matrices, kept apart from the frozen matrices."""
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +56,7 @@ class TokenRows(nn.Module):
             if self._scale is not None:
                 rows = rows * torch.as_tensor(self._scale).to(rows)
             return torch.where((row >= 0).unsqueeze(-1), rows, result)
-        if not result.ndim:  # the loss, which took the rows into account (OutputHead)
+        if not result.ndim:  # a scalar: the output layer returned the loss, which used the rows (OutputHead)
             return result
         columns = F.linear(inputs, self.output_rows.to(inputs.dtype))
         return result.index_copy_(-1, self.token_ids, columns.to(result.dtype))

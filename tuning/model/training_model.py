@@ -89,7 +89,7 @@ _LOGIT_CHANGES = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit
 
 @torch.no_grad()
 def check_loss_path(training_model: TrainingModel) -> None:
-    """Hold the loss and the logits of TrainingModel against the model's own on a few tokens.
+    """Check that TrainingModel's loss and logits equal the model's own on a few tokens.
 
     Some architectures scale or cap their logits after the output layer, or are built in another way than decoder and
     output layer. The loss here would be wrong in silence.
@@ -99,7 +99,7 @@ def check_loss_path(training_model: TrainingModel) -> None:
     causal_lm = training_model.eval().causal_lm
     name, config = type(causal_lm).__name__, causal_lm.config.get_text_config()
     for field, neutral in _LOGIT_CHANGES.items():
-        # Logits near zero would hide it below.
+        # The comparison below would miss it where logits are near 0 (an untrained model).
         if getattr(config, field, None) not in (None, neutral):
             raise SettingsError(_describe_other_logits(name, f"{field} {getattr(config, field)}"))
     ids = torch.arange(1, 9, device=next(causal_lm.parameters()).device).unsqueeze(0)
@@ -149,7 +149,7 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Trainable and all parameters; tied ones count once, packed ones as what they hold."""
+    """Trainable and all parameters; tied ones count once, quantised ones as in_features x out_features."""
     packed = {m.weight: m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantizedLinear)}
     parameters = list(model.parameters())
     total = sum(packed.get(p) or p.numel() for p in parameters)

@@ -66,7 +66,7 @@ class Memory:
 _ALLOCATOR_SHARE = 0.12
 
 
-# Bytes of state a trained parameter has; weights that are no fp32 have their masters with it where DeepSpeed trains.
+# Optimizer state, bytes per trained parameter. DeepSpeed's fp32 master weights are added in estimate_memory.
 _STATE_BYTES = {
     "adamw_torch": 8,
     "adamw_torch_fused": 8,
@@ -150,9 +150,9 @@ def simulate_step(
     casts_weights: bool,
     accumulates: bool,
 ) -> int:
-    """Most bytes that forward and backward of one micro-batch hold beside weights and gradients that are there before.
+    """Peak bytes of forward and backward of one micro-batch, without weights and gradients allocated before it.
 
-    casts_weights: autocast copies weights of another dtype; else they have it.
+    casts_weights: weights keep their dtype and autocast copies them; else they are in dtype already.
     """
     with FakeTensorMode(), _with_storage(training_model, None if casts_weights else dtype):
         for parameter in training_model.parameters():
@@ -168,7 +168,7 @@ def simulate_step(
 
 
 class _PeakTracker(TorchDispatchMode):
-    """Counts bytes of storages as they come and go. before: tensors that are there all the time; views show them."""
+    """Tracks the bytes of live storages. before: tensors not to count (allocated before), nor their views."""
 
     def __init__(self, before: list[Tensor]) -> None:
         super().__init__()

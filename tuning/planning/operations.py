@@ -15,10 +15,10 @@ from tuning.model.training_model import TrainingModel
 
 @dataclass(frozen=True)
 class StepOperations:
-    """Operations of forward and backward by what they go by; nothing that is recomputed counts.
+    """FLOPs of forward and backward, by what they are proportional to; recomputation is not counted.
 
     per_token: the decoder's linear layers. per_target: the output layer, which sees supervised tokens only.
-    per_pair: causal attention, per squared length of a row.
+    per_pair: causal attention; a row of L tokens counts L**2 pairs.
     """
 
     per_token: int

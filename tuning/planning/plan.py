@@ -18,8 +18,8 @@ from tuning.planning.operations import count_operations, measure_matmul_rate
 from tuning.planning.survey import Survey
 from tuning.settings.options import RunArguments
 
-# Estimates were within 15 % of what was measured (benchmarks/LOG.md): what is chosen stays below the limit by some of
-# it, and only what lies beyond all of it is refused.
+# Estimates were within 15 % of measurements (benchmarks/LOG.md): automatic choices stay below 0.9 of the limit, and
+# a run is refused only above 1.15 of it.
 _USABLE, _TOLERANCE = 0.9, 1.15
 
 
@@ -160,7 +160,7 @@ def make_plan(
     """Plan a run with its meta model.
 
     dtype: of the computation. row_tokens: of rows that fill the largest micro-batch.
-    checkpointing: whether gradient checkpointing is on; None: where it is needed. process_bytes: of this process
+    checkpointing: whether gradient checkpointing is on; None: turn it on if needed. process_bytes: of this process
     before the plan. outlook: also the time of a step and the micro-batch that would fit, which takes seconds to find
     out. meta_model None: it cannot be built, unknown says why.
     """

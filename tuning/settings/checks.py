@@ -17,7 +17,7 @@ from tuning.settings.options import (
 )
 from tuning.settings.transformers_options import LATER, OWN_LOOP
 
-_ADAPTERS_OWN = {"loraplus_lr_ratio"}  # of the optimizer, not of the saved adapter
+_NOT_IN_ADAPTER = {"loraplus_lr_ratio"}  # an optimizer setting, so it is allowed with --lora_weight_path
 _PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}  # of --report_to
 
 
@@ -123,7 +123,7 @@ def _check_lora(lora: LoraArguments, model: ModelArguments, given: set[str]) -> 
         raise SettingsError("--pure_bf16: has no effect with LoRA, which keeps adapters in fp32")
     if lora.lora_weight_path:
         of_the_adapter = {name for name, each in list_meanings(lora).items() if each.needs == "use_lora"}
-        if taken := sorted(given & of_the_adapter - _ADAPTERS_OWN - {"lora_weight_path"}):
+        if taken := sorted(given & of_the_adapter - _NOT_IN_ADAPTER - {"lora_weight_path"}):
             raise SettingsError(f"--{taken[0]}: has no effect with --lora_weight_path, whose adapter says it")
 
 

@@ -117,7 +117,7 @@ def _rename_warmup_ratio(given: dict[str, Any]) -> None:
 
 
 def _device_defaults(given: dict[str, Any]) -> dict[str, Any]:
-    """What the machine decides: the CPU where there is nothing else, bf16 where the GPU has it, else fp16."""
+    """Defaults that depend on the machine: use_cpu if there is no accelerator; on GPUs bf16 if supported, else fp16."""
     if "use_cpu" in given:
         return {}
     if not torch.cuda.is_available():

@@ -23,7 +23,7 @@ _REFUSED = {
 }
 
 
-# Keys that may stand there beside those of options (Meaning.deepspeed). DeepSpeed itself ignores unknown ones.
+# Allowed top-level keys. DeepSpeed itself ignores unknown keys without a word, so they are refused here.
 _KNOWN = {
     "zero_optimization", "bf16", "fp16", "data_types", "communication_data_type", "gradient_clipping",
     "gradient_predivide_factor", "prescale_gradients", "sparse_gradients", "train_batch_size",
@@ -44,7 +44,7 @@ _BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumu
 
 
 def read_deepspeed_config(path: str, settings: RunArguments) -> dict[str, Any]:
-    """The configuration that DeepSpeed gets, in which a step of this toolkit is one micro-batch.
+    """DeepSpeed's configuration, completed from the command line: gradient accumulation is 1 as far as DeepSpeed knows.
 
     Raises: SettingsError: no such file, no JSON, no ZeRO stage, or a value that contradicts the command line.
     """

@@ -37,7 +37,7 @@ class DataArguments:
     )
     system_message: str | None = option("system turn for conversations without one", default=None, trajectory=True)
     label_mask: Literal["assistant", "qwen"] = option(
-        "trained tokens: the answers, or those of the original Qwen recipe", default="assistant", trajectory=True
+        "supervised tokens: the answers, or those of the original Qwen recipe", default="assistant", trajectory=True
     )
     chat_template: str | None = option(
         "file with a chat template (jinja) to train with and to save with the result", default=None
@@ -205,7 +205,7 @@ def _read_checkpointing(value: str | bool | None) -> bool | None:
 
 @dataclass
 class Arguments:
-    """Everything the command line said."""
+    """All settings, from the YAML file and the command line."""
 
     model: ModelArguments
     data: DataArguments

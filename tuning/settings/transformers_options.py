@@ -2,7 +2,7 @@
 
 from tuning.settings.meaning import Meaning
 
-_STEP = "the step here is laid out by tokens and summed over all ranks, which leaves nothing for it to do"
+_STEP = "has no effect here: micro-batches are built by token count, and the loss is summed over all ranks"
 OWN_LOOP = "the training step and the evaluation here do not use it"
 _HUB = "upload the finished directory instead: hf upload NAME DIR"
 LATER = "not available yet"
@@ -10,7 +10,7 @@ _FSDP = (
     "--fsdp full_shard or shard_grad_op is all there is to set; layers and precision follow from the model and --bf16"
 )
 
-_HONOURED = [
+_SUPPORTED = [
     "logging_strategy", "log_level", "log_level_replica", "report_to", "run_name", "eval_delay", "eval_on_start",
     "save_strategy", "full_determinism", "use_cpu", "dataloader_num_workers", "dataloader_pin_memory",
     "dataloader_persistent_workers", "dataloader_prefetch_factor", "ddp_find_unused_parameters", "ddp_bucket_cap_mb",
@@ -47,7 +47,7 @@ _REFUSED = {
 
 # Every field that options.py does not declare. A test holds it complete.
 MEANINGS: dict[str, Meaning] = {
-    **dict.fromkeys(_HONOURED, Meaning()),
+    **dict.fromkeys(_SUPPORTED, Meaning()),
     **dict.fromkeys(_TRAJECTORY, Meaning(trajectory=True)),
     **{name: Meaning(refused=reason) for reason, names in _REFUSED.items() for name in names},
     "learning_rate": Meaning(trajectory=True, above=0, below=float("inf")),

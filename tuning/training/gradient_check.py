@@ -15,11 +15,11 @@ class GradientCheck:
         self._hooks = [
             parameter.register_hook(lambda _, name=name: self._without.discard(name))
             for name, parameter in parameters.items()
-            if not isinstance(parameter, DTensor)  # which stands for the one that computes, and gets its gradient
+            if not isinstance(parameter, DTensor)  # FSDP2 computes with the unsharded parameter, then sets .grad here
         ]
 
     def finish(self) -> None:
-        """All processes must call this. Raises: MachineError: a parameter that none reached."""
+        """All ranks must call this. Raises: MachineError: a parameter got no gradient on some rank."""
         for hook in self._hooks:
             hook.remove()
         without = sorted(name for name in self._without if self._parameters[name].grad is None)

@@ -37,7 +37,7 @@ def describe_schedules(optimizer: Any, scheduler: Any, scaler: Any) -> dict[str,
 
 
 def restore_schedules(saved: dict[str, Any], optimizer: Any, scheduler: Any, scaler: Any) -> None:
-    """Put describe_schedules back. The rates follow from the settings, the loss scale may be another engine's."""
+    """Restore what describe_schedules saved. Rates are recomputed from the settings; the scale may be DeepSpeed's."""
     vars(scheduler).update(saved["scheduler"])
     for group, rate, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
         group["lr"] = rate * factor(scheduler.last_epoch)

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 
 def build_loader(dataset: Dataset[Any], args: TrainingArguments, sampler: Sampler[int] | None = None) -> DataLoader:
-    """Loader whose items are those of the dataset: in processes where --dataloader_num_workers says so, else ahead."""
+    """Loader of whole steps: in worker processes with --dataloader_num_workers, else one step ahead in a thread."""
     workers = args.dataloader_num_workers
     return DataLoader(
         dataset if workers else _Ahead(dataset),

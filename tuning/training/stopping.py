@@ -26,7 +26,7 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if dist.is_initialized():
-            # Of its own and on the CPU: asking costs no wait for the GPU, and stands in no other collective's way.
+            # Its own gloo group on the CPU: asking does not wait for the GPU, nor interleave with other collectives.
             self._group = dist.new_group(backend="gloo")
         if threading.current_thread() is threading.main_thread():
             self._handlers = {number: signal.signal(number, self._note) for number in _SIGNALS}
@@ -47,7 +47,7 @@ class StopRequest:
             os.write(2, line.encode())
 
     def agreed(self) -> int:
-        """The signal that all processes stop for now, or 0. With several, what was sent one call ago."""
+        """The signal to stop for, the same on all ranks, or 0. With several ranks the answer lags one call behind."""
         if self._group is None:
             return self._signal
         previous, flag = self._sent, torch.tensor([self._signal])

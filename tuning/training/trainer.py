@@ -52,7 +52,7 @@ OVERRIDDEN = {
     "_save_checkpoint": "a checkpoint is complete or absent, and older ones are deleted only after it is complete",
     "_init_training_state": "the state is read from our checkpoints, whose steps count as ours do",
     "_prepare_for_training": "weights and optimizer are filled after the engine was built, for all engines alike",
-    "_load_from_checkpoint": "nothing is left to load there",
+    "_load_from_checkpoint": "does nothing: _prepare_for_training has loaded weights and optimizer",
     "_load_rng_state": "random numbers are seeded at every micro-batch",
     "_run_epoch": "a run that is resumed at its last step trains no further step",
     "_determine_best_metric": "the best evaluation is known from the evaluation itself",
@@ -137,7 +137,7 @@ class StepTrainer(Trainer):
     # ---- data ----
 
     def get_train_dataloader(self) -> DataLoader:
-        """Steps of the epoch that the state stands in."""
+        """Steps of the epoch that state.global_step is in."""
         sampler = StepSampler(lambda: self.state.global_step, self.steps_per_epoch)
         return build_loader(self.train_dataset, self.args, sampler)
 
@@ -194,7 +194,7 @@ class StepTrainer(Trainer):
         for index, micro_batch in enumerate(micro_batches):
             self._seed_micro_batch(index)
             self.accelerator.gradient_state._set_sync_gradients(index == last)
-            # Engines that shard gradients reduce them at once: full ones would take their memory back.
+            # Engines that shard gradients reduce them in every micro-batch: full gradients would need more memory.
             synchronises = index == last or not isinstance(model, DistributedDataParallel)
             try:
                 with contextlib.nullcontext() if synchronises else self.accelerator.no_sync(model):
@@ -380,7 +380,7 @@ class StepTrainer(Trainer):
         return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
 
     def _count(self) -> dict[str, Any]:
-        """Tokens and time of the run, and the log line that the checkpoint cuts in two. Every process calls it."""
+        """Tokens and time so far, and the metrics since the last log line. A collective: all ranks must call it."""
         metrics = None
         if self._metrics is not None:
             loss_sums = self._gather_loss_sums(self._metrics)
