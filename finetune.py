@@ -18,7 +18,7 @@ from inference.samples import SampleCallback
 from tuning.checkpoint.base import inspect_base
 from tuning.checkpoint.result import ResultWriter
 from tuning.checkpoint.resume import describe_facts, find_starting_point
-from tuning.distributed.processes import check_agreement, is_rank_0, on_all_ranks, on_rank_0, say
+from tuning.distributed.processes import check_agreement, is_rank_0, leave_processes, on_all_ranks, on_rank_0, say
 from tuning.distributed.startup import join_mpi, start_processes
 from tuning.entry import run_entry
 from tuning.model.build import TokensInUse
@@ -66,6 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     for note in start.notes:
         say(note)
     if start.finished:
+        leave_processes()
         return 0
 
     # ---- model ----

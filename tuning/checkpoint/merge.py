@@ -183,6 +183,7 @@ def save_merged(
 def copy_tokenizer(source: Path, out: Path) -> None:
     """Copy the tokenizer's files and its chat template as they are."""
     own = {"adapter_config.json", "generation_config.json", "run.json", "manifest.json", "config.json", "plan.json"}
+    own |= {"training_state.json", "trainer_state.json", "quantize_config.json"}
     for file in source.iterdir():
         weights_index = file.name.endswith(".index.json")
         if file.suffix in (".json", ".jinja", ".txt", ".model") and file.name not in own and not weights_index:

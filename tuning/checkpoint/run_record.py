@@ -116,7 +116,7 @@ def _find_version(package: str) -> str | None:
 
 
 def _git_state() -> dict[str, Any] | None:
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True)

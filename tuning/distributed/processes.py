@@ -19,6 +19,12 @@ def is_rank_0() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def leave_processes() -> None:
+    """Close the process group: a process that exits with one open may abort. All ranks must call this."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def say(line: str) -> None:
     """Print a line on rank 0."""
     if is_rank_0():

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils import cached_file
 
 from tuning.errors import SettingsError
+from tuning.messages import first_line
 from tuning.model.quantization import (
     Quantization,
     prepare_loading,
@@ -70,7 +71,7 @@ def load_model(
     except SettingsError as error:
         raise SettingsError(f"{path}: {error}") from None
     except (OSError, ValueError) as error:
-        raise SettingsError(f"{path}: cannot load a model: {str(error).strip().splitlines()[0]}") from None
+        raise SettingsError(f"{path}: cannot load a model: {first_line(error)}") from None
     if info["missing_keys"] or info["mismatched_keys"]:
         lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
         raise SettingsError(f"{path}: {len(lacking)} weights are missing or of another shape, the first: {lacking[0]}")

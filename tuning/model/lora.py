@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tuning.errors import SettingsError
+from tuning.messages import first_line
 from tuning.model.loading import hide_gptqmodel
 from tuning.model.lora_linear import fuse_lora_forward
 from tuning.model.token_rows import PEFT_SUFFIX, TokenRows, find_module_name, is_tied
@@ -169,7 +170,7 @@ def attach_lora(model: PreTrainedModel, adapter: SavedAdapter) -> tuple[PeftMode
             rows.load_peft_state(row_state)
         result = set_peft_model_state_dict(peft_model, {n: v for n, v in state.items() if n not in row_state})
     except (KeyError, RuntimeError) as error:
-        raise SettingsError(f"{directory}: the adapter does not fit this model: {str(error).splitlines()[0]}") from None
+        raise SettingsError(f"{directory}: the adapter does not fit this model: {first_line(error)}") from None
     fuse_lora_forward(peft_model)
     if is_tied(model) and isinstance(model.get_output_embeddings(), LoraLayer):
         raise SettingsError(

@@ -118,11 +118,11 @@ def _rename_warmup_ratio(given: dict[str, Any]) -> None:
 
 def _device_defaults(given: dict[str, Any]) -> dict[str, Any]:
     """Defaults that depend on the machine: use_cpu if there is no accelerator; on GPUs bf16 if supported, else fp16."""
-    if "use_cpu" in given:
+    if given.get("use_cpu"):
         return {}
     if not torch.cuda.is_available():
         other = torch.backends.mps.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available())
         return {} if other else {"use_cpu": True}
-    if given.keys() & {"bf16", "fp16", "pure_bf16"}:
-        return {}
+    if any(given.get(name) for name in ("bf16", "fp16", "pure_bf16")) or given.get("bf16") is False:
+        return {}  # --bf16 False asks for fp32
     return {"bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16": True}

@@ -76,6 +76,8 @@ def read_deepspeed_config(path: str, settings: RunArguments) -> dict[str, Any]:
     # The batch layout says how many micro-batches a step has; to DeepSpeed each step is one.
     config |= dict.fromkeys(_BATCH, "auto")
     for block in ("bf16", "fp16"):
+        if not isinstance(config.get(block, {}), dict):
+            raise SettingsError(f"--deepspeed {path}: {block}: expected an object")
         config[block] = {**config.get(block, {}), "enabled": "auto"}
     config["gradient_clipping"] = settings.max_grad_norm
     return config
@@ -89,9 +91,15 @@ def _check_zero(path: str, zero: Any) -> None:
             f"--deepspeed {path}: zero_optimization.stage {says}: must be 1, 2 or 3; without sharding leave "
             "--deepspeed out"
         )
-    if other := [name for name in _OTHER_SHARDS if zero.get(name) not in (None, False, 1, -1)]:
+    if other := [
+        name for name in _OTHER_SHARDS if zero.get(name) is True or zero.get(name) not in (None, False, 1, -1)
+    ]:
         raise SettingsError(f"--deepspeed {path}: zero_optimization.{other[0]}: not supported; delete it")
     for name in ("offload_optimizer", "offload_param"):
+        if not isinstance(zero.get(name) or {}, dict):
+            raise SettingsError(
+                f'--deepspeed {path}: zero_optimization.{name}: expected an object: {{"device": "cpu"}}'
+            )
         if (zero.get(name) or {}).get("device") == "nvme":
             raise SettingsError(f"--deepspeed {path}: zero_optimization.{name}.device nvme: not supported; say cpu")
     try:

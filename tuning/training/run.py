@@ -12,7 +12,7 @@ from tuning.checkpoint.output_directory import check_run_directory, prepare_outp
 from tuning.checkpoint.result import ResultWriter
 from tuning.checkpoint.resume import StartingPoint
 from tuning.checkpoint.run_record import RunFacts, RunRecord, describe_environment
-from tuning.distributed.processes import CONSOLE, check_agreement, is_rank_0, on_rank_0, say
+from tuning.distributed.processes import CONSOLE, check_agreement, is_rank_0, leave_processes, on_rank_0, say
 from tuning.distributed.startup import check_shared
 from tuning.errors import explain_failed_write
 from tuning.machine import describe_device
@@ -42,6 +42,7 @@ def finish_dry_run(run: RunArguments, plan: Plan, account: Any) -> int:
     say("plan: " + "\n      ".join(plan.describe()))
     path = on_rank_0(lambda: write_plan(Path(run.output_dir), {"data": account.to_json(), **plan.to_json()}))
     say(f"plan: {path}")
+    leave_processes()
     return 0
 
 

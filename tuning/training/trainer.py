@@ -28,7 +28,7 @@ from tuning.checkpoint.training_state import (
     save_training_state,
     trained_parameters,
 )
-from tuning.distributed.processes import RankZeroWork, on_rank_0, raise_on_all_ranks
+from tuning.distributed.processes import RankZeroWork, leave_processes, on_rank_0, raise_on_all_ranks
 from tuning.distributed.sharding import local_part, reshard
 from tuning.errors import MachineError, explain_failed_write
 from tuning.machine import is_out_of_memory, peak_memory_gib
@@ -202,7 +202,9 @@ class StepTrainer(Trainer):
                     self.accelerator.backward(loss, **options)
                     losses.append(loss.detach())
             except Exception as error:
-                raise self._explain(error, micro_batch, inputs["row_ids"][index]) from error
+                if is_out_of_memory(error):
+                    raise self._explain_memory(micro_batch, inputs["row_ids"][index]) from error
+                raise
             self._tell("backward")
         self._num_tokens_seen += inputs["num_tokens"]
         self._num_targets_seen += inputs["num_targets"]
@@ -210,10 +212,8 @@ class StepTrainer(Trainer):
             check.finish()
         return self._metrics.add(self.state.global_step + 1, inputs, losses)
 
-    def _explain(self, error: Exception, micro_batch: Any, row_ids: list[str]) -> Exception:
-        """An error of a micro-batch, with the micro-batch in it where memory ran out."""
-        if not is_out_of_memory(error):
-            return error
+    def _explain_memory(self, micro_batch: Any, row_ids: list[str]) -> MachineError:
+        """Which micro-batch did not fit."""
         checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
         batch_size = self.args.per_device_train_batch_size
         return MachineError(
@@ -261,6 +261,7 @@ class StepTrainer(Trainer):
     def _check_finite(self, metrics: StepMetrics, loss_sums: list[float]) -> None:
         """Raises: MachineError: a non-finite loss, or gradient norm (in fp16 the loss scaler takes care of those)."""
         fault = metrics.find_non_finite(gradients=not self.args.fp16)
+        # Gradient norms are the same on all ranks, so that all come here or none.
         if fault is not None or not all(map(math.isfinite, loss_sums)):
             advice = "lower --learning_rate, look at these conversations, or compute in bf16 instead of fp16"
             raise_on_all_ranks(fault and f"{fault}; {advice}. Nothing after the last checkpoint is saved")
@@ -495,10 +496,9 @@ class StepTrainer(Trainer):
         }
 
     def close(self) -> None:
-        """Wait for all ranks and leave the process group: a process that exits with one alive may abort."""
+        """Wait for all ranks and leave the process group."""
         self.accelerator.wait_for_everyone()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_processes()
 
 
 def _adapt_arguments(args: Any) -> None:
