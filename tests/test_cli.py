@@ -28,7 +28,7 @@ def test_a_run_leaves_a_whole_result(run_script, checkpoints, tmp_path):
     code, stdout, stderr = run_script("finetune.py", *words)
     assert code == 0, stderr
     assert "base model: stop token <|im_end|>" in stdout
-    assert "--lazy_preprocess: rows are always tokenised first" in stdout
+    assert "--lazy_preprocess: conversations are always tokenised first" in stdout
     assert "56 conversations: 56 trained" in stdout
     assert {path.name for path in out.iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",

@@ -328,7 +328,7 @@ def test_adapters_go_on_with_another_quantisation_and_say_so(forks, trained, tmp
     command = words(base, tmp_path / "out", "full", steps=2)
     code, stdout, stderr = forks.run(*command, "--use_lora", "--lora_weight_path", adapter)
     assert code == 0, stderr
-    assert "trained with bitsandbytes NF4, double quantisation before, goes on with no quantisation" in stdout
+    assert "adapter: changed since it was trained: bitsandbytes NF4, double quantisation -> no quantisation" in stdout
 
 
 # ---- merging ----

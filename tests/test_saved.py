@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tests.conftest import CONVERSATIONS, run_python
 from tuning.checkpoint.adapter import load_lora
 from tuning.checkpoint.output_directory import MANIFEST_FILE
 from tuning.checkpoint.result import ResultWriter
+from tuning.checkpoint.run_record import RunFacts
 from tuning.model.loading import identify_checkpoint, load_model
 from tuning.model.stop_token import align_stop_token
 from tuning.model.training_model import TrainingModel
@@ -35,8 +37,9 @@ def write_result(checkpoint: Path, kind: str, out: Path, **lora) -> torch.Tensor
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
     causal_lm = training_model.causal_lm
     config = align_stop_token(causal_lm, template.tokenizer, stop_id=template.stop_id, is_base=True)
-    base = identify_checkpoint(str(checkpoint))
-    writer = ResultWriter(training_model, template.tokenizer, config, base=base, dtype=torch.float32, facts={})
+    base = SimpleNamespace(identity=identify_checkpoint(str(checkpoint)), compute_dtype=torch.float32)
+    facts = RunFacts({}, {}, "", {}, None)
+    writer = ResultWriter(training_model, template.tokenizer, config, base=base, facts=facts)
     writer.write(out, writer.collect())
     writer.seal(out, step=1)
     with torch.no_grad():

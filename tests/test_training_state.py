@@ -169,16 +169,11 @@ def test_the_first_loss_that_is_no_number_is_found_and_an_fp16_overflow_is_not_o
 def test_the_loss_scale_is_kept():
     from types import SimpleNamespace
 
-    from tuning.training.trainer import StepTrainer
+    from tuning.training.optimizer import describe_schedules, restore_schedules
 
     parameter = nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD([parameter], lr=0.1)
-    schedule = SimpleNamespace(last_epoch=3, base_lrs=[0.1], lr_lambdas=[lambda _: 1.0])
-
-    def trainer(scaler):
-        engines = SimpleNamespace(scaler=scaler)
-        return SimpleNamespace(accelerator=engines, optimizer=optimizer, lr_scheduler=schedule)
-
+    schedule = SimpleNamespace(last_epoch=3, _step_count=4, base_lrs=[0.1], lr_lambdas=[lambda _: 1.0])
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
     for factor in (1.0, float("inf"), 1.0):
         scaler.scale(parameter * factor).backward()
@@ -186,8 +181,8 @@ def test_the_loss_scale_is_kept():
         scaler.update()
         optimizer.zero_grad()
     resumed = torch.amp.GradScaler("cpu")
-    saved = {"scaler": StepTrainer._scaler_state(trainer(scaler)), "scheduler": {"last_epoch": 3}}
-    StepTrainer._restore_engines(trainer(resumed), json.loads(json.dumps(saved)))
+    saved = describe_schedules(optimizer, schedule, scaler)
+    restore_schedules(json.loads(json.dumps(saved)), optimizer, schedule, resumed)
     assert resumed.state_dict() == scaler.state_dict() and resumed.get_scale() == 512.0
 
 
