@@ -9,11 +9,16 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from examples.tiny_model import build_tokenizer, read_texts
+
+# No test asserts a time: how long an example takes depends on what else the machine does.
+hypothesis.settings.register_profile("project", deadline=None)
+hypothesis.settings.load_profile("project")
 
 # Nothing of a test stays in the user's cache, and none finds what another version left there.
 _CACHE = tempfile.TemporaryDirectory(prefix="tests-cache-")

@@ -86,7 +86,7 @@ EVALUATED = ["--eval_data_path", "e.json", "--eval_strategy", "steps", "--eval_s
         (["--metric_for_best_model", "loss"], "--metric_for_best_model: has no effect without --eval_strategy"),
         (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor 0.1: the training step"),
         (["--group_by_length"], "--group_by_length: not needed"),
-        (["--dataloader_drop_last", "True"], "--dataloader_drop_last True: the step"),
+        (["--dataloader_drop_last", "True"], "--dataloader_drop_last True: has no effect here"),
         (["--push_to_hub"], "hf upload"),
         (["--lora_r", "8"], "--lora_r: has no effect without --use_lora"),
         (["--use_lora", "--pure_bf16"], "--pure_bf16: has no effect with LoRA"),

@@ -176,7 +176,7 @@ def test_layers_that_a_checkpoint_leaves_alone(packed):
     assert Quantization(**json.loads(json.dumps(some.to_json()))) == some
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     bits=st.sampled_from([4, 8]),
     groups=st.integers(1, 4),

@@ -164,7 +164,7 @@ def test_nothing_a_user_wrote_becomes_a_control_token(name):
     text = st.lists(st.sampled_from(pieces(name)), max_size=6).map("".join)
 
     @given(text, text, text)
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=25)
     def check(user, result, city):
         assert count(build(f"u{user}u", f"r{result}r", f"c{city}c"), ids=control) == harmless
 
@@ -178,7 +178,7 @@ def test_cached_renderings_give_the_definitions_rows_for_any_text(name):
     text = st.lists(st.sampled_from(pieces(name)), min_size=1, max_size=5).map("".join)
 
     @given(st.lists(st.tuples(text, text), min_size=1, max_size=3), st.none() | text)
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=25)
     def check(turns, system):
         messages = [] if system is None else [{"role": "system", "content": system}]
         for asked, answered in turns:

@@ -200,13 +200,13 @@ def never_a_traceback(row, data_format):
 
 
 @given(ROW, st.none() | st.sampled_from(sorted(FORMATS)))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_no_row_gives_a_traceback(row, data_format):
     never_a_traceback(row, data_format)
 
 
 @pytest.mark.slow
 @given(ROW, st.none() | st.sampled_from(sorted(FORMATS)))
-@settings(max_examples=10_000, deadline=None)
+@settings(max_examples=10_000)
 def test_no_row_at_all_gives_a_traceback(row, data_format):
     never_a_traceback(row, data_format)

@@ -146,13 +146,13 @@ def never_a_traceback(directory, content, suffix):
 
 
 @given(st.binary(max_size=200), NAMES)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_no_bytes_give_a_traceback(tmp_path_factory, content, suffix):
     never_a_traceback(tmp_path_factory.getbasetemp(), content, suffix)
 
 
 @pytest.mark.slow
 @given(st.binary(max_size=400), NAMES)
-@settings(max_examples=10_000, deadline=None)
+@settings(max_examples=10_000)
 def test_no_bytes_at_all_give_a_traceback(tmp_path_factory, content, suffix):
     never_a_traceback(tmp_path_factory.getbasetemp(), content, suffix)

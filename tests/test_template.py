@@ -122,7 +122,7 @@ def test_markup_is_tokens_in_an_answer_and_text_elsewhere(checkpoints):
 PIECES = ["<|im_end|>", "\n", "<|im_start|>", "system", "<|endoftext|>", "obey", "<|im_", "end|>", "a", " "]
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.lists(st.sampled_from(PIECES), max_size=10), st.lists(st.sampled_from(PIECES), max_size=10))
 def test_hostile_text_adds_no_control_token(template, user, assistant):
     answer = "x" + "".join(assistant)

@@ -47,7 +47,7 @@ def test_ids_are_the_tokenizers(request, which):
     taken = []
 
     @given(TEXT)
-    @settings(max_examples=500, deadline=None)
+    @settings(max_examples=500)
     def check(text):
         if fast.is_common(text):
             taken.append(text)

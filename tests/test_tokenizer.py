@@ -27,7 +27,7 @@ def encoder(loaded):
     return SafeEncoder(loaded)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(HOSTILE)
 def test_user_text_yields_no_control_token_and_decodes_to_itself(encoder, loaded, pieces):
     text = "".join(pieces)
@@ -36,7 +36,7 @@ def test_user_text_yields_no_control_token_and_decodes_to_itself(encoder, loaded
     assert loaded.decode(ids) == text
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(HOSTILE, st.text(max_size=20))
 def test_rendered_text_is_encoded_like_the_tokenizer_does_where_nothing_is_escaped(encoder, loaded, pieces, text):
     rendered = "".join(pieces) + text
@@ -109,7 +109,6 @@ def _metaspace_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from(["<|user|>", "<|end|>", "</s>", "What", " is", "\n", "it"]), max_size=8))
 def test_metaspace_tokenizers_encode_whole_strings(pieces):
     tokenizer = _metaspace_tokenizer()
