@@ -44,13 +44,11 @@ class TiktokenEncoder:
             return None
         letters = {ord(letter): byte for byte, letter in _byte_letters().items()}
         added = {token["content"] for token in state["added_tokens"]}
+        ids = tokenizer.get_vocab(with_added_tokens=True)
         try:
             ranks = {
-                piece.translate(letters).encode("latin-1"): rank
-                for piece, rank in tokenizer.get_vocab(with_added_tokens=False).items()
-                if piece not in added
+                piece.translate(letters).encode("latin-1"): rank for piece, rank in ids.items() if piece not in added
             }
-            ids = tokenizer.get_vocab(with_added_tokens=True)
             special = {name: ids[name] for name in names}
             encoding = tiktoken.Encoding("fast", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         except (UnicodeEncodeError, ValueError):
