@@ -1,5 +1,6 @@
 """Small checkpoints built in code; the real vocabulary and real data where they lie beside the project."""
 
+import gc
 import json
 import os
 import runpy
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"  # pytest runs a worker process a core; models this small gain nothing by threads
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
@@ -27,6 +30,11 @@ os.environ["XDG_CACHE_HOME"] = _CACHE.name
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 CONVERSATIONS = ROOT / "examples" / "conversations.json"
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # every run ends with a search for garbage, which then need not look through what was imported
 
 
 @pytest.fixture(scope="session")

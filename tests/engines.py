@@ -1,4 +1,4 @@
-"""One arm of the table of engines, as torchrun starts it: trains, saves, and says what it measured.
+"""Arms of the table of engines: each trains, saves, and says what it measured. Started by tests/forks.py, or by hand:
 
 torchrun --nproc_per_node N -m tests.engines CHECKPOINT OUT ENGINE STEPS KIND/LAYOUT ...
 """

@@ -1,8 +1,10 @@
 """Runs of finetune.py in forked processes: the libraries are imported once, and a run can be hurt at any event.
 
+Other modules that train run likewise (`module`), in the processes that torchrun would start for them.
+
 `python -m tests.forks` reads requests, a JSON object a line, and answers each with a line:
 
-    {"words": [...], "processes": 2, "plan": {...}, "log": "DIR"}  ->  {"codes": [...]}
+    {"module": "finetune", "words": [...], "processes": 2, "plan": {...}, "log": "DIR"}  ->  {"codes": [...]}
 
 A plan hurts one process (rank, default 0) at an event. Events are counted from 1 over a process's whole run: the
 start of every training step, the end of every backward pass, every micro-batch of an evaluation, every fsync of a save,
@@ -22,6 +24,7 @@ the start and end of every rotation.
 """
 
 import ctypes
+import gc
 import json
 import os
 import resource
@@ -53,9 +56,16 @@ class ForkServer:
         )
 
     def run(
-        self, *words, processes: int = 1, timeout_s: int = 120, words_of=None, directories=None, **plan
+        self,
+        *words,
+        module: str = "finetune",
+        processes: int = 1,
+        timeout_s: int = 120,
+        words_of=None,
+        directories=None,
+        **plan,
     ) -> tuple[int, str, str]:
-        """Run finetune.py. Returns: exit code of rank 0 (128 + n if signal n ended it), all of stdout, of stderr.
+        """Run a module. Returns: exit code of rank 0 (128 + n if signal n ended it), all of stdout, of stderr.
 
         words_of: more words for some ranks, by rank. directories: working directories of all ranks.
         """
@@ -63,6 +73,7 @@ class ForkServer:
         log = self._directory / str(self._count)
         log.mkdir()
         request = {
+            "module": module,
             "words": [str(word) for word in words],
             "words_of": words_of or {},
             "directories": directories,
@@ -85,7 +96,14 @@ class ForkServer:
 
 
 def serve() -> None:
-    import finetune  # noqa: F401 (imports every library, once)
+    import deepspeed  # noqa: F401
+    import peft.tuners.lora  # noqa: F401
+    import torch.profiler  # noqa: F401
+
+    import finetune  # noqa: F401 (imports all other libraries)
+
+    gc.collect()
+    gc.freeze()  # children need not search what was imported
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -120,7 +138,7 @@ def _wait(children: list[int], request: dict) -> list[int]:
 
 
 def _run(request: dict, rank: int, port: int) -> None:
-    """In the child: become finetune.py."""
+    """In the child: become the module."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{request['log']}/{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
@@ -137,12 +155,12 @@ def _run(request: dict, rank: int, port: int) -> None:
     if plan.get("do") == "readonly at start":
         _make_read_only(Path(request["words"][request["words"].index("--output_dir") + 1]))
     count_events = _hook(plan if plan.get("rank", 0) == rank else {"slow_s": plan.get("slow_s")})
-    sys.argv = ["finetune.py", *request["words"], *request["words_of"].get(str(rank), [])]
+    sys.argv = [request["module"], *request["words"], *request["words_of"].get(str(rank), [])]
     if request["directories"]:
         os.chdir(request["directories"][rank])
     code = 0
     try:
-        runpy.run_path(str(ROOT / "finetune.py"), run_name="__main__")
+        runpy.run_module(request["module"], run_name="__main__")
     except SystemExit as exit_:
         code = exit_.code or 0
     except BaseException:

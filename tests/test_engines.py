@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import load_file
 
 from tests import runs
-from tests.conftest import run_python
 from tuning.checkpoint.adapter import adapter_state
 
 ENGINES = ["ddp", "zero2", "zero3", "fsdp"]
@@ -16,10 +15,12 @@ QUANTIZED = ["nf4/packed", "nf4/padded"]  # under all engines but ZeRO-3
 ARMS = [f"{kind}/{layout}" for kind in KINDS for layout in ("packed", "padded")]
 
 
-def train_arms(engine, checkpoint, out, steps, arms) -> None:
+def train_arms(forks, engine, checkpoint, out, steps, arms) -> None:
     """Each arm asserts by its objects that it is what it is called (tests/engines.py)."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2] if engine != "single" else []
-    run_python(*torchrun, "-m", "tests.engines", checkpoint, out / engine, engine, steps, *arms)
+    command = [checkpoint, out / engine, engine, steps, *arms]
+    processes = 1 if engine == "single" else 2
+    code, _, stderr = forks.run(*command, module="tests.engines", processes=processes, timeout_s=300)
+    assert code == 0, stderr[-3000:]
 
 
 def read(directory):
@@ -51,39 +52,46 @@ def assert_same(checkpoint, one, other, steps):
     assert (ours - theirs).norm() < 1e-3 * theirs.norm()
 
 
+ONE_STEP = ["full/packed", "tokens/padded", *QUANTIZED[:1]]
+SIX_STEPS = {
+    "untied": [*ARMS, *QUANTIZED],
+    "tied": ["full/packed", "tokens/packed", "matrices/packed", "loraplus/packed", *QUANTIZED],
+}
+
+
 @pytest.fixture(scope="module")
-def single(checkpoints, tmp_path_factory):
-    """(checkpoint, steps, arms) -> directory of what one process trained, once."""
+def single(forks, checkpoints, tmp_path_factory):
+    """(checkpoint, steps) -> directory of what one process trained, once."""
     known = {}
 
-    def get(name, steps, arms):
-        if (name, steps, *arms) not in known:
-            known[name, steps, *arms] = out = tmp_path_factory.mktemp("single")
-            train_arms("single", checkpoints[name], out, steps, arms)
-        return known[name, steps, *arms] / "single"
+    def get(name, steps):
+        if (name, steps) not in known:
+            known[name, steps] = out = tmp_path_factory.mktemp("single")
+            train_arms(forks, "single", checkpoints[name], out, steps, ONE_STEP if steps == 1 else SIX_STEPS[name])
+        return known[name, steps] / "single"
 
     return get
 
 
+def check_arms(forks, checkpoint, single, out, engine, steps, arms):
+    arms = [arm for arm in arms if engine != "zero3" or arm not in QUANTIZED]
+    train_arms(forks, engine, checkpoint, out, steps, arms)
+    for arm in arms:
+        assert_same(checkpoint, out / engine / arm, single(checkpoint.name, steps) / arm, steps)
+
+
 @pytest.mark.dist
 @pytest.mark.parametrize("engine", ENGINES)
-def test_one_step_is_the_same(checkpoints, single, tmp_path, engine):
-    arms = ["full/packed", "tokens/padded", *(QUANTIZED[:1] if engine != "zero3" else [])]
-    train_arms(engine, checkpoints["untied"], tmp_path, 1, arms)
-    for arm in arms:
-        assert_same(checkpoints["untied"], tmp_path / engine / arm, single("untied", 1, arms) / arm, 1)
+def test_one_step_is_the_same(forks, checkpoints, single, tmp_path, engine):
+    check_arms(forks, checkpoints["untied"], single, tmp_path, engine, 1, ONE_STEP)
 
 
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["untied", "tied"])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_six_steps_are_the_same(checkpoints, single, tmp_path, engine, name):
-    arms = ARMS if name == "untied" else ["full/packed", "tokens/packed", "matrices/packed", "loraplus/packed"]
-    arms = arms + (QUANTIZED if engine != "zero3" else [])
-    train_arms(engine, checkpoints[name], tmp_path, 6, arms)
-    for arm in arms:
-        assert_same(checkpoints[name], tmp_path / engine / arm, single(name, 6, arms) / arm, 6)
+def test_six_steps_are_the_same(forks, checkpoints, single, tmp_path, engine, name):
+    check_arms(forks, checkpoints[name], single, tmp_path, engine, 6, SIX_STEPS[name])
 
 
 @pytest.mark.slow
@@ -93,7 +101,7 @@ def test_one_process_is_plain_transformers(checkpoints, single):
         fresh = runs.build(checkpoints["untied"], kind, template)
         expected = runs.reference(checkpoints["untied"], kind, fresh, rows)
         for (loss, norm), (expected_loss, expected_norm) in zip(
-            read(single("untied", 6, ARMS) / f"{kind}/packed"), expected, strict=True
+            read(single("untied", 6) / f"{kind}/packed"), expected, strict=True
         ):
             assert loss == pytest.approx(expected_loss, abs=1e-5)
             assert norm == pytest.approx(expected_norm, rel=1e-4)

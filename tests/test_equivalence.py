@@ -7,7 +7,6 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from tests import runs
-from tests.conftest import run_python
 
 LAYOUTS = [(1, 8), (2, 4), (4, 2), (8, 1)]
 
@@ -114,12 +113,12 @@ def test_evaluating_changes_nothing_even_with_dropout_in_the_model(tokenizer, ch
 
 
 @pytest.mark.dist
-def test_two_processes_give_the_same_trajectory(checkpoints, references, tmp_path):
+def test_two_processes_give_the_same_trajectory(forks, checkpoints, references, tmp_path):
     kinds = ["full", "lora", "tokens"]
-    run_python(
-        *("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--rdzv_backend", "c10d"),
-        *("--rdzv_endpoint", "localhost:0", "-m", "tests.test_equivalence", checkpoints["untied"], tmp_path, *kinds),
+    code, _, stderr = forks.run(
+        checkpoints["untied"], tmp_path, *kinds, module="tests.test_equivalence", processes=2, timeout_s=300
     )
+    assert code == 0, stderr[-3000:]
     for kind in kinds:
         results = [json.loads((tmp_path / f"{kind}-{rank}.json").read_text()) for rank in (0, 1)]
         assert [result["engine"] for result in results] == ["DistributedDataParallel"] * 2

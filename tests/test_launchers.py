@@ -130,14 +130,13 @@ def test_machines_and_processes(environment, expected):
 SHORT = ["--max_steps", "3", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
 
 
-# One of each engine, and Q-LoRA. The others pair the same recipes and engines otherwise, which the tests above hold
+# One of each engine. The others pair the same recipes and engines otherwise, which the tests above hold
 # them to; tests/test_engines.py trains each method under each engine.
 TRAINED = [
-    "finetune_full_single_gpu",
+    "finetune_qlora_single_gpu",
     "finetune_lora_ds",
     "finetune_ds",
     "finetune_lora_fsdp",
-    "finetune_qlora_single_gpu",
 ]
 
 
