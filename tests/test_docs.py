@@ -42,15 +42,28 @@ def test_links_and_files_exist(name):
         assert script.endswith("...") or (ROOT / script).exists(), script
 
 
-def test_the_tree_names_every_module():
+def test_the_tree_is_the_tree():
     tree = next(block for block in blocks(READMES["README.md"]) if "data_utils/" in block and "tuning/" in block)
-    for folder in ("data_utils", "tuning"):
-        for path in (ROOT / folder).glob("*.py"):
-            assert path.name == "__init__.py" or f"  {path.name} " in tree, path
-    for path in ROOT.glob("*.py"):
-        assert f"{path.name} " in tree
+    named, folders = set(), []
+    for name, depth in ((line.split()[0], (len(line) - len(line.lstrip())) // 2) for line in tree.splitlines() if line):
+        folders[depth:] = [name]
+        if name.endswith(".py"):
+            named.add("".join(folders))
+    rooms = ("data_utils", "tuning", "inference")
+    modules = {path for room in rooms for path in (ROOT / room).rglob("*.py")} | set(ROOT.glob("*.py"))
+    assert named == {path.relative_to(ROOT).as_posix() for path in modules if path.name != "__init__.py"}
+
+
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name)
+def test_pages_name_files_that_exist(page):
+    rooms = [ROOT, ROOT / "data_utils", ROOT / "tuning", ROOT / "finetune", page.parent]
+    for name in re.findall(r"(?<![\w./*-])(?:\w+/)*\w+\.(?:py|sh|sbatch)\b", page.read_text(encoding="utf-8")):
+        assert any((room / name).exists() for room in rooms) or any(ROOT.glob(f"*/**/{name}")), name
 
 
 def test_nothing_is_left_to_fill_in():
-    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+    for path in PAGES:
         assert not re.search(r"\b[A-Z]+_OUTPUT\b|\bDEMO_STEPS\b|\bTODO\b", path.read_text(encoding="utf-8")), path
