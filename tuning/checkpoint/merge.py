@@ -30,7 +30,6 @@ from tuning.model.training_model import TrainingModel
 # Largest difference of float32 logits that rounding explains, relative to the largest logit.
 TOLERANCE = 1e-4
 
-
 _QUESTIONS = ["Who are you?", "请用一句话介绍你自己。", "def fibonacci(n):", "1 + 1 = ?", "Write a short poem 🙂"]
 
 

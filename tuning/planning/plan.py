@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from tuning.errors import SettingsError
+from tuning.errors import SettingsError, first_line
 from tuning.machine import memory_limit
-from tuning.messages import first_line
 from tuning.model.attention import NAME
 from tuning.model.packing import find_obstacle
 from tuning.model.training_model import TrainingModel, count_parameters, enable_gradient_checkpointing
@@ -22,10 +21,8 @@ from tuning.settings.options import RunArguments
 # a run is refused only above 1.15 of it.
 _USABLE, _TOLERANCE = 0.9, 1.15
 
-
 # Measured share of the device's matrix products that a step reaches (benchmarks/results); others are not known.
 _MATMUL_SHARE = {"cpu": 0.7}
-
 
 # Kinds of devices on which benchmarks/bench_memory.py measured runs; the results lie in benchmarks/results.
 MEASURED_DEVICES = ("cpu",)

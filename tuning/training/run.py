@@ -14,9 +14,8 @@ from tuning.checkpoint.resume import StartingPoint
 from tuning.checkpoint.run_record import RunFacts, RunRecord, describe_environment
 from tuning.distributed.processes import CONSOLE, check_agreement, is_rank_0, leave_processes, on_rank_0, say
 from tuning.distributed.startup import check_shared
-from tuning.errors import explain_failed_write
+from tuning.errors import RESUME_HINT, explain_failed_write
 from tuning.machine import describe_device
-from tuning.messages import RESUME_HINT
 from tuning.planning.plan import Plan
 from tuning.settings.options import Arguments, RunArguments, describe_settings, flatten_settings
 from tuning.training.prepare import PreparedModel
