@@ -80,7 +80,8 @@ def inspect_base(arguments: Arguments, tokens: TokensInUse) -> BaseModel:
     adapter = None
     if lora.lora_weight_path:
         directory = Path(lora.lora_weight_path)
-        adapter = on_all_ranks(lambda: _read_adapter(directory, identity["fingerprint"]))
+        on_all_ranks(lambda: check_adapter_base(directory, identity["fingerprint"]))
+        adapter = on_all_ranks(lambda: read_adapter(directory))
         _say_other_quantization(adapter.directory, quantization)
     built: list[TrainingModel] = []
 
@@ -134,11 +135,6 @@ def _try(build: Callable[[], T]) -> tuple[T | None, str | None]:
         raise
     except Exception as error:
         return None, first_line(error)
-
-
-def _read_adapter(directory: Path, base_fingerprint: str) -> SavedAdapter:
-    check_adapter_base(directory, base_fingerprint)
-    return read_adapter(directory)
 
 
 def _say_other_quantization(adapter: Path, quantization: Quantization | None) -> None:

@@ -8,7 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,23 +45,12 @@ class RunRecord:
     """run.json: what a run is, and at its end what it measured.
 
     status: "planned" (nothing is written), "running", "finished", "stopped by SIGNAL", "failed: MESSAGE".
-    facts: what its manifests say. results: of StepTrainer.summarize.
+    facts: what its manifests say. values: what else is known when it begins. results: of StepTrainer.summarize.
     """
 
     directory: Path
     facts: RunFacts
-    environment: dict[str, Any]
-    settings: dict[str, Any]
-    base_model: dict[str, Any]
-    stop_token: dict[str, Any]
-    resumed_from: str | None
-    data: dict[str, Any]
-    eval_data: dict[str, Any] | None
-    parameters: dict[str, int]
-    layout: dict[str, Any]
-    plan: dict[str, Any]
-    processes: int
-    engine: str
+    values: dict[str, Any]
     status: str = "planned"
     results: dict[str, Any] = field(default_factory=dict)
 
@@ -69,20 +58,14 @@ class RunRecord:
         """Write run.json with a new status. Raises: MachineError: the disk is full, say."""
         self.status = status
         with explain_failed_write(self.directory / RUN_FILE, RESUME_HINT):
-            write_json(self.directory / RUN_FILE, self.to_json())
+            own = {"quantization": self.facts.quantization, "rows_per_step": self.facts.rows_per_step}
+            write_json(self.directory / RUN_FILE, {**self.values, "status": status, **own, **self.results})
 
     def write_failure(self, error: BaseException) -> None:
         """Note why a run that had begun failed, where that can be written: the error itself is what to show."""
         if self.status == "running":
             with contextlib.suppress(MachineError):
                 self.write(f"failed: {error}")
-
-    def to_json(self) -> dict[str, Any]:
-        """For run.json."""
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
-        del values["directory"], values["facts"], values["environment"], values["results"]
-        own = {"quantization": self.facts.quantization, "rows_per_step": self.facts.rows_per_step}
-        return {**self.environment, **values, **own, **self.results}
 
 
 def append_metrics(path: Path, metrics: dict[str, Any]) -> None:

@@ -75,7 +75,7 @@ class FourBitLinear(QuantizedLinear):
     nested_code: Tensor
     offset: Tensor
 
-    def __init__(self, *args: Any, quant_type: str, dtype: torch.dtype, **tables: Tensor):
+    def __init__(self, *args: Any, quant_type: str, dtype: torch.dtype, **tables: Any):
         super().__init__(*args, **tables)
         self.quant_type, self.dequantized_dtype = quant_type, dtype
 
@@ -173,7 +173,7 @@ class GptqLinear(QuantizedLinear):
     scales: Tensor
     group_index: Tensor
 
-    def __init__(self, *args: Any, bits: int, **tables: Tensor):
+    def __init__(self, *args: Any, bits: int, **tables: Any):
         super().__init__(*args, **tables)
         self.bits = bits
 
