@@ -24,8 +24,8 @@ _OPTIONAL = ("deepspeed", "bitsandbytes", "gptqmodel")  # part of some runs; Non
 class RunFacts:
     """What manifests say of the run that wrote them, and what a resumed run is compared with.
 
-    trajectory: what determines the weights after each step (resume.describe_trajectory). layout: what changes only
-    rounding and dropout (ranks, engine, micro-batch size). rows_per_step: conversations of a step; None until known.
+    trajectory: what determines the weights after each step, beside rows_per_step. layout: what changes only rounding
+    and dropout (ranks, engine, micro-batch size). rows_per_step: conversations of a step; None until known.
     """
 
     trajectory: dict[str, Any]
