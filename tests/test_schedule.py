@@ -1,15 +1,15 @@
 """What is due after a step: a table, and a property over all of it."""
 
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 
-from tuning.training.schedule import Due, Schedule
+from tuning.training.schedule import Due, ScheduleCallback, find_due
 
 # 7 steps of 3 an epoch: epochs end after 3, 6 and, cut short, 7.
 QUIET = dict(
     max_steps=7,
-    steps_per_epoch=3,
     logging_strategy="no",
     logging_steps=2,
     logging_first_step=False,
@@ -20,6 +20,13 @@ QUIET = dict(
     save_steps=4,
 )
 STEPS = range(1, 8)
+
+
+def settings(step, changes):
+    """Arguments and state, in which strategies are enums."""
+    values = {name: SimpleNamespace(value=v) if "strategy" in name else v for name, v in (QUIET | changes).items()}
+    both = SimpleNamespace(**values, global_step=step)
+    return both, both
 
 
 @pytest.mark.parametrize(
@@ -44,19 +51,25 @@ STEPS = range(1, 8)
     ],
 )
 def test_steps_after_which_it_is_due(field, changes, expected):
-    schedule = Schedule(**QUIET | changes)
-    assert [step for step in STEPS if getattr(schedule.find_due(step, stopped=False), field)] == expected
+    assert [step for step in STEPS if getattr(find_due(*settings(step, changes), 3), field)] == expected
 
 
 def test_a_stop_saves_and_leaves_the_evaluation_for_later():
     strategies = ("no", "steps", "epoch")
     for logging, evaluating, saving in product(strategies, strategies, (*strategies, "best")):
-        schedule = Schedule(
-            **QUIET | {"logging_strategy": logging, "eval_strategy": evaluating, "save_strategy": saving}
-        )
-        for step in STEPS:
-            calm, stopped = (schedule.find_due(step, stopped=each) for each in (False, True))
-            assert not calm.evaluation_postponed
-            assert stopped == Due(
-                log=calm.log, evaluate=False, save=True, stop=True, evaluation_postponed=calm.evaluate
+        changes = {"logging_strategy": logging, "eval_strategy": evaluating, "save_strategy": saving}
+        for step, signal_number in product(STEPS, (0, 15)):
+            args, state = settings(step, changes)
+            calm, control = find_due(args, state, 3), SimpleNamespace()
+            trainer = SimpleNamespace(steps_per_epoch=3, stop=SimpleNamespace(agreed=lambda n=signal_number: n))
+            trainer.stopped_by, trainer.evaluation_due = 0, False
+            ScheduleCallback(trainer).on_step_end(args, state, control)
+            ordered = Due(
+                log=control.should_log,
+                evaluate=control.should_evaluate,
+                save=control.should_save,
+                stop=control.should_training_stop,
             )
+            postponed = bool(signal_number) and calm.evaluate
+            assert (trainer.stopped_by, trainer.evaluation_due) == (signal_number, postponed)
+            assert ordered == (calm._replace(evaluate=False, save=True, stop=True) if signal_number else calm)

@@ -11,9 +11,8 @@ from tuning.checkpoint.adapter import check_adapter_base, find_trained_quantizat
 from tuning.checkpoint.manifest import MANIFEST_FILE
 from tuning.distributed.processes import on_all_ranks, on_rank_0, say
 from tuning.distributed.sharding import check_quantized_sharding
-from tuning.errors import SettingsError
+from tuning.errors import SettingsError, first_line
 from tuning.machine import process_memory
-from tuning.messages import first_line
 from tuning.model.base_or_chat import Evidence, judge_base_or_chat
 from tuning.model.build import TokensInUse, build_training_model
 from tuning.model.loading import choose_dtypes, find_quantization, identify_checkpoint, load_model
@@ -81,7 +80,8 @@ def inspect_base(arguments: Arguments, tokens: TokensInUse) -> BaseModel:
     adapter = None
     if lora.lora_weight_path:
         directory = Path(lora.lora_weight_path)
-        adapter = on_all_ranks(lambda: _read_adapter(directory, identity["fingerprint"]))
+        on_all_ranks(lambda: check_adapter_base(directory, identity["fingerprint"]))
+        adapter = on_all_ranks(lambda: read_adapter(directory))
         _say_other_quantization(adapter.directory, quantization)
     built: list[TrainingModel] = []
 
@@ -135,11 +135,6 @@ def _try(build: Callable[[], T]) -> tuple[T | None, str | None]:
         raise
     except Exception as error:
         return None, first_line(error)
-
-
-def _read_adapter(directory: Path, base_fingerprint: str) -> SavedAdapter:
-    check_adapter_base(directory, base_fingerprint)
-    return read_adapter(directory)
 
 
 def _say_other_quantization(adapter: Path, quantization: Quantization | None) -> None:

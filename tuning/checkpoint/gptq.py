@@ -15,8 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tuning.checkpoint.files import write_json
-from tuning.errors import SettingsError
-from tuning.messages import first_line
+from tuning.errors import SettingsError, first_line
 from tuning.model.quantization import require, silence_gptqmodel
 
 

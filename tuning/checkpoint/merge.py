@@ -24,12 +24,10 @@ from tuning.model.loading import find_quantization, hide_gptqmodel, identify_che
 from tuning.model.quantization import Quantization, dequantize
 from tuning.model.quantized_linear import QuantizedLinear
 from tuning.model.stop_token import list_eos_ids
-from tuning.model.token_rows import TokenRows
 from tuning.model.training_model import TrainingModel
 
 # Largest difference of float32 logits that rounding explains, relative to the largest logit.
 TOLERANCE = 1e-4
-
 
 _QUESTIONS = ["Who are you?", "请用一句话介绍你自己。", "def fibonacci(n):", "1 + 1 = ?", "Write a short poem 🙂"]
 
@@ -154,7 +152,6 @@ def merge_weights(training_model: TrainingModel) -> PreTrainedModel:
                 raise SettingsError(f"the adapter cannot be merged: {error}") from None
     model = peft_model.unload()
     if rows is not None:
-        assert isinstance(rows, TokenRows)
         rows.write_into(model)
     return model.eval()
 

@@ -15,7 +15,6 @@ from tuning.settings.options import Arguments
 
 PLAN_FILE = "plan.json"  # of a dry run; a run may begin beside it
 
-
 # Not run.json: the new one takes its place, so that a directory never holds files of a run without it.
 _RUN_FILES = (MANIFEST_FILE, METRICS_FILE, PLAN_FILE, "adapter_config.json", "config.json")
 

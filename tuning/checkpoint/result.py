@@ -15,7 +15,6 @@ from tuning.checkpoint.manifest import MANIFEST_FILE, write_manifest
 from tuning.checkpoint.run_record import RunFacts
 from tuning.distributed.processes import is_rank_0
 from tuning.distributed.sharding import gather_tensor
-from tuning.model.token_rows import TokenRows
 from tuning.model.training_model import TrainingModel
 
 
@@ -52,14 +51,8 @@ class ResultWriter:
         Only what is written: of LoRA training the adapter, never the model it adapts.
         """
         if hasattr(self._model.model, "peft_config"):
-            return gather_state(adapter_state(self._model.model, self._rows), None)
+            return gather_state(adapter_state(self._model.model, self._model.token_rows), None)
         return gather_state(self._model.causal_lm.state_dict(keep_vars=True), self._dtype)
-
-    @property
-    def _rows(self) -> TokenRows | None:
-        rows = self._model.token_rows
-        assert rows is None or isinstance(rows, TokenRows)
-        return rows
 
     def write(self, directory: Path, collected: dict[str, torch.Tensor]) -> None:
         """Write adapter or model, tokenizer with chat template and generation config."""
@@ -67,7 +60,7 @@ class ResultWriter:
         (directory / MANIFEST_FILE).unlink(missing_ok=True)
         self._tokenizer.save_pretrained(directory)
         if hasattr(self._model.model, "peft_config"):
-            config = adapter_config(self._model.model, self._rows)
+            config = adapter_config(self._model.model, self._model.token_rows)
             config.base_model_name_or_path = self._base["path"]
             # Whole tied matrices are one tensor under two names; peft asks for both when it loads.
             state = {name: tensor.clone().contiguous() for name, tensor in collected.items()}

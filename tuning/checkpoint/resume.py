@@ -33,10 +33,20 @@ def describe_facts(
     arguments: Arguments, base: BaseModel, environment: dict[str, Any], account: Any, max_tokens: int
 ) -> RunFacts:
     """What the manifests of a run say of it. account: of its data. max_tokens: of a micro-batch."""
-    quantization = base.quantization.to_json() if base.quantization else None
-    run = arguments.run
+    run, quantization = arguments.run, base.quantization.to_json() if base.quantization else None
+    chosen = describe_trajectory_settings(arguments)
+    if base.adapter is not None:  # rank, scale and dropout are its own, weights the checkpoint's
+        config = base.adapter.directory / "adapter_config.json"
+        chosen["lora_weight_path"] = json.loads(config.read_text(encoding="utf-8"))
+    trajectory = {
+        **chosen,
+        "base model": base.fingerprint[:12],
+        "data": {Path(str(file["path"])).name: str(file["sha256"])[:12] for file in account.files},
+        "tokenised rows": account.fingerprint[:12],
+        "quantization": quantization,
+    }
     return RunFacts(
-        trajectory=describe_trajectory(arguments, base, account, quantization),
+        trajectory=json.loads(json.dumps(trajectory)),  # as manifests give it back
         layout={
             "processes": run.world_size,
             "batch": run.per_device_train_batch_size,
@@ -47,25 +57,6 @@ def describe_facts(
         versions=environment["versions"],
         quantization=quantization,
     )
-
-
-def describe_trajectory(
-    arguments: Arguments, base: BaseModel, account: Any, quantization: dict[str, Any] | None
-) -> dict[str, Any]:
-    """What determines the weights after each step, as JSON values, except conversations per step (rows_per_step)."""
-    chosen = describe_trajectory_settings(arguments)
-    if base.adapter is not None:  # rank, scale and dropout are its own, weights the checkpoint's
-        config = base.adapter.directory / "adapter_config.json"
-        chosen["lora_weight_path"] = json.loads(config.read_text(encoding="utf-8"))
-    data = {Path(str(file["path"])).name: str(file["sha256"])[:12] for file in account.files}
-    trajectory = {
-        **chosen,
-        "base model": base.fingerprint[:12],
-        "data": data,
-        "tokenised rows": account.fingerprint[:12],
-        "quantization": quantization,
-    }
-    return json.loads(json.dumps(trajectory))
 
 
 def find_starting_point(run: RunArguments, facts: RunFacts) -> StartingPoint:

@@ -8,20 +8,15 @@ import platform
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tuning.checkpoint.files import write_json
-from tuning.errors import MachineError, explain_failed_write
-from tuning.messages import RESUME_HINT
+from tuning.errors import RESUME_HINT, MachineError, explain_failed_write
 
 RUN_FILE, METRICS_FILE = "run.json", "metrics.jsonl"
-
-
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
-
-
 _OPTIONAL = ("deepspeed", "bitsandbytes", "gptqmodel")  # part of some runs; None where not installed
 
 
@@ -29,8 +24,8 @@ _OPTIONAL = ("deepspeed", "bitsandbytes", "gptqmodel")  # part of some runs; Non
 class RunFacts:
     """What manifests say of the run that wrote them, and what a resumed run is compared with.
 
-    trajectory: what determines the weights after each step (resume.describe_trajectory). layout: what changes only
-    rounding and dropout (ranks, engine, micro-batch size). rows_per_step: conversations of a step; None until known.
+    trajectory: what determines the weights after each step, beside rows_per_step. layout: what changes only rounding
+    and dropout (ranks, engine, micro-batch size). rows_per_step: conversations of a step; None until known.
     """
 
     trajectory: dict[str, Any]
@@ -50,23 +45,12 @@ class RunRecord:
     """run.json: what a run is, and at its end what it measured.
 
     status: "planned" (nothing is written), "running", "finished", "stopped by SIGNAL", "failed: MESSAGE".
-    facts: what its manifests say. results: of StepTrainer.summarize.
+    facts: what its manifests say. values: what else is known when it begins. results: of StepTrainer.summarize.
     """
 
     directory: Path
     facts: RunFacts
-    environment: dict[str, Any]
-    settings: dict[str, Any]
-    base_model: dict[str, Any]
-    stop_token: dict[str, Any]
-    resumed_from: str | None
-    data: dict[str, Any]
-    eval_data: dict[str, Any] | None
-    parameters: dict[str, int]
-    layout: dict[str, Any]
-    plan: dict[str, Any]
-    processes: int
-    engine: str
+    values: dict[str, Any]
     status: str = "planned"
     results: dict[str, Any] = field(default_factory=dict)
 
@@ -74,20 +58,14 @@ class RunRecord:
         """Write run.json with a new status. Raises: MachineError: the disk is full, say."""
         self.status = status
         with explain_failed_write(self.directory / RUN_FILE, RESUME_HINT):
-            write_json(self.directory / RUN_FILE, self.to_json())
+            own = {"quantization": self.facts.quantization, "rows_per_step": self.facts.rows_per_step}
+            write_json(self.directory / RUN_FILE, {**self.values, "status": status, **own, **self.results})
 
     def write_failure(self, error: BaseException) -> None:
         """Note why a run that had begun failed, where that can be written: the error itself is what to show."""
         if self.status == "running":
             with contextlib.suppress(MachineError):
                 self.write(f"failed: {error}")
-
-    def to_json(self) -> dict[str, Any]:
-        """For run.json."""
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
-        del values["directory"], values["facts"], values["environment"], values["results"]
-        own = {"quantization": self.facts.quantization, "rows_per_step": self.facts.rows_per_step}
-        return {**self.environment, **values, **own, **self.results}
 
 
 def append_metrics(path: Path, metrics: dict[str, Any]) -> None:

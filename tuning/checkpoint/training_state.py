@@ -26,14 +26,8 @@ from tuning.distributed.sharding import assign, gather_tensor, master_dtype, res
 from tuning.errors import SettingsError
 
 STATE_FILE = "training_state.json"
-
-
 _TENSORS = "training_state{suffix}.safetensors"
-
-
 _FILE_BYTES = 5 * 10**9  # what rank 0 holds at a time
-
-
 _WEIGHT = "weight"
 
 

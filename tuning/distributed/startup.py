@@ -26,10 +26,7 @@ _MPI_NAMES = {
     "MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
 }
 
-
 _MEETING_S = 120  # timeout (s) of the connection check: how late the slowest rank may reach it
-
-
 _VISIBLE_S = 30  # for a new file to be seen by other machines: network file systems cache directories
 
 

@@ -17,7 +17,6 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "packed_rows"
 
-
 # What some models ask of attention beside causality; here it would be ignored.
 _UNSUPPORTED = ("softcap", "s_aux", "sinks", "position_bias", "head_mask", "indices", "block_indices")
 

@@ -20,7 +20,6 @@ from tuning.model.token_rows import TokenRows
 # (benchmarks/LOG.md). On other devices not measured yet.
 _CHUNK_LOGITS = {"cpu": 2**26, "other": 2**27}
 
-
 # On gradients of logits in fp16, whose smallest number is 6e-8.
 _FP16_SCALE = 1024.0
 

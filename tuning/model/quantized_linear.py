@@ -15,22 +15,22 @@ from torch import Tensor, nn
 from tuning.errors import SettingsError
 
 _DEQUANTIZED_CHANNELS = 1024  # input channels that GPTQ dequantises at a time; a multiple of 32
-
-
 _BLOCK, _NESTED_BLOCK = 64, 256  # bitsandbytes' block sizes: weights per scale, scales per nested scale
 
 
 class QuantizedLinear(nn.Linear):
     """A linear layer with a quantised, frozen weight.
 
-    weight: the quantised numbers, as the library stores them. Tables of scales are buffers.
+    weight: the quantised numbers, as the library stores them. tables: of scales, by the names of their buffers.
     """
 
-    def __init__(self, in_features: int, out_features: int, packed: Tensor, bias: Tensor | None):
+    def __init__(self, in_features: int, out_features: int, packed: Tensor, bias: Tensor | None, **tables: Tensor):
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(packed, requires_grad=False)
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.data, requires_grad=False))
+        for name, table in tables.items():
+            self.register_buffer(name, table, persistent=False)
 
     def dequantize(self) -> Tensor:
         """The weight, [out, in], in the dtype that its scales give."""
@@ -75,21 +75,9 @@ class FourBitLinear(QuantizedLinear):
     nested_code: Tensor
     offset: Tensor
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        packed: Tensor,
-        bias: Tensor | None,
-        *,
-        quant_type: str,
-        dtype: torch.dtype,
-        tables: dict[str, Tensor],
-    ):
-        super().__init__(in_features, out_features, packed, bias)
+    def __init__(self, *args: Any, quant_type: str, dtype: torch.dtype, **tables: Any):
+        super().__init__(*args, **tables)
         self.quant_type, self.dequantized_dtype = quant_type, dtype
-        for name, table in tables.items():
-            self.register_buffer(name, table, persistent=False)
 
     @classmethod
     def take(cls, layer: Any) -> "FourBitLinear":
@@ -99,16 +87,15 @@ class FourBitLinear(QuantizedLinear):
             raise SettingsError("its weights are not quantised as its configuration says")
         tables = {"absmax": state.absmax, "code": state.code}
         if state.nested:
-            nested = {"nested_absmax": state.state2.absmax, "nested_code": state.state2.code, "offset": state.offset}
-            tables |= nested
+            tables |= {"nested_absmax": state.state2.absmax, "nested_code": state.state2.code, "offset": state.offset}
         return cls(
             layer.in_features,
             layer.out_features,
             layer.weight.data.view(torch.uint8).flatten(),
-            _data(layer.bias),
+            layer.bias,
             quant_type=state.quant_type,
             dtype=state.dtype,
-            tables=tables,
+            **tables,
         )
 
     @classmethod
@@ -116,25 +103,16 @@ class FourBitLinear(QuantizedLinear):
         """Of the same shapes, without storage."""
         num_weights = linear.in_features * linear.out_features
         num_blocks = -(-num_weights // _BLOCK)
-        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            "absmax": ((num_blocks,), torch.uint8 if double else torch.float32),
-            "code": ((16,), torch.float32),
+        tables = {
+            "absmax": _meta(num_blocks, dtype=torch.uint8 if double else torch.float32),
+            "code": _meta(16, dtype=torch.float32),
         }
         if double:
-            shapes |= {
-                "nested_absmax": ((-(-num_blocks // _NESTED_BLOCK),), torch.float32),
-                "nested_code": ((256,), torch.float32),
-                "offset": ((), torch.float32),
-            }
-        return cls(
-            linear.in_features,
-            linear.out_features,
-            _meta(-(-num_weights // 2), dtype=torch.uint8),
-            _data(linear.bias),
-            quant_type=quant_type,
-            dtype=dtype,
-            tables={name: _meta(*shape, dtype=table_dtype) for name, (shape, table_dtype) in shapes.items()},
-        )
+            nested = {"nested_absmax": (-(-num_blocks // _NESTED_BLOCK),), "nested_code": (256,), "offset": ()}
+            tables |= {name: _meta(*shape, dtype=torch.float32) for name, shape in nested.items()}
+        packed = _meta(-(-num_weights // 2), dtype=torch.uint8)
+        shape = linear.in_features, linear.out_features
+        return cls(*shape, packed, linear.bias, quant_type=quant_type, dtype=dtype, **tables)
 
     def dequantize(self) -> Tensor:
         """The weight, [out, in]."""
@@ -164,24 +142,20 @@ class Int8Linear(QuantizedLinear):
 
     scales: Tensor
 
-    def __init__(self, in_features: int, out_features: int, packed: Tensor, bias: Tensor | None, *, scales: Tensor):
-        super().__init__(in_features, out_features, packed, bias)
-        self.register_buffer("scales", scales, persistent=False)
-
     @classmethod
     def take(cls, layer: Any) -> "Int8Linear":
         """From bitsandbytes' layer."""
         if getattr(layer.weight, "SCB", None) is None:
             raise SettingsError("its weights are not quantised as its configuration says")
         scales = layer.weight.SCB.float() / 127
-        return cls(layer.in_features, layer.out_features, layer.weight.data, _data(layer.bias), scales=scales)
+        return cls(layer.in_features, layer.out_features, layer.weight.data, layer.bias, scales=scales)
 
     @classmethod
     def meta_like(cls, linear: nn.Linear) -> "Int8Linear":
         """Of the same shapes, without storage."""
-        shape = (linear.out_features, linear.in_features)
-        scales = _meta(linear.out_features, dtype=torch.float32)
-        return cls(shape[1], shape[0], _meta(*shape, dtype=torch.int8), _data(linear.bias), scales=scales)
+        rows, columns = linear.out_features, linear.in_features
+        scales = _meta(rows, dtype=torch.float32)
+        return cls(columns, rows, _meta(rows, columns, dtype=torch.int8), linear.bias, scales=scales)
 
     def dequantize(self) -> Tensor:
         """The weight, [out, in]."""
@@ -199,22 +173,9 @@ class GptqLinear(QuantizedLinear):
     scales: Tensor
     group_index: Tensor
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        packed: Tensor,
-        bias: Tensor | None,
-        *,
-        bits: int,
-        zeros: Tensor,
-        scales: Tensor,
-        group_index: Tensor,
-    ):
-        super().__init__(in_features, out_features, packed, bias)
+    def __init__(self, *args: Any, bits: int, **tables: Any):
+        super().__init__(*args, **tables)
         self.bits = bits
-        for name, table in (("zeros", zeros), ("scales", scales), ("group_index", group_index)):
-            self.register_buffer(name, table, persistent=False)
 
     @classmethod
     def take(cls, layer: Any) -> "GptqLinear":
@@ -222,16 +183,8 @@ class GptqLinear(QuantizedLinear):
         in_features, out_features = len(layer.g_idx), layer.scales.shape[1]
         if layer.pack_dtype != torch.int32 or layer.qzero_format() != 2 or getattr(layer, "planar", False):
             raise SettingsError(f"its layers store weights in a way that is not supported ({type(layer).__name__})")
-        return cls(
-            in_features,
-            out_features,
-            layer.qweight,
-            _data(layer.bias),
-            bits=layer.bits,
-            zeros=layer.qzeros,
-            scales=layer.scales,
-            group_index=layer.g_idx,
-        )
+        tables = {"zeros": layer.qzeros, "scales": layer.scales, "group_index": layer.g_idx}
+        return cls(in_features, out_features, layer.qweight, layer.bias, bits=layer.bits, **tables)
 
     @classmethod
     def meta_like(cls, linear: nn.Linear, *, bits: int, group_size: int) -> "GptqLinear":
@@ -242,7 +195,7 @@ class GptqLinear(QuantizedLinear):
             rows,
             columns,
             _meta(rows * bits // 32, columns, dtype=torch.int32),
-            _data(linear.bias),
+            linear.bias,
             bits=bits,
             zeros=_meta(groups, columns * bits // 32, dtype=torch.int32),
             scales=_meta(groups, columns, dtype=torch.float16),
@@ -263,10 +216,6 @@ class GptqLinear(QuantizedLinear):
             codes = ((words[:, None, :] >> shifts[None, :, None]) & mask).flatten(0, 1)
             torch.mul(codes.sub_(zeros[groups]), self.scales[groups], out=weight[rows])
         return weight.t()
-
-
-def _data(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else parameter.data
 
 
 def _meta(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -68,10 +68,9 @@ class TokenRows(nn.Module):
 
     def state_in_peft_format(self) -> dict[str, Tensor]:
         """Absolute rows under peft's names; tied matrices have the embedding's only."""
-        state: dict[str, Tensor] = {f"base_model.model.{self.names['embedding']}.{PEFT_SUFFIX}": self.embedding}
-        if self.output is not None:
-            state[f"base_model.model.{self.names['output']}.{PEFT_SUFFIX}"] = self.output
-        return state
+        parts = {"embedding": self.embedding, "output": self.output}
+        named = {f"base_model.model.{self.names[part]}.{PEFT_SUFFIX}": rows for part, rows in parts.items()}
+        return {name: rows for name, rows in named.items() if rows is not None}
 
     def indices_in_peft_format(self) -> list[int] | dict[str, list[int]]:
         """What peft's LoraConfig.trainable_token_indices holds for these rows."""
@@ -95,9 +94,8 @@ class TokenRows(nn.Module):
     def load_peft_state(self, state: dict[str, Tensor]) -> None:
         """Take rows from a saved adapter. Raises: KeyError, RuntimeError: other rows than these."""
         with torch.no_grad():
-            for part, parameter in (("embedding", self.embedding), ("output", self.output)):
-                if parameter is not None:
-                    parameter.copy_(state[f"base_model.model.{self.names[part]}.{PEFT_SUFFIX}"])
+            for name, parameter in self.state_in_peft_format().items():
+                parameter.copy_(state[name])
 
 
 def is_tied(model: PreTrainedModel) -> bool:

@@ -65,7 +65,6 @@ class Memory:
 # Of resident memory over what is allocated, measured on CPUs (benchmarks/LOG.md).
 _ALLOCATOR_SHARE = 0.12
 
-
 # Optimizer state, bytes per trained parameter. DeepSpeed's fp32 master weights are added in estimate_memory.
 _STATE_BYTES = {
     "adamw_torch": 8,

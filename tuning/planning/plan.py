@@ -1,15 +1,14 @@
 """What a run will do and take, before its weights are loaded: parameters, memory of a device, time of a step."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
-from tuning.errors import SettingsError
+from tuning.errors import SettingsError, first_line
 from tuning.machine import memory_limit
-from tuning.messages import first_line
 from tuning.model.attention import NAME
 from tuning.model.packing import find_obstacle
 from tuning.model.training_model import TrainingModel, count_parameters, enable_gradient_checkpointing
@@ -22,10 +21,8 @@ from tuning.settings.options import RunArguments
 # a run is refused only above 1.15 of it.
 _USABLE, _TOLERANCE = 0.9, 1.15
 
-
 # Measured share of the device's matrix products that a step reaches (benchmarks/results); others are not known.
 _MATMUL_SHARE = {"cpu": 0.7}
-
 
 # Kinds of devices on which benchmarks/bench_memory.py measured runs; the results lie in benchmarks/results.
 MEASURED_DEVICES = ("cpu",)
@@ -117,61 +114,38 @@ def plan_run(
         budget = int(wanted)
         if budget < longest:
             raise SettingsError(f"--micro_batch_tokens {wanted}: the longest conversation has {longest} tokens")
-    notes: tuple[str, ...] = (base.evidence.describe(),)
-    if base.quantization:
-        notes += (f"linear layers: {base.quantization.describe()}",)
-
-    def plan_with(budget: int, checkpointing: bool | None) -> Plan:
-        return make_plan(
-            meta_model,
-            survey(budget, packed),
-            settings=settings,
-            dtype=base.compute_dtype,
-            row_tokens=min(model_max_length, longest),
-            checkpointing=checkpointing,
-            process_bytes=base.process_bytes,
-            outlook=settings.dry_run or wanted == "auto",
-            unknown=base.unknown,
-            notes=notes,
-        )
-
-    plan = plan_with(budget, None if settings.checkpoints_if_needed else bool(settings.gradient_checkpointing))
+    row_tokens = min(model_max_length, longest)
+    checkpointing = None if settings.checkpoints_if_needed else bool(settings.gradient_checkpointing)
+    plan = make_plan(base, survey(budget, packed), settings, row_tokens=row_tokens, checkpointing=checkpointing)
     if wanted != "auto":
         return plan
     if plan.largest_micro_batch is None:
         raise SettingsError(f"--micro_batch_tokens auto: {plan.unknown or 'the memory of this device is not known'}")
+    largest = survey(max(longest, plan.largest_micro_batch), packed)
     # Whether gradient checkpointing is on is settled: the meta model has it on by now.
-    return plan_with(max(longest, plan.largest_micro_batch), plan.checkpointing)
+    return make_plan(base, largest, settings, row_tokens=row_tokens, checkpointing=plan.checkpointing)
 
 
 def make_plan(
-    meta_model: TrainingModel | None,
-    survey: Survey,
-    *,
-    settings: RunArguments,
-    dtype: torch.dtype,
-    row_tokens: int,
-    checkpointing: bool | None,
-    process_bytes: int,
-    outlook: bool,
-    unknown: str | None = None,
-    notes: tuple[str, ...] = (),
+    base: Any, survey: Survey, settings: RunArguments, *, row_tokens: int, checkpointing: bool | None
 ) -> Plan:
-    """Plan a run with its meta model.
+    """Plan a run whose data lies in micro-batches as surveyed.
 
-    dtype: of the computation. row_tokens: of rows that fill the largest micro-batch.
-    checkpointing: whether gradient checkpointing is on; None: turn it on if needed. process_bytes: of this process
-    before the plan. outlook: also the time of a step and the micro-batch that would fit, which takes seconds to find
-    out. meta_model None: it cannot be built, unknown says why.
+    row_tokens: of rows that fill the largest micro-batch. checkpointing: whether gradient checkpointing is on; None:
+    turn it on if needed. The time of a step and the micro-batch that would fit take seconds to find out: they are for
+    dry runs and for --micro_batch_tokens auto.
     """
-    device = settings.device
+    device, dtype, meta_model = settings.device, base.compute_dtype, base.meta_model
     limit = memory_limit(device) if settings.device_memory_gib is None else int(settings.device_memory_gib * _GIB)
+    notes: tuple[str, ...] = (base.evidence.describe(),)
+    if base.quantization:
+        notes += (f"linear layers: {base.quantization.describe()}",)
     plan = Plan(
         trainable=None,
         total=None,
         survey=survey,
         memory=None,
-        unknown=unknown,
+        unknown=base.unknown,
         limit=limit,
         largest_micro_batch=None,
         step_s=None,
@@ -192,7 +166,7 @@ def make_plan(
             num_processes=settings.world_size,
             optimizer=str(settings.optim.value),
             device_type=device.type,
-            process_bytes=process_bytes if device.type == "cpu" else 0,
+            process_bytes=base.process_bytes if device.type == "cpu" else 0,
             accumulates=accumulates,
             keeps_whole="shard_grad_op" in (settings.fsdp or ""),
             offloaded=_offloaded(settings),
@@ -208,7 +182,7 @@ def make_plan(
             enable_gradient_checkpointing(meta_model.causal_lm)
             memory, plan = estimate(survey.largest), replace(plan, checkpointing=True)
         plan = replace(plan, memory=memory)
-        if not outlook:
+        if not settings.dry_run and settings.micro_batch_tokens != "auto":
             return plan
         fitting = None if limit is None else _find_largest(estimate, survey, row_tokens, int(_USABLE * limit))
         step_s = _step_seconds(meta_model, plan, device, dtype, settings.world_size)
@@ -239,15 +213,23 @@ def check_plan(plan: Plan, settings: RunArguments) -> str | None:
     raise SettingsError(f"{line}. --ignore_memory_plan True tries all the same")
 
 
-def _find_largest(estimate: Callable[..., Memory], survey: Survey, row_tokens: int, limit: int) -> int:
+def _find_largest(estimate: Callable[..., Memory], survey: Survey, row: int, limit: int) -> int:
+    """Tokens of the largest micro-batch of full rows that stays below a limit (bytes); 0 where not even one row fits.
+
+    row: tokens of each. Memory grows with tokens as a straight line, so two estimates tell.
+    """
     supervised = survey.num_targets / survey.num_tokens
 
-    def total_of(tokens: int) -> int:
-        lengths = tuple(rows_of(row_tokens, tokens))
-        shape = MicroBatchShape(lengths, max(1, int(supervised * sum(lengths))), survey.largest.packed)
+    def total_of(num_rows: int) -> int:
+        shape = MicroBatchShape((row,) * num_rows, max(1, int(supervised * (num_rows * row))), survey.largest.packed)
         return estimate(shape, accumulates=True).total
 
-    return largest_micro_batch(total_of, row=row_tokens, limit=limit)
+    few, many = 2 * row, 6 * row
+    low, high = total_of(2), total_of(6)
+    slope = (high - low) / (many - few)
+    if slope <= 0:
+        return many
+    return max(0, math.floor((few + (limit - low) / slope) / row)) * row
 
 
 def _step_seconds(
@@ -266,22 +248,3 @@ def _offloaded(settings: Any) -> tuple[str, ...]:
     zero = settings.deepspeed["zero_optimization"] if settings.deepspeed else {}
     devices = {name: (zero.get(f"offload_{name}") or {}).get("device") for name in ("optimizer", "param")}
     return tuple(name for name, device in devices.items() if device == "cpu")
-
-
-def largest_micro_batch(total_of: Any, *, row: int, limit: int) -> int:
-    """Tokens of the largest micro-batch whose memory stays below a limit.
-
-    total_of: tokens -> bytes, for a number of rows of `row` tokens each; memory grows with tokens as a straight line.
-    Returns: tokens, rounded down to full rows; 0 where not even one row fits.
-    """
-    few, many = 2 * row, 6 * row
-    low, high = total_of(few), total_of(many)
-    slope = (high - low) / (many - few)
-    if slope <= 0:
-        return many
-    return max(0, math.floor((few + (limit - low) / slope) / row)) * row
-
-
-def rows_of(length: int, tokens: int) -> Sequence[int]:
-    """Rows of one length that make up so many tokens."""
-    return [length] * max(1, tokens // length)

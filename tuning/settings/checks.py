@@ -1,6 +1,7 @@
 """Checks across settings: bounds, what contradicts, and what would have no effect."""
 
 import importlib.util
+import operator
 from dataclasses import fields
 from typing import Any
 
@@ -19,6 +20,7 @@ from tuning.settings.transformers_options import LATER, OWN_LOOP
 
 _NOT_IN_ADAPTER = {"loraplus_lr_ratio"}  # an optimizer setting, so it is allowed with --lora_weight_path
 _PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}  # of --report_to
+_HOLDS = {"at least": operator.ge, "above": operator.gt, "below": operator.lt}
 
 
 def check_given(given: dict[str, Any]) -> None:
@@ -91,16 +93,10 @@ def check_engine(arguments: Arguments) -> None:
 
 
 def _check_bounds(name: str, value: Any, meaning: Meaning) -> None:
-    if value is None:
-        return
-    bounds = [("at least", meaning.at_least), ("above", meaning.above), ("below", meaning.below)]
-    holds = {
-        "at least": lambda bound: value >= bound,
-        "above": lambda bound: value > bound,
-        "below": lambda b: value < b,
-    }
-    if not all(holds[word](bound) for word, bound in bounds if bound is not None):
-        wanted = " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
+    all_bounds = [("at least", meaning.at_least), ("above", meaning.above), ("below", meaning.below)]
+    bounds = [(word, bound) for word, bound in all_bounds if bound is not None]
+    if value is not None and not all(_HOLDS[word](value, bound) for word, bound in bounds):
+        wanted = " and ".join(f"{word} {bound:g}" for word, bound in bounds)
         raise SettingsError(f"--{name} {value}: must be {wanted}")
 
 

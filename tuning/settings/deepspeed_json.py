@@ -22,7 +22,6 @@ _REFUSED = {
     "data_efficiency": "the order of the data follows from --seed",
 }
 
-
 # Allowed top-level keys. DeepSpeed itself ignores unknown keys without a word, so they are refused here.
 _KNOWN = {
     "zero_optimization", "bf16", "fp16", "data_types", "communication_data_type", "gradient_clipping",
@@ -32,13 +31,11 @@ _KNOWN = {
     "csv_monitor", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
 }  # fmt: skip
 
-
 # Of zero_optimization: other ways to shard weights than those that sharding.py gathers.
 _OTHER_SHARDS = (
     "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_nontrainable_weights",
     "zero_quantized_gradients", "mics_shard_size", "zenflow",
 )  # fmt: skip
-
 
 _BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 

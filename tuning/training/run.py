@@ -14,9 +14,8 @@ from tuning.checkpoint.resume import StartingPoint
 from tuning.checkpoint.run_record import RunFacts, RunRecord, describe_environment
 from tuning.distributed.processes import CONSOLE, check_agreement, is_rank_0, leave_processes, on_rank_0, say
 from tuning.distributed.startup import check_shared
-from tuning.errors import explain_failed_write
+from tuning.errors import RESUME_HINT, explain_failed_write
 from tuning.machine import describe_device
-from tuning.messages import RESUME_HINT
 from tuning.planning.plan import Plan
 from tuning.settings.options import Arguments, RunArguments, describe_settings, flatten_settings
 from tuning.training.prepare import PreparedModel
@@ -58,22 +57,21 @@ def describe_run(
 ) -> RunRecord:
     """The record of a run that is about to begin. data: data_utils' TrainingData."""
     run = arguments.run
-    return RunRecord(
-        directory=Path(run.output_dir),
-        facts=facts,
-        environment=environment,
-        settings=describe_settings(arguments),
-        base_model={**base.identity, "evidence": base.evidence.describe()},
-        stop_token={"text": data.template.stop, "id": data.template.stop_id},
-        resumed_from=str(start.checkpoint) if start.checkpoint else None,
-        data=data.account.to_json(),
-        eval_data=data.eval_account.to_json() if data.eval_account else None,
-        parameters={"trainable": model.trainable, "total": model.total},
-        layout={"packed": model.padded_because is None, "padded_because": model.padded_because},
-        plan=plan.to_json(),
-        processes=run.world_size,
-        engine=run.engine,
-    )
+    values = {
+        **environment,
+        "settings": describe_settings(arguments),
+        "base_model": {**base.identity, "evidence": base.evidence.describe()},
+        "stop_token": {"text": data.template.stop, "id": data.template.stop_id},
+        "resumed_from": str(start.checkpoint) if start.checkpoint else None,
+        "data": data.account.to_json(),
+        "eval_data": data.eval_account.to_json() if data.eval_account else None,
+        "parameters": {"trainable": model.trainable, "total": model.total},
+        "layout": {"packed": model.padded_because is None, "padded_because": model.padded_because},
+        "plan": plan.to_json(),
+        "processes": run.world_size,
+        "engine": run.engine,
+    }
+    return RunRecord(Path(run.output_dir), facts, values)
 
 
 def begin_run(record: RunRecord, start: StartingPoint, dropped: Path | None) -> None:
@@ -135,7 +133,8 @@ def say_summary(record: RunRecord, scripts: Path, *, use_lora: bool) -> None:
     if results["loss"]:
         say(f"loss: first {results['loss']['first']:.4f}, last {results['loss']['last']:.4f}")
     say(f"trained {results['steps']:,} steps in {results['train_s']:,} s, {results['tokens_per_s']:,} tokens/s")
-    planned = record.plan["memory"] and f" (planned: {record.plan['memory']['total'] / 2**30:.2f})"
+    memory = record.values["plan"]["memory"]
+    planned = memory and f" (planned: {memory['total'] / 2**30:.2f})"
     say(f"peak memory: {results['peak_gib']:.2f} GiB{planned or ''}")
     say(f"result: {record.directory} (run.json, metrics.jsonl, {LOSS_PLOT_FILE})")
     say(f"talk to it: {python}chat.py {out}")
