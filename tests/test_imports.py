@@ -10,10 +10,11 @@ from tests.conftest import ROOT
 
 STANDARD_ONLY = {"sources", "turns", "schema", "layout"}
 OPTIONAL = {"deepspeed", "bitsandbytes", "gptqmodel", "mpi4py", "optimum", "tiktoken"}
-LEAVES = {"errors", "machine"}
+LEAVES = {"errors", "messages", "machine"}
 # Folders of tuning/ and what each may import beside itself and the leaves.
 MAY_IMPORT = {
     "errors": set(),
+    "messages": set(),
     "machine": set(),
     "entry": set(),
     "settings": set(),

@@ -1,11 +1,9 @@
-"""Errors that users see as one line, and texts that several messages share."""
+"""Errors that users see as one line."""
 
 import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-
-RESUME_HINT = "resume with the same command and --resume_from_checkpoint auto"
 
 
 class SettingsError(ValueError):
@@ -42,13 +40,3 @@ def explain_failed_write(path: Path, then: str) -> Iterator[None]:
         full = any(words in why for words in ("No space left", "File too large", "quota"))
         remedy = "make room" if full else "make it writable"
         raise MachineError(f"{path}: could not be written: {why}; {remedy}, then {then}") from error
-
-
-def name_conversations(row_ids: list[str]) -> str:
-    """The first rows by their ids, and how many more there are."""
-    return ", ".join(row_ids[:8]) + (f" and {len(row_ids) - 8} more" if len(row_ids) > 8 else "")
-
-
-def first_line(error: Exception) -> str:
-    """First line of the error's message, or the name of its class if the message is empty."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

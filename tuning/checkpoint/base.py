@@ -11,8 +11,9 @@ from tuning.checkpoint.adapter import check_adapter_base, find_trained_quantizat
 from tuning.checkpoint.manifest import MANIFEST_FILE
 from tuning.distributed.processes import on_all_ranks, on_rank_0, say
 from tuning.distributed.sharding import check_quantized_sharding
-from tuning.errors import SettingsError, first_line
+from tuning.errors import SettingsError
 from tuning.machine import process_memory
+from tuning.messages import first_line
 from tuning.model.base_or_chat import Evidence, judge_base_or_chat
 from tuning.model.build import TokensInUse, build_training_model
 from tuning.model.loading import choose_dtypes, find_quantization, identify_checkpoint, load_model

@@ -15,7 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tuning.checkpoint.files import write_json
-from tuning.errors import SettingsError, first_line
+from tuning.errors import SettingsError
+from tuning.messages import first_line
 from tuning.model.quantization import require, silence_gptqmodel
 
 

@@ -88,7 +88,7 @@ def lies_in(path: Path, directory: Path) -> bool:
     return directory.resolve() in (path.resolve(), *path.resolve().parents)
 
 
-def prepare_output_directory(directory: Path, *, overwrite: bool, checkpoint: Path | None) -> None:
+def prepare_output_directory(directory: Path, checkpoint: Path | None) -> None:
     """Make the directory; continue the metrics of a checkpoint, or delete an earlier run. Anything else in it stays."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,7 @@ def prepare_output_directory(directory: Path, *, overwrite: bool, checkpoint: Pa
             replace_file(directory / METRICS_FILE, metrics.read_bytes() if metrics.exists() else b"")
     except OSError as error:
         raise SettingsError(f"--output_dir {directory}: cannot be written to: {error.strerror}") from None
-    if not overwrite:
+    if checkpoint is not None:
         return
     weights = [*directory.glob("*.safetensors"), *directory.glob("*.safetensors.index.json")]
     for path in [*_run_files(directory), *weights, *filter(_is_temporary, directory.iterdir())]:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from tuning.checkpoint.files import write_json
-from tuning.errors import RESUME_HINT, MachineError, explain_failed_write
+from tuning.errors import MachineError, explain_failed_write
+from tuning.messages import RESUME_HINT
 
 RUN_FILE, METRICS_FILE = "run.json", "metrics.jsonl"
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")

@@ -20,11 +20,7 @@ from tuning.settings.checks import check_engine
 from tuning.settings.deepspeed_json import read_deepspeed_config
 from tuning.settings.options import Arguments, RunArguments
 
-# Environment variables of MPI launchers: rank, world size, local rank.
-_MPI_NAMES = {
-    "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    "MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-}
+_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # set by Open MPI's mpirun, and by MPICH's
 
 _MEETING_S = 120  # timeout (s) of the connection check: how late the slowest rank may reach it
 _VISIBLE_S = 30  # for a new file to be seen by other machines: network file systems cache directories
@@ -35,10 +31,7 @@ def join_mpi() -> None:
 
     Raises: SettingsError: mpi4py, or the MPI library it needs, is not installed.
     """
-    if "RANK" in os.environ:
-        return
-    names = next((names for names in _MPI_NAMES.values() if int(os.environ.get(names[1], "1")) > 1), None)
-    if names is None:
+    if "RANK" in os.environ or all(int(os.environ.get(name, "1")) == 1 for name in _MPI_SIZES):
         return
     try:
         from mpi4py import MPI

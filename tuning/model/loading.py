@@ -8,7 +8,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from tuning.errors import SettingsError, first_line
+from tuning.errors import SettingsError
+from tuning.messages import first_line
 from tuning.model.quantization import (
     Quantization,
     prepare_loading,

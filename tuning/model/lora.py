@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from tuning.errors import SettingsError, first_line
+from tuning.errors import SettingsError
+from tuning.messages import first_line
 from tuning.model.loading import hide_gptqmodel
 from tuning.model.lora_linear import fuse_lora_forward
 from tuning.model.token_rows import PEFT_SUFFIX, TokenRows, find_module_name, is_tied

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from tuning.distributed.processes import on_rank_0
-from tuning.errors import first_line
 from tuning.machine import is_out_of_memory
+from tuning.messages import first_line
 from tuning.model.attention import NAME
 from tuning.model.training_model import TrainingModel
 

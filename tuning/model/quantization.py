@@ -13,7 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from tuning.errors import SettingsError, first_line
+from tuning.errors import SettingsError
+from tuning.messages import first_line
 from tuning.model.quantized_linear import FourBitLinear, GptqLinear, Int8Linear, QuantizedLinear
 
 _INSTALL = "pip install -r requirements_finetune.txt"

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from tuning.errors import SettingsError, first_line
+from tuning.errors import SettingsError
 from tuning.machine import memory_limit
+from tuning.messages import first_line
 from tuning.model.attention import NAME
 from tuning.model.packing import find_obstacle
 from tuning.model.training_model import TrainingModel, count_parameters, enable_gradient_checkpointing

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tuning.errors import name_conversations
+from tuning.messages import name_conversations
 
 
 def describe_lost_process(error: BaseException) -> str | None:

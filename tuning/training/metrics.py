@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tuning.errors import name_conversations
+from tuning.messages import name_conversations
 from tuning.planning.operations import StepOperations
 
 _COUNTS = ("num_targets", "num_tokens", "num_positions", "num_pairs")  # of a step

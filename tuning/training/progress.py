@@ -13,7 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from transformers import TrainerCallback
 
 from tuning.checkpoint.run_record import METRICS_FILE
-from tuning.errors import RESUME_HINT, explain_failed_write
+from tuning.errors import explain_failed_write
+from tuning.messages import RESUME_HINT
 
 LOSS_PLOT_FILE = "loss.png"
 

@@ -14,8 +14,9 @@ from tuning.checkpoint.resume import StartingPoint
 from tuning.checkpoint.run_record import RunFacts, RunRecord, describe_environment
 from tuning.distributed.processes import CONSOLE, check_agreement, is_rank_0, leave_processes, on_rank_0, say
 from tuning.distributed.startup import check_shared
-from tuning.errors import RESUME_HINT, explain_failed_write
+from tuning.errors import explain_failed_write
 from tuning.machine import describe_device
+from tuning.messages import RESUME_HINT
 from tuning.planning.plan import Plan
 from tuning.settings.options import Arguments, RunArguments, describe_settings, flatten_settings
 from tuning.training.prepare import PreparedModel
@@ -76,7 +77,7 @@ def describe_run(
 
 def begin_run(record: RunRecord, start: StartingPoint, dropped: Path | None) -> None:
     """Make the output directory ready and write run.json, once everything is loaded. dropped: a list to keep there."""
-    prepare_output_directory(record.directory, overwrite=start.checkpoint is None, checkpoint=start.checkpoint)
+    prepare_output_directory(record.directory, start.checkpoint)
     if dropped is not None:
         shutil.copy(dropped, record.directory / dropped.name)
     record.write("running")

@@ -30,8 +30,9 @@ from tuning.checkpoint.training_state import (
 )
 from tuning.distributed.processes import RankZeroWork, leave_processes, on_rank_0, raise_on_all_ranks
 from tuning.distributed.sharding import local_part, reshard
-from tuning.errors import RESUME_HINT, MachineError, explain_failed_write
+from tuning.errors import MachineError, explain_failed_write
 from tuning.machine import is_out_of_memory, peak_memory_gib
+from tuning.messages import RESUME_HINT
 from tuning.model.training_model import TrainingModel
 from tuning.planning.operations import count_operations, measure_matmul_rate
 from tuning.settings.options import RunArguments
