@@ -109,11 +109,11 @@ def _describe_template(template: ChatTemplate) -> list[Any]:
     tokenizer = template.tokenizer
     return [
         tokenizer.backend_tokenizer.to_str(),
-        tokenizer.get_chat_template(),
+        tokenizer.chat_template,
         tokenizer.special_tokens_map,
         template.system_message,
         template.label_mask,
-        date.today().isoformat() if "strftime_now" in tokenizer.get_chat_template() else None,  # it writes the date
+        date.today().isoformat() if "strftime_now" in str(tokenizer.chat_template) else None,  # it writes the date
     ]
 
 

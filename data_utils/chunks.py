@@ -62,9 +62,9 @@ def encode_chunk(conversations: Sequence[Conversation], encoder: RowEncoder, opt
         except DataError as error:
             chunk.account.problems.append(str(error))
             continue
-        texts = [m["content"] for m in conversation.messages] or [conversation.text or ""]
+        texts = [(m["content"], m["role"]) for m in conversation.messages] or [(conversation.text or "", "text")]
         chunk.account.count_texts(conversation)
-        if any(map(template.encoder.holds_control_text, texts)):
+        if any(template.encoder.holds_control_text(text, role) for text, role in texts):
             chunk.account.control_texts += 1
             chunk.account.note("control_texts", conversation.where)
         number = hash_conversation(conversation)

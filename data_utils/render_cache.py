@@ -111,7 +111,7 @@ class RowEncoder:
             return False
         if text in rendering.equals or rendering.words.search(text):
             return False
-        return not self._encoder.holds_control_text(text)
+        return not self._encoder.needs_escape(text)
 
     def _is_safe_cut(self, before: str, first: str) -> bool:
         """Whether text that begins with this character has the same ids after `before` as on its own."""
@@ -148,7 +148,7 @@ class RowEncoder:
             raise
         except Exception:  # the definition reports what is wrong, with the text that is
             return None
-        if found is None:
+        if found is None or not _hold_everything(found[0], texts, turns):
             return None
         unseen = {number for number, (_, name) in enumerate(texts) if name != "thinking"} - set(whole)
         return _Rendering(
@@ -215,6 +215,21 @@ class RowEncoder:
             return [(first, tail)]
         encode = self._encoder.encode
         return [] if encode(tail + first) == encode(tail) + encode(first) else None
+
+
+def _hold_everything(
+    rows: list[list[tuple[Parts, Parts]]], texts: list[tuple[int, str]], turns: tuple[int, ...]
+) -> bool:
+    """Whether every row holds all that is said up to its last turn, but for reasoning that it does not train."""
+    remaining = iter(turns)
+    for row in rows:
+        trained = [next(remaining) for _ in row]
+        seen = {part for pieces in row for parts in pieces for part in parts}
+        for number, (index, name) in enumerate(texts):
+            needed = index <= trained[-1] if name == "content" else name == "reasoning_content" and index in trained
+            if needed and number not in seen:
+                return False
+    return True
 
 
 def _split(text: str) -> Parts:

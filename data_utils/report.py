@@ -21,7 +21,7 @@ class DataErrors(DataError):
 
     def __init__(self, messages: Sequence[str], *, limit: int = 100):
         more = [f"and {len(messages) - limit:,} more"] if len(messages) > limit else []
-        super().__init__("\n".join([*messages[:limit], *more]))
+        ValueError.__init__(self, "\n".join([*messages[:limit], *more]))
 
 
 @dataclass

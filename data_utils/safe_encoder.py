@@ -5,6 +5,10 @@ text. Every text of one in a user's string is *escaped* (replaced by private-use
 runs. Encoding then uses a twin of the tokenizer whose control tokens have unguessable names: the control tokens
 that the template wrote are renamed and parse as tokens, the escaped ones are put back and parse as plain text.
 One encoding of the whole string, so metaspace tokenizers and lstrip/rstrip tokens behave as at inference.
+
+A text that is a part of a control token could become one together with what the template writes beside it (a key
+`<|im_end|` and the template's `>`). Such texts get a *border* at their ends: characters that encoding removes, after
+control tokens have been looked for.
 """
 
 import contextlib
@@ -15,8 +19,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import jinja2
+from jinja2 import nodes
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
 
 from data_utils.sources import DataError
 from data_utils.tiktoken_encoder import TiktokenEncoder
@@ -72,8 +78,11 @@ class SafeEncoder:
         ordered = sorted(self.control_ids, key=len, reverse=True)
         self._escaped = {text: f"{nonce}{chr(_PRIVATE_USE + index)}" for index, text in enumerate(ordered)}
         self._renamed = {text: f"{nonce[::-1]}{chr(_PRIVATE_USE + index)}" for index, text in enumerate(ordered)}
-        self._unescaped = {escaped: text for text, escaped in self._escaped.items()}
+        self._border = f"{nonce}{chr(_PRIVATE_USE + len(ordered))}"
+        self._unescaped = {self._border: "", **{escaped: text for text, escaped in self._escaped.items()}}
+        self._parts = _find_parts(ordered, _list_literals(tokenizer.get_chat_template()))
         self._user_pattern = _any_of(ordered)
+        self.markup_pattern = _any_of(sorted(self.markup, key=len, reverse=True))
         self._assistant_pattern = _any_of([text for text in ordered if text not in self.markup])
         self._escaped_pattern = re.compile(f"{nonce}.")
         self._twin, self._changed_ids, self._state = _build_twin(tokenizer, self._renamed)
@@ -98,7 +107,17 @@ class SafeEncoder:
     def escape(self, text: str, role: str = "user") -> str:
         """Replace control-token texts by private-use characters; an assistant's markup stays."""
         pattern = self._assistant_pattern if role == "assistant" else self._user_pattern
-        return pattern.sub(lambda match: self._escaped[match.group()], text)
+        escaped = pattern.sub(lambda match: self._escaped[match.group()], text)
+        if not self._needs_borders(escaped):
+            return escaped
+        inner = escaped.strip()
+        before, _, after = escaped.partition(inner)
+        return f"{before}{self._border}{inner}{self._border}{after}"
+
+    def _needs_borders(self, text: str) -> bool:
+        starts, wholes, ends = self._parts
+        text = text.strip()
+        return text.endswith(ends) or text.startswith(starts) or text in wholes
 
     def encode(self, text: str) -> list[int]:
         """Encode rendered, escaped text; the ids are those of the text encoded as one string.
@@ -132,7 +151,7 @@ class SafeEncoder:
 
     def _encode_piece(self, before: str, piece: str, after: str) -> list[int]:
         """Encode a piece. Its ids may depend on the control tokens around it (metaspace, rstrip)."""
-        found = self._tiktoken.encode(self._unescape(piece)) if self._tiktoken else None
+        found = self._tiktoken.encode(self.unescape(piece)) if self._tiktoken else None
         if found is not None:
             self._num_compared += 1
             if self._num_compared > _COMPARED_FIRST and self._num_compared % _COMPARED_EVERY:
@@ -144,11 +163,12 @@ class SafeEncoder:
         return ids
 
     def _encode_whole(self, renamed: str) -> list[int]:
-        (encoded,) = self._twin.encode_batch_fast([self._unescape(renamed)], add_special_tokens=False)
+        (encoded,) = self._twin.encode_batch_fast([self.unescape(renamed)], add_special_tokens=False)
         changed = self._changed_ids
         return [changed.get(token_id, token_id) for token_id in encoded.ids] if changed else encoded.ids
 
-    def _unescape(self, text: str) -> str:
+    def unescape(self, text: str) -> str:
+        """Escaped or rendered text as it is encoded."""
         if self._nonce not in text:
             return text
         return self._escaped_pattern.sub(lambda match: self._unescaped[match.group()], text)
@@ -169,9 +189,18 @@ class SafeEncoder:
         """Whether an escaped text was written in yet another escaped form (of JSON, say), which nothing turns back."""
         return any(form in rendered for form in self._mangled)
 
-    def holds_control_text(self, text: str) -> bool:
-        """Whether the text of a control token stands in it."""
-        return self._user_pattern.search(text) is not None
+    def needs_escape(self, text: str) -> bool:
+        """Whether escape changes a user's text."""
+        return self._user_pattern.search(text) is not None or self._needs_borders(text)
+
+    def holds_control_text(self, text: str, role: str) -> bool:
+        """Whether the text of a control token stands in it, which stays text; an assistant's markup does not."""
+        pattern = self._assistant_pattern if role == "assistant" else self._user_pattern
+        return pattern.search(text) is not None
+
+    def find_control_tokens(self, rendered: str) -> list[str]:
+        """The control tokens in a rendered text, in their order."""
+        return self._user_pattern.findall(rendered)
 
     def after_last_control(self, text: str) -> str | None:
         """Return what follows the last control token of a rendered text, or None if there is none."""
@@ -191,6 +220,36 @@ class SafeEncoder:
             return whole[len(prompt_ids) :]
         # The whole string merges across the cut: encode behind a control token, which is no start of a text.
         return self.encode(next(iter(self.control_ids)) + target)[1:]
+
+
+Parts = tuple[tuple[str, ...], set[str], tuple[str, ...]]
+
+
+def _find_parts(control: list[str], literals: list[str]) -> Parts:
+    """Texts that can become a control token beside what a template writes, or beside other texts.
+
+    Returns: what such a text may begin with; what it may be as a whole; what it may end with.
+    """
+    before = {text[:i] for text in control for i in range(1, len(text)) if any(e.endswith(text[:i]) for e in literals)}
+    after = {text[i:] for text in control for i in range(1, len(text)) if any(e.startswith(text[i:]) for e in literals)}
+    starts = {text[len(part) :] for text in control for part in before if text.startswith(part)}
+    wholes = {
+        text[len(part) : -len(rest)]
+        for text in control
+        for part in before
+        for rest in after
+        if text.startswith(part) and text.endswith(rest) and len(part) + len(rest) < len(text)
+    }
+    ends = {text[:i] for text in control for i in range(1, len(text))}
+    return tuple(starts - {""}), wholes, tuple(ends)
+
+
+def _list_literals(template: str) -> list[str]:
+    """The texts that a chat template writes itself."""
+    tree = chat_template_utils._compile_jinja_template(template).environment.parse(template)
+    written = [node.data for node in tree.find_all(nodes.TemplateData)]
+    constants = [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
+    return [*written, *constants, '"']  # tojson puts quotes around texts
 
 
 def _build_twin(

@@ -3,25 +3,41 @@
 conversations  [{"from", "value"}, ...]           the original format; ShareGPT's roles
 messages       [{"role", "content"}, ...]         OpenAI's, with tool_calls and reasoning_content
 alpaca         instruction, input, output, history
+query          query, response, history           ms-swift's
 prompt         prompt, completion                 text, or lists of messages
 text           text                               no conversation: every token is trained
+
+A row with the keys of several formats is read by the first of them in this list, except that `conversations` and
+`messages` in one row contradict. Keys of a row that nothing reads are named in the account.
 """
 
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_utils.sources import DataError, Record
-from data_utils.turns import Turn, check_answer, check_text, describe_kind, parse_tools, parse_turns
+from data_utils.sources import DataError, Record, as_line
+from data_utils.turns import Turn, check_answer, check_text, describe_kind, parse_tools, parse_turns, says_something
 
 # A row's format is told by the first of these keys.
 FORMATS = {
     "conversations": ("conversations",),
     "messages": ("messages",),
     "alpaca": ("instruction", "output"),
+    "query": ("query", "response"),
     "prompt": ("prompt", "completion"),
     "text": ("text",),
 }
 _ROW_KEYS = {"tools", "system", "chat_template_kwargs"}
+# Keys of a row that say what is to be trained, or hold a part of what is said: passed over, other things are trained.
+_REFUSED = {
+    "functions": "call it 'tools'",
+    **dict.fromkeys(("train", "weight", "loss", "loss_weight"), "write it into the turns"),
+    **dict.fromkeys(
+        ("image", "images", "video", "videos", "audio", "audios"), "this trains on texts; remove it and its marks"
+    ),
+    "documents": "write them into a turn",
+    **dict.fromkeys(("chosen", "rejected", "rejected_response"), "this trains on answers, not on preferences"),
+}
+_MAX_ID = 200  # characters of a row's own id that are kept
 
 
 @dataclass(frozen=True)
@@ -35,6 +51,7 @@ class Conversation:
     weights: of the loss of each assistant turn, by its index; 0 is not trained.
     tools: [{"type": "function", "function": {...}}, ...]. template_kwargs: variables for the template.
     text: instead of messages, text of which every token is trained.
+    places: `field` of each message, for messages. unread: keys of the row that nothing reads.
     """
 
     id: str
@@ -44,6 +61,8 @@ class Conversation:
     tools: tuple[dict[str, Any], ...] = ()
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     text: str | None = None
+    places: tuple[str, ...] = field(default=(), compare=False)
+    unread: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def supervised_turns(self) -> list[int]:
@@ -71,19 +90,25 @@ def parse_record(
     row_format = data_format or _tell_format(row, where)
     if missing := [key for key in FORMATS[row_format] if key not in row]:
         raise DataError(f"{where}: no '{missing[0]}' in the row, which {row_format} rows have")
-    for key in ("functions", "weight", "loss", "loss_weight"):
-        if row.get(key) not in (None, "", []):
-            raise DataError(f"{where}: {key}: not supported in a row; " + _INSTEAD.get(key, "write it into the turns"))
-    row_id = f"{name}-{record.index}" if row.get("id") is None else check_text(str(row["id"]), f"{where}: id")
+    for key, instead in _REFUSED.items():
+        if says_something(row.get(key)):
+            raise DataError(f"{where}: {key}: not supported in a row; {instead}")
+    if isinstance(row.get("label"), bool):
+        raise DataError(f"{where}: label: not supported in a row; this trains on answers, not on preferences")
+    row_id = as_line(f"{name}-{record.index}" if row.get("id") is None else str(row["id"]), _MAX_ID)
+    read = {*FORMATS[row_format], *_ROW_KEYS, *_READ_BY.get(row_format, ()), "id", *_REFUSED}
+    unread = tuple(as_line(str(key), _MAX_ID) for key in row if key not in read and says_something(row[key]))
     if row_format == "text":
-        return _parse_text(row, row_id, where)
+        return _parse_text(row, row_id, where, unread)
     turns, first_trained = _TURNS[row_format](row, where)
     turns = [turn for turn in turns if turn is not None]
     system = row.get("system")
     if system not in (None, ""):
         if turns and turns[0][0]["role"] == "system":
             raise DataError(f"{where}: system: the turns begin with a system turn, too; keep one of them")
-        turns.insert(0, ({"role": "system", "content": check_text(system, f"{where}: system")}, None, "system"))
+        turns.insert(
+            0, ({"role": "system", "content": check_text(system, f"{where}: system")}, None, f"{where}: system")
+        )
         first_trained += 1
     messages = tuple(message for message, *_ in turns)
     weights = {
@@ -98,10 +123,11 @@ def parse_record(
     if not isinstance(kwargs, dict) or not all(str(key).isidentifier() for key in kwargs):
         raise DataError(f"{where}: chat_template_kwargs: expected an object of template variables")
     tools = tuple(parse_tools(row["tools"], f"{where}: tools")) if row.get("tools") not in (None, "", []) else ()
-    return Conversation(row_id, messages, where, weights, tools, kwargs)
+    places = tuple(at.removeprefix(f"{where}: ") for *_, at in turns)
+    return Conversation(row_id, messages, where, weights, tools, kwargs, places=places, unread=unread)
 
 
-_INSTEAD = {"functions": "call it 'tools'"}
+_READ_BY = {"alpaca": ("input", "history"), "query": ("history",)}
 
 
 def _tell_format(row: dict[str, Any], where: str) -> str:
@@ -109,19 +135,18 @@ def _tell_format(row: dict[str, Any], where: str) -> str:
     if not found:
         keys = ", ".join(map(repr, row)) or "none"
         raise DataError(f"{where}: no 'conversations' or 'messages' in the row (its keys: {keys})")
-    if len(found) > 1:
-        first, second = (FORMATS[name][0] for name in found[:2])
-        raise DataError(f"{where}: both '{first}' and '{second}' in one row; keep one, or say --data_format {found[0]}")
+    if found[:2] == ["conversations", "messages"]:
+        raise DataError(f"{where}: both 'conversations' and 'messages' in one row; keep one, or say --data_format")
     return found[0]
 
 
-def _parse_text(row: dict[str, Any], row_id: str, where: str) -> Conversation:
+def _parse_text(row: dict[str, Any], row_id: str, where: str, unread: tuple[str, ...]) -> Conversation:
     text = check_text(row["text"], f"{where}: text")
     if not text.strip():
         raise DataError(f"{where}: text: empty")
-    for key in _ROW_KEYS & row.keys():
+    for key in [key for key in sorted(_ROW_KEYS & row.keys()) if says_something(row[key])]:
         raise DataError(f"{where}: {key}: has no effect on plain text; remove it")
-    return Conversation(row_id, (), where, text=text)
+    return Conversation(row_id, (), where, text=text, unread=unread)
 
 
 # ---- the formats' turns, and the index of the first that may be trained ----
@@ -136,21 +161,32 @@ def _message_turns(row: dict[str, Any], where: str) -> tuple[list[Any], int]:
 
 
 def _alpaca_turns(row: dict[str, Any], where: str) -> tuple[list[Any], int]:
+    given = check_text(row.get("input") or "", f"{where}: input")
+    question = check_text(row["instruction"], f"{where}: instruction")
+    question = "\n".join(text for text in (question, given) if text)
+    return _paired_turns(row, where, ("instruction", question), ("output", row["output"])), 0
+
+
+def _query_turns(row: dict[str, Any], where: str) -> tuple[list[Any], int]:
+    return _paired_turns(row, where, ("query", row["query"]), ("response", row["response"])), 0
+
+
+def _paired_turns(row: dict[str, Any], where: str, question: tuple[str, Any], answer: tuple[str, Any]) -> list[Turn]:
+    """The turns of `history`, a list of [question, answer], and of the last pair, given as (key, text)."""
     turns: list[Turn] = []
     history = row.get("history") or []
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise DataError(f"{where}: history: expected a list of [question, answer]")
-    texts = [check_text(row[key], f"{where}: {key}") for key in ("instruction", "output")]
-    given = check_text(row.get("input") or "", f"{where}: input")
-    question = "\n".join(text for text in (texts[0], given) if text)
-    for index, (asked, answered) in enumerate([*history, [question, texts[1]]]):
-        for number, (role, text) in enumerate((("user", asked), ("assistant", answered))):
-            last = index == len(history)
-            at = f"{where}: {('instruction', 'output')[number] if last else f'history[{index}][{number}]'}"
+    earlier = [
+        [(f"history[{index}][{side}]", text) for side, text in enumerate(pair)] for index, pair in enumerate(history)
+    ]
+    for pair in [*earlier, [question, answer]]:
+        for role, (key, text) in zip(("user", "assistant"), pair, strict=True):
+            at = f"{where}: {key}"
             message = {"role": role, "content": check_text(text, at)}
             check_answer(message, at)
             turns.append((message, None, at))
-    return turns, 0
+    return turns
 
 
 def _prompt_turns(row: dict[str, Any], where: str) -> tuple[list[Any], int]:
@@ -170,6 +206,7 @@ _TURNS = {
     "conversations": _conversation_turns,
     "messages": _message_turns,
     "alpaca": _alpaca_turns,
+    "query": _query_turns,
     "prompt": _prompt_turns,
 }
 

@@ -7,7 +7,9 @@ or transformers. A mistake that does not end the file is yielded in its place, s
 import gzip
 import hashlib
 import json
+import math
 import random
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,10 +18,16 @@ from typing import Any, BinaryIO, NoReturn
 
 FORMATS = (".json", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 _BOM = b"\xef\xbb\xbf"
+_MESSAGE_CHARACTERS = 2000
+# Control characters, what turns the direction of writing, and halves of surrogate pairs.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class DataError(ValueError):
-    """A mistake in the user's data. The message says what, where (file:line:field) and the way out."""
+    """A mistake in the user's data, in one line of bounded length: what, where (file:line:field) and the way out."""
+
+    def __init__(self, message: str):
+        super().__init__(as_line(message, _MESSAGE_CHARACTERS))
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,18 @@ class Source:
 
     def __str__(self) -> str:
         return str(self.path) if self.sample is None else f"{self.path}#{self.sample}"
+
+
+def printable(text: str) -> str:
+    """The text, with everything that a terminal would obey or could not show written as an escape."""
+    return _UNPRINTABLE.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
+
+
+def as_line(text: str, limit: int) -> str:
+    """The text as one printable line; what is longer than limit characters loses its middle."""
+    if len(text) > limit:
+        text = f"{text[: limit // 2]} [...] {text[-limit // 2 :]}"
+    return printable(text).replace("\n", "\\n")
 
 
 def find_sources(paths: Sequence[str | Path]) -> list[Source]:
@@ -120,7 +140,7 @@ def _find_sources(text: str) -> list[Source]:
     if path.is_dir():
         if sample is not None:
             raise DataError(f"{text}: a sample is taken from a file, not from a directory")
-        found = [file for file in sorted(path.rglob("*")) if file.is_file() and _format_of(file)]
+        found = [file for file in sorted(path.rglob("*")) if _is_data_file(file, path)]
         if not found:
             raise DataError(f"{text}: no data file in this directory ({', '.join(FORMATS)})")
         return [Source(file) for file in found]
@@ -129,6 +149,12 @@ def _find_sources(text: str) -> list[Source]:
     if _format_of(path) is None:
         raise DataError(f"{path}: unknown format '{path.suffix}'; expected {', '.join(FORMATS)}")
     return [Source(path, sample)]
+
+
+def _is_data_file(file: Path, directory: Path) -> bool:
+    # Hidden files are copies of other tools: .ipynb_checkpoints/, ._rows.json
+    hidden = any(part.startswith(".") for part in file.relative_to(directory).parts)
+    return not hidden and file.is_file() and _format_of(file) is not None
 
 
 def _format_of(path: Path) -> str | None:
@@ -174,7 +200,7 @@ def _read_json(path: Path) -> Iterator[Record | DataError]:
     while text[position : position + 1] != "]" or index > 0:
         line, counted = line + text.count("\n", counted, position), position
         value, position = _parse_at(path, text, position)
-        yield Record(value, f"{path}:{line}", index)
+        yield _record(value, path, line, index)
         index += 1
         position = _skip_space(text, position)
         delimiter = text[position : position + 1]
@@ -228,7 +254,7 @@ def _read_jsonl(path: Path) -> Iterator[Record | DataError]:
             except (ValueError, RecursionError) as error:
                 yield DataError(f"{path}:{line}: invalid JSON: {error}")
             else:
-                yield Record(value, f"{path}:{line}", index)
+                yield _record(value, path, line, index)
             index += 1
 
 
@@ -275,22 +301,60 @@ def _read_parquet(path: Path) -> Iterator[Record | DataError]:
     try:
         with ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1000):
-                for value in batch.to_pylist():
-                    yield Record(_without_nulls(value), f"{path}:{index + 1}", index)
+                for value in _read_batch(batch):
+                    if isinstance(value, Exception):
+                        yield DataError(f"{path}:{index + 1}: a value of this row cannot be read: {value}")
+                    else:
+                        yield _record(without_nulls(value), path, index + 1, index)
                     index += 1
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path}:{index + 1}: not a readable parquet file: {str(error).splitlines()[0]}") from None
 
 
-def _without_nulls(value: Any) -> Any:
-    """A column has the fields of all rows; those that a row does not have are null."""
+def _read_batch(batch: Any) -> list[Any]:
+    """The rows of a record batch; an exception in place of one that Python cannot hold (a date, say)."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError) as error:
+        return [error] if len(batch) == 1 else [_read_batch(batch.slice(row, 1))[0] for row in range(len(batch))]
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without what is null in its objects: columns have the fields of all rows, null where a row has none."""
     if isinstance(value, dict):
-        return {name: _without_nulls(v) for name, v in value.items() if v is not None}
-    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
+        return {name: without_nulls(v) for name, v in value.items() if v is not None}
+    return [without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
+# ---- JSON ----
+
+
+def decode_json(text: str) -> Any:
+    """Parse JSON text. Raises: ValueError or RecursionError: no JSON, a key that stands twice, a number without end."""
+    return _DECODER.decode(text)
+
+
+def _record(value: Any, path: Path, line: int, index: int) -> Record:
+    return Record(value, f"{printable(str(path))}:{line}", index)
+
+
+def _as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {max(names, key=names.count)!r:.100} stands twice in one object")
+    return found
 
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON value")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text:.100} is too large a number")
+    return number
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_as_object)

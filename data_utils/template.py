@@ -6,21 +6,27 @@ token. A turn whose prompt begins with the row so far continues that row. Where 
 or move earlier reasoning, or an answer whose first token would merge into the prompt), it starts a row of its own.
 """
 
+import copy
+import json
 from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from data_utils.completeness import find_lost_answer, find_lost_context, find_lost_tool
 from data_utils.qwen_recipe import check_conversation, label_rendering
 from data_utils.rows import IGNORE_INDEX, Row
 from data_utils.safe_encoder import PROBE, SafeEncoder
 from data_utils.schema import Conversation
-from data_utils.sources import DataError
+from data_utils.sources import DataError, as_line
 
 LABEL_MASKS = ("assistant", "qwen")
 Message = dict[str, Any]
 _QUESTION: Message = {"role": "user", "content": "Q"}
-_CALL: Message = {"function": {"name": f"{PROBE}_name", "arguments": {f"{PROBE}_key": f"{PROBE}_value"}}}
+_CALL: Message = {
+    "type": "function",
+    "function": {"name": f"{PROBE}_name", "arguments": {f"{PROBE}_key": f"{PROBE}_value"}},
+}
 _RENDERING = {"tools", "messages", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict"}
 
 
@@ -37,35 +43,53 @@ class ChatTemplate:
         self, tokenizer: PreTrainedTokenizerBase, *, system_message: str | None = None, label_mask: str = "assistant"
     ):
         self.tokenizer = tokenizer
+        named = tokenizer.chat_template
+        self._for_tools: ChatTemplate | None = None  # for rows with tools, where the tokenizer has a template for them
+        if isinstance(named, dict) and "tool_use" in named:
+            with_tools = copy.copy(tokenizer)
+            with_tools.chat_template = named["tool_use"]
+            self._for_tools = ChatTemplate(with_tools, system_message=system_message, label_mask=label_mask)
         self.encoder = SafeEncoder(tokenizer)
         self.system_message = system_message
         self.label_mask = label_mask
-        self.stop, self._appends_stop = self._find_stop({"content": PROBE}, [_QUESTION])
+        self.stop, self._appends_stop = self._find_stop()
         self.stop_id = self.encoder.control_ids[self.stop]
         self.stop_ids = {self.stop_id, *({eos} if (eos := tokenizer.eos_token_id) is not None else ())}
+        self.writes_system = self._writes([{"role": "system", "content": f"{PROBE}_system"}, _QUESTION], "_system")
         reasoned = {
             "role": "assistant",
             "content": PROBE,
             **dict.fromkeys(("reasoning_content", "thinking"), f"{PROBE}_r"),
         }
         self.writes_reasoning = self._writes([_QUESTION, reasoned], "_r")
-        called = {"content": "", "tool_calls": [_CALL]}
-        self.writes_calls = self._writes([_QUESTION, {"role": "assistant", **called}], "_name", "_key", "_value")
+        self._calls_as_text = False
+        self.writes_calls = self._writes_calls()
+        if not self.writes_calls:  # it may want the arguments as JSON text
+            self._calls_as_text = True
+            self.writes_calls = self._calls_as_text = self._writes_calls()
+        called = self._call(_CALL)
         result = {"role": "tool", "name": f"{PROBE}_name", "content": f"{PROBE}_result"}
         if self.writes_calls:
-            self.writes_results = self._writes([_QUESTION, {"role": "assistant", **called}, result], "_result")
-            self._call_stop, self._appends_call_stop = self._find_stop(called, [result])
+            self.writes_results = self._writes([_QUESTION, called, result], "_result")
+            self._call_stop, self._appends_call_stop = self._find_call_stop(result)
             self.stop_ids.add(self.encoder.control_ids[self._call_stop])
         else:
             self.writes_results = False
         tool = {"type": "function", "function": {"name": f"{PROBE}_name", "description": "d", "parameters": {}}}
         self.writes_tools = self._writes([_QUESTION], "_name", tools=[tool])
+        self._lost_in_shape: dict[Any, int | None] = {}
+        if system_message and not self.writes_system:
+            raise DataError("--system_message: the chat template does not write system turns; use one that does")
         if label_mask == "qwen":
             lacking = [t for t in ("<|im_start|>", "<|im_end|>") if t not in self.encoder.control_ids]
             if lacking:
                 raise DataError(f"--label_mask qwen needs a ChatML template; this one has no {lacking[0]}")
             if not self.encoder.pieces_equal_whole:
                 raise DataError("--label_mask qwen needs a byte-level tokenizer; use --label_mask assistant")
+        if self._for_tools is not None:
+            self.stop_ids |= self._for_tools.stop_ids
+            template_ids = {*self.encoder.template_ids, *self._for_tools.encoder.template_ids}
+            self.encoder.template_ids = sorted(template_ids)
 
     def render(self, messages: list[Message], *, add_generation_prompt: bool = False, **variables: Any) -> str:
         """The chat template's text; variables: tools and what else the template takes.
@@ -90,6 +114,8 @@ class ChatTemplate:
         """
         if conversation.text is not None:
             return [self._encode_text(conversation.text)]
+        if conversation.tools and self._for_tools is not None:
+            return self._for_tools.encode_conversation(conversation)
         messages = self.with_system_message(list(conversation.messages))
         added = len(messages) - len(conversation.messages)
         self._check_expressible(conversation)
@@ -101,42 +127,70 @@ class ChatTemplate:
                 if not weights:
                     return []
                 check_conversation(conversation)
-                return [label_rendering(self.render(messages, **variables), self.encoder)]
+                rendered = self.render(messages, **variables)
+                self._check_context(conversation, messages, 0, len(messages), rendered)
+                return [label_rendering(rendered, self.encoder)]
             rows: list[Row] = []
+            so_far, num_checked = "", 0  # the row as rendered, and how many of its messages were found in it
             for turn, weight in weights.items():
-                prompt, target = self.place_turn(messages, turn, conversation.where, variables)
+                prompt, target = self.place_turn(messages, turn, self._name(conversation, turn), variables)
+                if not prompt.startswith(so_far):
+                    so_far, num_checked = "", 0
+                self._check_context(conversation, messages, num_checked, turn, prompt[len(so_far) :])
+                so_far, num_checked = prompt + target, turn + 1
                 self._add_turn(rows, prompt, target, weight)
                 self._explain_turn(rows[-1], messages, turn, weights)
+            if weights:
+                self._check_shape(conversation, messages, max(weights), variables)
             return rows
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
             if isinstance(error, DataError):
                 raise
             raise DataError(f"{conversation.where}: the chat template refuses this conversation: {error}") from None
 
-    def place_turn(self, messages: list[Message], turn: int, where: str, variables: dict[str, Any]) -> tuple[str, str]:
+    def place_turn(self, messages: list[Message], turn: int, at: str, variables: dict[str, Any]) -> tuple[str, str]:
         """(prompt, target) of an assistant's turn: what inference renders before it, and what is to be generated.
 
-        messages: escaped. Raises: DataError: no prompt leads to this turn; jinja2.TemplateError and others.
+        messages: escaped. at: the turn's place. Raises: DataError: no prompt leads to this turn, or part of it is not
+        written; jinja2.TemplateError and others.
         """
         prompt = self.render(messages[:turn], add_generation_prompt=True, **variables)
         rendered = self.render(messages[: turn + 1], **variables)
         if not rendered.startswith(prompt):
-            raise DataError(
-                f"{where}: turn {turn}: the chat template's rendering of this turn does not begin with its own "
-                "generation prompt, so no prompt leads to it; use another chat template"
-            )
+            raise DataError(f"{at}: {self._explain_no_prompt(messages, turn, variables)}")
         target = rendered[len(prompt) :]
         calls = bool(messages[turn].get("tool_calls"))
         stop, appends = (self._call_stop, self._appends_call_stop) if calls else (self.stop, self._appends_stop)
-        self._check_written(messages[turn], target, f"{where}: turn {turn}", rendered)
         if appends:
-            return prompt, target + stop
-        end = target.find(stop)
-        if end < 0:
-            raise DataError(f"{where}: turn {turn}: the chat template writes no {stop} after this turn")
-        return prompt, target[: end + len(stop)]
+            target += stop
+        else:
+            end = target.rfind(stop)  # the last one: what closes a part of a turn may be the same token
+            if end < 0:
+                raise DataError(f"{at}: the chat template writes no {stop} after this turn")
+            target = target[: end + len(stop)]
+        self._check_target(messages[turn], target, at)
+        return prompt, target
 
-    def _check_written(self, message: Message, target: str, at: str, rendered: str) -> None:
+    def _explain_no_prompt(self, messages: list[Message], turn: int, variables: dict[str, Any]) -> str:
+        """Why the rendering of a turn does not begin with its prompt, and the way out."""
+        if turn and messages[turn - 1]["role"] == "assistant":
+            return "two assistant turns in succession, which this chat template cannot write; join them"
+        for name in ("enable_thinking", "thinking"):
+            for value in (False, True) if name in self._source and name not in variables else ():
+                try:
+                    prompt = self.render(messages[:turn], add_generation_prompt=True, **{**variables, name: value})
+                    found = self.render(messages[: turn + 1], **{**variables, name: value}).startswith(prompt)
+                except Exception:  # a template may fail in any way
+                    found = False
+                if found:
+                    setting = json.dumps({name: value})
+                    return f"no prompt of this chat template leads to it; --chat_template_kwargs '{setting}' does"
+        return (
+            "the chat template's rendering of this turn does not begin with its own generation prompt, so no prompt "
+            "leads to it; use another chat template"
+        )
+
+    def _check_target(self, message: Message, target: str, at: str) -> None:
         """Raises: DataError: something of the turn is not in what would be trained."""
         reasoning, content = message.get("reasoning_content", "").strip(), message["content"].strip()
         if reasoning and not (self.writes_reasoning and reasoning in target):
@@ -149,11 +203,77 @@ class ChatTemplate:
             raise DataError(f"{at}: the chat template does not write all {len(names)} calls; make turns of them")
         if names and content and content not in target:
             raise DataError(f"{at}: the chat template does not write content beside tool_calls; make two turns of it")
+        self._check_escapes(target, at)
+        if (lost := find_lost_answer(self._as_given(message), target, self.encoder.markup_pattern)) is not None:
+            raise DataError(
+                f"{at}: the chat template drops part of what the assistant says ({self._quote(lost)}), so that it "
+                "would not be trained; use one that writes it, or take it out of the turn"
+            )
+
+    def _check_context(
+        self, conversation: Conversation, messages: list[Message], first: int, end: int, prompt: str
+    ) -> None:
+        """Raises: DataError: something of messages[first:end], or of the tools, is not in a prompt."""
+        for index in range(first, end):
+            message = messages[index]
+            lost = find_lost_context(self._as_given(message), prompt, self.encoder.markup_pattern)
+            if lost is not None:
+                raise DataError(self._say_lost(conversation, index, message["role"], lost))
+        self._check_escapes(prompt, conversation.where)
+        for number, tool in enumerate(conversation.tools if first == 0 else ()):
+            if (lost := find_lost_tool(self._escape_all(tool["function"]), prompt)) is not None:
+                raise DataError(
+                    f"{conversation.where}: tools[{number}]: the chat template does not write {self._quote(lost)}; use "
+                    "one that does, or take it out"
+                )
+
+    def _check_shape(
+        self, conversation: Conversation, messages: list[Message], last: int, variables: dict[str, Any]
+    ) -> None:
+        """Refuse what the template has no branch for, even where a short text stands in the rendering by chance.
+
+        The messages up to the last trained one are rendered once for each shape of them, with unique texts.
+        """
+        kept = messages[: last + 1]
+        shape = (*((m["role"], bool(m["content"].strip()), *m) for m in kept), bool(conversation.tools))
+        if shape not in self._lost_in_shape:
+            marked = [
+                {**m, "content": f"{PROBE}_{index}_"} if m["content"].strip() else m for index, m in enumerate(kept)
+            ]
+            try:
+                rendered = self.render(marked, **variables)
+                lost = [i for i, m in enumerate(marked) if m["content"].strip() and m["content"] not in rendered]
+            except Exception:  # it may ask for other texts
+                lost = []
+            self._lost_in_shape[shape] = lost[0] if lost else None
+        index = self._lost_in_shape[shape]
+        if index is not None:
+            raise DataError(self._say_lost(conversation, index, messages[index]["role"], messages[index]["content"]))
+
+    def _say_lost(self, conversation: Conversation, index: int, role: str, lost: str) -> str:
+        if role == "system" and not self.writes_system:
+            way_out = "use one that does, or put the text into the first question"
+            return f"{conversation.where}: the chat template does not write system turns; {way_out}"
+        return (
+            f"{self._name(conversation, index)}: the chat template drops part of what the {role} says "
+            f"({self._quote(lost)}); use one that writes it, or take it out of the turn"
+        )
+
+    def _check_escapes(self, rendered: str, at: str) -> None:
         if self.encoder.has_mangled_escape(rendered):
             raise DataError(
                 f"{at}: the chat template writes the text of a control token in an escaped form; take it out of the "
                 "tools or arguments"
             )
+
+    def _quote(self, text: str) -> str:
+        return repr(as_line(self.encoder.unescape(text).strip(), 60))
+
+    def _name(self, conversation: Conversation, index: int) -> str:
+        """`file:line: field` of a message of with_system_message."""
+        index -= len(self.with_system_message(list(conversation.messages))) - len(conversation.messages)
+        place = conversation.places[index] if 0 <= index < len(conversation.places) else f"turn {index}"
+        return f"{conversation.where}: {place}"
 
     def _add_turn(self, rows: list[Row], prompt: str, target: str, weight: float) -> None:
         prompt_ids = self.encoder.encode(prompt)
@@ -202,7 +322,9 @@ class ChatTemplate:
         """Every text in them escaped; an assistant's markup stays in what it says and thinks."""
         return [
             {
-                name: self.encoder.escape(value, message["role"])
+                name: [self._as_template_wants(self._escape_all(call)) for call in value]
+                if name == "tool_calls"
+                else self.encoder.escape(value, message["role"])
                 if name in ("content", "reasoning_content", "thinking")
                 else value
                 if name == "role"
@@ -212,6 +334,21 @@ class ChatTemplate:
             for message in messages
         ]
 
+    def _as_template_wants(self, call: Message) -> Message:
+        if not self._calls_as_text:
+            return call
+        function = call["function"]
+        text = json.dumps(function["arguments"], ensure_ascii=False)
+        return {**call, "function": {**function, "arguments": text}}
+
+    def _as_given(self, message: Message) -> Message:
+        """The message with its calls' arguments as objects again."""
+        if not (self._calls_as_text and message.get("tool_calls")):
+            return message
+        functions = [call["function"] for call in message["tool_calls"]]
+        read = [{**function, "arguments": json.loads(function["arguments"])} for function in functions]
+        return {**message, "tool_calls": [{"function": function} for function in read]}
+
     def _escape_all(self, value: Any) -> Any:
         if isinstance(value, str):
             return self.encoder.escape(value)
@@ -219,10 +356,14 @@ class ChatTemplate:
             return {self.encoder.escape(name): self._escape_all(inner) for name, inner in value.items()}
         return [self._escape_all(inner) for inner in value] if isinstance(value, list | tuple) else value
 
+    @property
+    def _source(self) -> str:
+        return self.tokenizer.get_chat_template()
+
     def _variables(self, conversation: Conversation) -> dict[str, Any]:
         tools = {"tools": self._escape_all(conversation.tools)} if conversation.tools else {}
         for name in conversation.template_kwargs:
-            if name in _RENDERING or name not in self.tokenizer.get_chat_template():
+            if name in _RENDERING or name not in self._source:
                 raise DataError(f"{conversation.where}: chat_template_kwargs: the chat template has no variable {name}")
         return {**self._escape_all(conversation.template_kwargs), **tools}
 
@@ -235,35 +376,57 @@ class ChatTemplate:
             if has and not can:
                 raise DataError(f"{conversation.where}: the chat template cannot express {what}; use one that can")
 
-    def _writes(self, messages: list[Message], *marks: str, **variables: Any) -> bool:
+    def _writes(self, messages: list[Message], *marks: str, without: str | None = None, **variables: Any) -> bool:
         try:
             rendered = self.render(messages, add_generation_prompt=messages[-1]["role"] != "assistant", **variables)
         except Exception:  # a template may fail in any way
             return False
-        return all(PROBE + mark in rendered for mark in marks)
+        return all(PROBE + mark in rendered for mark in marks) and (without is None or without not in rendered)
 
-    def _find_stop(self, answer: Message, following: list[Message]) -> tuple[str, bool]:
+    def _call(self, *calls: Message) -> Message:
+        return {"role": "assistant", "content": "", "tool_calls": [self._as_template_wants(call) for call in calls]}
+
+    def _writes_calls(self) -> bool:
+        return self._writes([_QUESTION, self._call(_CALL)], "_name", "_key", "_value", without=f"'{PROBE}_key'")
+
+    def _find_stop(self) -> tuple[str, bool]:
         """The control token after an answer, and whether it has to be appended since the template writes none."""
-        answered = [_QUESTION, {"role": "assistant", **answer}]
-        calls = bool(answer.get("tool_calls"))
+        answered = [_QUESTION, {"role": "assistant", "content": PROBE}]
         try:
-            for messages, appends in ((answered, False), ([*answered, *following], True)):
-                _, written, tail = self.render(messages).rpartition(f"{PROBE}_value" if calls else PROBE)
-                if calls and appends:
-                    tail = tail.partition(f"{PROBE}_result")[0]
-                if calls and not appends and self.stop in tail:  # what closes a call may be a control token, too
-                    return self.stop, False
+            for messages, appends in ((answered, False), ([*answered, _QUESTION], True)):
+                _, written, tail = self.render(messages).rpartition(PROBE)
                 if not written:
                     raise DataError("the chat template does not write the text of an answer; use one for text chats")
-                found = [
-                    (tail.find(text), text)
-                    for text in self.encoder.control_ids
-                    if text in tail and text not in self.encoder.markup
-                ]
-                if found:
-                    return min(found)[1], appends
+                if found := self._control_tokens(tail):
+                    return found[0], appends
         except jinja2.TemplateError as error:
             raise DataError(f"the chat template cannot render a question and its answer: {error}") from None
         if self.tokenizer.eos_token is None:
             raise DataError("the chat template ends an answer with no control token and the tokenizer has no eos token")
         return str(self.tokenizer.eos_token), True
+
+    def _find_call_stop(self, result: Message) -> tuple[str, bool]:
+        """The control token after a turn of calls, and whether it has to be appended.
+
+        It is the answers' stop token, or the last one that the template writes once for a turn, not once for a call.
+        Where there is none, generation ends at what introduces the result.
+        """
+        prompt = self.render([_QUESTION], add_generation_prompt=True)
+        once = self.render([_QUESTION, self._call(_CALL)]).removeprefix(prompt)
+        written = self._control_tokens(once)
+        if self.stop in written:
+            return self.stop, False
+        try:
+            twice = self._control_tokens(self.render([_QUESTION, self._call(_CALL, _CALL)]).removeprefix(prompt))
+            answered = self.render([_QUESTION, self._call(_CALL), result]).removeprefix(prompt)
+        except Exception:  # it may write one call a turn, or no results
+            return self.stop, True
+        if ends := [token for token in written if written.count(token) == twice.count(token) == 1]:
+            return ends[-1], False
+        same = next((i for i, (a, b) in enumerate(zip(once, answered, strict=False)) if a != b), len(once))
+        following = self._control_tokens(answered[same:])
+        return following[0] if following else self.stop, True
+
+    def _control_tokens(self, rendered: str) -> list[str]:
+        """The control tokens in a rendering, markup left out, in their order."""
+        return [token for token in self.encoder.find_control_tokens(rendered) if token not in self.encoder.markup]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
 
 from data_utils.sources import DataError
 
@@ -62,7 +63,7 @@ def load_tokenizer(
         if missing:
             raise DataError(
                 f"{path}: the tokenizer has no chat template and its vocabulary lacks {', '.join(missing)} for plain "
-                "ChatML; use a checkpoint that has them, or save a chat template with the tokenizer"
+                "ChatML; name a file with a template: --chat_template FILE"
             )
         default = DEFAULT_SYSTEM_MESSAGE if system_message is None else system_message
         added = [token.content for token in tokenizer.added_tokens_decoder.values()]
@@ -70,8 +71,16 @@ def load_tokenizer(
         if written:
             raise DataError(f"--system_message: holds the control token {written[0]}, which it must not")
         tokenizer.chat_template = PLAIN_CHATML.replace("SYSTEM_MESSAGE", json.dumps(default, ensure_ascii=False))
+    named = tokenizer.chat_template
+    if isinstance(named, dict) and "default" not in named:
+        files = [f"{path}/additional_chat_templates/{name}.jinja" for name in named]
+        file = next((file for file in files if Path(file).is_file()), "FILE")
+        raise DataError(
+            f"{path}: its chat templates have names ({', '.join(named)}) and none is the default; choose one: "
+            f"--chat_template {file}"
+        )
     if chat_template_kwargs is not None:
-        tokenizer.chat_template = _with_defaults(tokenizer.get_chat_template(), chat_template_kwargs)
+        tokenizer.chat_template = _with_defaults(named, chat_template_kwargs)
     return tokenizer
 
 
@@ -81,25 +90,27 @@ def _read_template(path: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--chat_template {path}: cannot be read: {error}") from None
     try:
-        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+        chat_template_utils._compile_jinja_template(template)  # the environment that renders it
     except jinja2.TemplateSyntaxError as error:
         raise DataError(f"--chat_template {path}:{error.lineno}: {error.message}") from None
     return template
 
 
-def _with_defaults(template: str, kwargs: str) -> str:
-    """The template with defaults for its variables; a server that passes a value still wins."""
+def _with_defaults(template: str | dict[str, str], kwargs: str) -> str | dict[str, str]:
+    """The template, or the named ones, with defaults for its variables; a server that passes a value still wins."""
     try:
         defaults = json.loads(kwargs)
     except json.JSONDecodeError as error:
         raise DataError(f"--chat_template_kwargs {kwargs}: invalid JSON: {error.msg}") from None
     if not isinstance(defaults, dict):
         raise DataError(f'--chat_template_kwargs {kwargs}: expected a JSON object such as {{"enable_thinking": false}}')
+    templates = template if isinstance(template, dict) else {"": template}
     head = ""
     for name, value in defaults.items():
-        if name not in template:
+        if not any(name in each for each in templates.values()):
             raise DataError(f"--chat_template_kwargs: the chat template has no variable {name}")
         if not name.isidentifier() or not isinstance(value, bool | int | float | str):
             raise DataError(f"--chat_template_kwargs: {name}: expected a name with true, false, a number or text")
         head += f"{{%- if {name} is not defined %}}{{%- set {name} = {json.dumps(value)} %}}{{%- endif %}}"
-    return head + template
+    found = {name: head + each for name, each in templates.items()}
+    return found if isinstance(template, dict) else found[""]

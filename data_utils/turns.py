@@ -3,12 +3,11 @@
 Raises everywhere: DataError: names `file:line: field: what is wrong` and the way out.
 """
 
-import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
-from data_utils.sources import DataError
+from data_utils.sources import DataError, decode_json, without_nulls
 
 ROLES = {
     "user": "user",
@@ -16,19 +15,29 @@ ROLES = {
     "assistant": "assistant",
     "gpt": "assistant",
     "function_call": "assistant",
+    "tool_call": "assistant",
     "system": "system",
     "developer": "system",
     "tool": "tool",
     "observation": "tool",
+    "tool_response": "tool",
+    "function": "tool",
 }
+_CALL_ROLES = ("function_call", "tool_call")  # their text is a call, or a list of calls, as JSON
+_TURN_KEY_PAIRS = (("from", "value"), ("role", "content"))
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_TURN_KEYS = {"name", "id", "train", "loss", "loss_weight", "weight", "tool_calls", "reasoning_content", "tool_call_id"}
+_RESULT_KEYS = {"name", "tool_call_id"}  # of a tool's turn: which call it answers
 _WEIGHTS = ("train", "loss", "loss_weight", "weight")
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_ARGUMENTS = ("arguments", "parameters", "args")
+_CALL_KEYS, _CALL_TYPES = {"id", "index", "type"}, ("function", "tool_call", None)
+_TURN_KEYS = {"id", "tool_calls", "function_call", *_REASONING, *_WEIGHTS}
+_TOOL_KEYS = {"type", "function"}
 Turn = tuple[dict[str, Any], float | None, str]  # message, weight if given, where it stands
 
 
 def parse_turns(turns: Any, where: str, role_key: str, content_key: str) -> Iterator[Turn]:
-    """Yield the turns of a list. role_key, content_key: as the row's format calls them."""
+    """Yield the turns of a list. role_key, content_key: as the row's format calls them; a turn may use the other's."""
     if not isinstance(turns, list) or not turns:
         raise DataError(f"{where}: expected a list of turns, found {describe_kind(turns)}")
     for index, turn in enumerate(turns):
@@ -37,38 +46,51 @@ def parse_turns(turns: Any, where: str, role_key: str, content_key: str) -> Iter
             raise DataError(
                 f"{at}: a turn must be an object with '{role_key}' and '{content_key}', not {describe_kind(turn)}"
             )
-        yield *_parse_turn(turn, at, role_key, content_key), f"{at}.{role_key}"
+        keys = [pair for pair in ((role_key, content_key), *_TURN_KEY_PAIRS) if pair[0] in turn]
+        yield *_parse_turn(turn, at, *(keys[0] if keys else (role_key, content_key))), f"{at}.{role_key}"
+
+
+def check_keys(value: dict[str, Any], known: Collection[str], at: str, what: str) -> None:
+    """Refuse a key that nothing reads: something else would be trained. One that says nothing is passed over."""
+    for key in sorted(value.keys() - known):
+        if says_something(value[key]):
+            raise DataError(f"{at}.{key}: not supported in {what}; remove it or convert the row")
 
 
 def _parse_turn(turn: dict[str, Any], at: str, role_key: str, content_key: str) -> tuple[dict[str, Any], float | None]:
     calls = turn.get("tool_calls")
+    if turn.get("function_call"):  # as OpenAI wrote one call before it had tool_calls
+        if calls:
+            raise DataError(f"{at}.function_call: says the same as 'tool_calls'; keep one of them")
+        calls = [turn["function_call"]]
     for key in (role_key, content_key):
         if key not in turn and not (key == content_key and calls):
             raise DataError(f"{at}: no '{key}' in the turn")
     named = turn[role_key]
     if not isinstance(named, str) or named not in ROLES:
         raise DataError(f"{at}.{role_key}: {named!r} is not a role ({', '.join(ROLES)})")
-    # A key that changes what the turn says must not be passed over: something else would be trained.
-    for key in sorted(turn.keys() - {role_key, content_key} - _TURN_KEYS):
-        if turn[key] is not None:
-            raise DataError(f"{at}.{key}: not supported in a turn; remove it or convert the row")
     role = ROLES[named]
+    known = {role_key, content_key} | _TURN_KEYS | (_RESULT_KEYS if role == "tool" else set())
+    check_keys(turn, known, at, "a turn")
     content = turn.get(content_key)
     message: dict[str, Any] = {"role": role}
-    if named == "function_call":
+    if named in _CALL_ROLES:
         calls, content = _decode(content, f"{at}.{content_key}", "a call as JSON"), ""
         calls = calls if isinstance(calls, list) else [calls]
     message["content"] = _parse_content("" if content is None and calls else content, f"{at}.{content_key}")
     if calls:
         if role != "assistant":
             raise DataError(f"{at}.tool_calls: only the assistant calls tools")
+        calls = _decode(calls, f"{at}.tool_calls", "a list of calls as JSON") if isinstance(calls, str) else calls
         message["tool_calls"] = [
-            _parse_call(call, f"{at}.tool_calls[{i}]") for i, call in enumerate(_listed(calls, at))
+            _parse_call(call, f"{at}.tool_calls[{i}]") for i, call in enumerate(_listed(calls, f"{at}.tool_calls"))
         ]
-    if turn.get("reasoning_content"):
+    for key in [key for key in _REASONING if turn.get(key)]:
         if role != "assistant":
-            raise DataError(f"{at}.reasoning_content: only the assistant reasons")
-        reasoning = check_text(turn["reasoning_content"], f"{at}.reasoning_content")
+            raise DataError(f"{at}.{key}: only the assistant reasons")
+        if "thinking" in message:
+            raise DataError(f"{at}.{key}: a turn has one reasoning; keep one of {', '.join(_REASONING)}")
+        reasoning = check_text(turn[key], f"{at}.{key}")
         message |= {"reasoning_content": reasoning, "thinking": reasoning}  # as templates call it (gpt-oss: thinking)
     for key in ("name", "tool_call_id") if role == "tool" else ():
         if turn.get(key):
@@ -79,12 +101,19 @@ def _parse_turn(turn: dict[str, Any], at: str, role_key: str, content_key: str) 
 
 def _parse_content(content: Any, at: str) -> str:
     if isinstance(content, list):  # OpenAI's parts
-        for index, part in enumerate(content):
-            if not isinstance(part, dict) or part.get("type") != "text" or "text" not in part:
-                kind = part.get("type", "part") if isinstance(part, dict) else describe_kind(part)
-                raise DataError(f"{at}[{index}]: {kind}: only parts of text are supported")
-        return "".join(check_text(part["text"], f"{at}[{index}].text") for index, part in enumerate(content))
+        return "".join(_parse_part(part, f"{at}[{index}]") for index, part in enumerate(content))
     return check_text(content, at)
+
+
+def _parse_part(part: Any, at: str) -> str:
+    if not isinstance(part, dict):
+        raise DataError(f"{at}: expected a part such as {{'type': 'text', 'text': ...}}, found {describe_kind(part)}")
+    if part.get("type") != "text":
+        raise DataError(f"{at}: {part.get('type', 'no type')}: only parts of text are supported")
+    if "text" not in part:
+        raise DataError(f"{at}: no 'text' in the part")
+    check_keys(part, {"type", "text"}, at, "a part")
+    return check_text(part["text"], f"{at}.text")
 
 
 def _parse_weight(turn: dict[str, Any], role: str, at: str) -> float | None:
@@ -113,26 +142,53 @@ def parse_tools(tools: Any, at: str) -> Iterator[dict[str, Any]]:
     if isinstance(tools, str):
         tools = _decode(tools, at, "a list of tools as JSON")
     for index, tool in enumerate(tools if tools == [] else _listed(tools, at)):
-        function = tool.get("function", tool) if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
-            raise DataError(f"{at}[{index}]: expected a function with a name, found {describe_kind(tool)}")
-        _check_strings(function, f"{at}[{index}]")
-        yield {"type": "function", "function": function}
+        yield {"type": "function", "function": _parse_tool(without_nulls(tool), f"{at}[{index}]")}
+
+
+def _parse_tool(tool: Any, at: str) -> dict[str, Any]:
+    if not isinstance(tool, dict) or tool.get("type", "function") != "function":
+        found = f"type {tool['type']!r}" if isinstance(tool, dict) else describe_kind(tool)
+        raise DataError(f"{at}: expected a function with a name, found {found:.200}")
+    if "function" in tool:
+        check_keys(tool, _TOOL_KEYS, at, "a tool, beside its function")
+        function = tool["function"]
+    else:  # the function itself
+        function = {key: value for key, value in tool.items() if key != "type"}
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise DataError(f"{at}: expected a function with a name, found {describe_kind(tool)}")
+    if isinstance(function.get("parameters"), str):
+        parameters = _decode(function["parameters"], f"{at}.parameters", "the parameters as JSON")
+        function = {**function, "parameters": parameters}
+    _check_strings(function, at)
+    return function
 
 
 def _parse_call(call: Any, at: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
         raise DataError(f"{at}: expected a call with the function's name and arguments, found {describe_kind(call)}")
-    arguments = function.get("arguments", {})
+    if call.get("type", "function") not in _CALL_TYPES:
+        raise DataError(f"{at}.type: {call['type']!r} is no call of a function; convert the row")
+    if function is call:
+        check_keys(call, _CALL_KEYS | {"name", *_ARGUMENTS}, at, "a call")
+    else:
+        check_keys(call, _CALL_KEYS | {"function"}, at, "a call, beside its function")
+        check_keys(function, {"name", *_ARGUMENTS}, f"{at}.function", "a call's function")
+    given = [key for key in _ARGUMENTS if says_something(function.get(key))]
+    if len(given) > 1:
+        raise DataError(f"{at}.{given[1]}: says the same as '{given[0]}'; keep one of them")
+    key = given[0] if given else "arguments"
+    arguments = function[key] if given else {}
     if isinstance(arguments, str):  # OpenAI writes them as text; templates would write that text in quotes
-        arguments = _decode(arguments, f"{at}.arguments", "the arguments as JSON") if arguments.strip() else {}
+        arguments = _decode(arguments, f"{at}.{key}", "the arguments as JSON") if arguments.strip() else {}
+    else:
+        arguments = without_nulls(arguments)
     if not isinstance(arguments, dict):
-        raise DataError(f"{at}.arguments: expected an object, found {describe_kind(arguments)}")
-    _check_strings(function, at)
-    _check_strings(arguments, f"{at}.arguments")
+        raise DataError(f"{at}.{key}: expected an object, found {describe_kind(arguments)}")
+    check_text(function["name"], f"{at}.name")
+    _check_strings(arguments, f"{at}.{key}")
     parsed: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-    if isinstance(call.get("id"), str):
+    if call.get("id") is not None:
         parsed["id"] = check_text(call["id"], f"{at}.id")
     return parsed
 
@@ -141,7 +197,7 @@ def _decode(text: Any, at: str, what: str) -> Any:
     if not isinstance(text, str):
         raise DataError(f"{at}: expected {what}, found {describe_kind(text)}")
     try:
-        return json.loads(text)
+        return decode_json(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{at}: expected {what}: {error}") from None
 
@@ -153,6 +209,11 @@ def _listed(value: Any, at: str) -> list[Any]:
 
 
 # ---- checks ----
+
+
+def says_something(value: Any) -> bool:
+    """Whether a value is more than an empty field, as datasets fill in what a row does not have."""
+    return value not in (None, "", [], {})
 
 
 def check_answer(message: dict[str, Any], at: str) -> None:

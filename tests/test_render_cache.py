@@ -1,5 +1,6 @@
 """The definition holds for ten families of templates, and rows by cached renderings equal it."""
 
+import contextlib
 import json
 
 import numpy as np
@@ -184,7 +185,8 @@ def test_cached_renderings_give_the_definitions_rows_for_any_text(name):
         for asked, answered in turns:
             messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered or "x"}]
         if all(m["content"].strip() for m in messages if m["role"] == "assistant"):
-            encode(template, {"messages": messages})
+            with contextlib.suppress(DataError):  # both refuse what the template leaves out
+                encode(template, {"messages": messages})
 
     check()
 
@@ -239,6 +241,7 @@ def test_templates_that_test_texts_give_the_definitions_rows(checkpoints, trick)
         + mark
         + "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% if m.role == 'user' %}"
         + body
+        + " {{ m.content }}"  # the definition refuses what is not written
         + "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}"
         + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     )
@@ -297,7 +300,7 @@ def test_what_a_template_leaves_out_of_a_turn_is_an_error():
         ),
         ("{{ m.content }}", {**called, "tool_calls": None, "reasoning_content": "see"}, "write reasoning_content"),
         (
-            CALLS.replace("| tojson", "| string"),
+            CALLS.replace("| tojson", "| tojson(ensure_ascii=true)"),
             {**called, "tool_calls": [{"name": "f", "arguments": {"c": ["<|im_end|>"]}}]},
             "in an escaped form",
         ),

@@ -105,8 +105,7 @@ def test_the_last_turn_alone():
 
 def test_a_format_can_be_forced():
     row = {"messages": [QUESTION, ANSWER], "text": "T"}
-    with pytest.raises(DataError, match=r"both 'messages' and 'text' in one row"):
-        parse(row)
+    assert parse(row).messages == (QUESTION, ANSWER) and parse(row).unread == ("text",)
     assert parse(row, data_format="text").text == "T"
     with pytest.raises(DataError, match="no 'instruction' in the row, which alpaca rows have"):
         parse(row, data_format="alpaca")

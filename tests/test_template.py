@@ -177,7 +177,7 @@ def test_a_template_that_refuses_or_hides_its_prompt_is_named(checkpoints):
         "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
     )
-    with pytest.raises(DataError, match="turn 1: the chat template's rendering of this turn does not begin"):
+    with pytest.raises(DataError, match=r"messages\[1\].role: the chat template's rendering of this turn does not"):
         ChatTemplate(tokenizer).encode_conversation(talk("Q", "A"))
 
 
