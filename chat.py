@@ -13,7 +13,7 @@ import torch
 import transformers
 from transformers import GenerationConfig
 
-from data_utils.sources import DataError, read_lines
+from data_utils.sources import DataError, printable, read_lines
 from data_utils.template import ChatTemplate
 from data_utils.tokenizer import load_tokenizer
 from inference.generate import generate_answers, stream_answer
@@ -176,7 +176,7 @@ def converse(chat: Chat, name: str) -> None:
         if line.strip() == ":exit":
             return
         if line.startswith(":"):
-            print(chat.command(line.strip()))
+            print(printable(chat.command(line.strip())))
         else:
             chat.ask(line)
 
@@ -201,7 +201,7 @@ def _trained_system_message(path: Path) -> str | None:
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(printable(text))
     sys.stdout.flush()
 
 

@@ -12,7 +12,7 @@ from data_utils.dataset import DataOptions, TokenizedRows, build_rows, read_conv
 from data_utils.report import Account, Statistics, hash_conversation
 from data_utils.schema import FORMATS, Conversation, parse_record
 from data_utils.show import as_html, as_json, as_text
-from data_utils.sources import DataError, find_sources, read_records
+from data_utils.sources import DataError, find_sources, printable, read_records
 from data_utils.template import LABEL_MASKS, ChatTemplate, Row
 from data_utils.tokenizer import load_tokenizer
 
@@ -116,7 +116,7 @@ def _check(args: argparse.Namespace) -> int:
         lines.append(f"conversations in both: {overlap:,}")
     if args.json:
         found = {"problems": problems, "account": account.to_json(), "overlap": overlap}
-        print(json.dumps(found, ensure_ascii=False, indent=2))
+        print(printable(json.dumps(found, ensure_ascii=False, indent=2)))
     else:
         print("\n".join([*problems, *lines, f"problems: {len(problems):,}"]))
     return 1 if problems else 0

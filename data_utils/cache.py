@@ -2,7 +2,8 @@
 
 An entry is a directory named by a hash of everything its rows follow from: the data's bytes, the tokenizer, the chat
 template, the options, and the code of this package. So a stale one is never found. It is complete when its account
-lies in it, which is written last. Who builds one holds its lock; who comes later waits for that.
+lies in it, which is written last, with the hashes of all files: a damaged entry is built again. Who builds one holds
+its lock; who comes later waits for that.
 """
 
 import contextlib
@@ -13,60 +14,62 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from data_utils.sources import DataError
+from data_utils.sources import DataError, hash_file
 from data_utils.template import ChatTemplate
 
 _ACCOUNT = "account.json"
 
 
 class Entry:
-    """One set of rows, complete or about to be built. directory is its place."""
+    """One set of rows. directory: its place. account: what was sealed; None where it has to be built."""
 
     def __init__(self, directory: Path):
         self.directory = directory
-
-    @property
-    def complete(self) -> bool:
-        """Whether all of it is there."""
+        self.account: dict[str, Any] | None = None
         try:
-            found = self._read()
-            sizes = found["sizes"]
-            found["account"]["files"]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return False
-        return all(
-            (self.directory / name).is_file() and (self.directory / name).stat().st_size == size
-            for name, size in sizes.items()
-        )
+            sealed = json.loads((directory / _ACCOUNT).read_text(encoding="utf-8"))
+            if sealed["seal"] == _hash([sealed["files"], sealed["account"]]) and sealed["files"] == self._hash_files():
+                self.account = sealed["account"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            pass
 
     def seal(self, account: dict[str, Any]) -> None:
-        """Say that everything is written."""
-        files = sorted(path for path in self.directory.iterdir() if not path.name.startswith("."))
-        sizes = {path.name: path.stat().st_size for path in files if path.name != _ACCOUNT}
+        """Say that everything is written, when it is on the disk."""
+        for path in self._files():
+            _sync(path)
+        files = self._hash_files()
+        text = json.dumps({"files": files, "account": account, "seal": _hash([files, account])}, ensure_ascii=False)
         temporary = self.directory / f".{_ACCOUNT}.tmp"
-        temporary.write_text(json.dumps({"sizes": sizes, "account": account}, ensure_ascii=False), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
+        _sync(temporary)
         temporary.replace(self.directory / _ACCOUNT)
+        _sync(self.directory)
+        self.account = account
 
-    def read(self) -> dict[str, Any]:
-        """The account that was sealed."""
-        return self._read()["account"]
+    def _files(self) -> list[Path]:
+        found = sorted(path for path in self.directory.iterdir() if not path.name.startswith("."))
+        return [path for path in found if path.name != _ACCOUNT]
 
-    def _read(self) -> dict[str, Any]:
-        return json.loads((self.directory / _ACCOUNT).read_text(encoding="utf-8"))
+    def _hash_files(self) -> dict[str, str]:
+        return {path.name: hash_file(path) for path in self._files()}
 
 
 class RowCache:
-    """root: where entries lie, or None: each is built in a temporary directory of its own, and forgotten."""
+    """Where entries lie.
 
-    def __init__(self, root: Path | None):
+    root: their directory, or None: each is built in a temporary one, which goes with this object. say: takes a line.
+    """
+
+    def __init__(self, root: Path | None, say: Callable[[str], None] = print):
         self._root = root
+        self._say = say
         self._temporary: list[tempfile.TemporaryDirectory[str]] = []
 
     @contextlib.contextmanager
@@ -91,7 +94,9 @@ class RowCache:
             ) from None
         try:
             entry = Entry(directory)
-            if not entry.complete:
+            if entry.account is None:
+                if (directory / _ACCOUNT).exists():
+                    self._say(f"{directory}: these tokenised data are damaged; they are built again")
                 shutil.rmtree(directory, ignore_errors=True)
                 directory.mkdir(exist_ok=True)
             yield entry
@@ -115,6 +120,14 @@ def _describe_template(template: ChatTemplate) -> list[Any]:
         template.label_mask,
         date.today().isoformat() if "strftime_now" in str(tokenizer.chat_template) else None,  # it writes the date
     ]
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @functools.cache

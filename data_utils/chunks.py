@@ -60,7 +60,7 @@ def encode_chunk(conversations: Sequence[Conversation], encoder: RowEncoder, opt
         try:
             rows = encoder.encode(conversation)
         except DataError as error:
-            chunk.account.problems.append(str(error))
+            chunk.account.refuse(str(error))
             continue
         texts = [(m["content"], m["role"]) for m in conversation.messages] or [(conversation.text or "", "text")]
         chunk.account.count_texts(conversation)
@@ -83,11 +83,16 @@ def _cut_and_count(
     if not rows:
         has_answer = any(message["role"] == "assistant" for message in conversation.messages)
         _drop(chunk, conversation, "no supervised turn" if has_answer else "no assistant turn")
+    for message in conversation.messages[max(conversation.supervised_turns, default=-1) + 1 :] if rows else ():
+        _drop(chunk, conversation, f"{message['role']} turn after the last trained turn")
     # Rows by their number in the conversation: one that is dropped still counts.
     numbered: list[tuple[int, EncodedRow]] = []
     for number, row in enumerate(rows, start=1):
-        parts = _cut_row(chunk, conversation, row, options, is_first=number == 1)
-        numbered += enumerate(parts, start=number)
+        for part_number, part in enumerate(_cut_row(chunk, conversation, row, options, is_first=number == 1), number):
+            if part.num_supervised:
+                numbered.append((part_number, part))
+            else:  # nothing predicts the first token of a row
+                _drop(chunk, conversation, "a row of one token, which has no target")
     account.conversations_trained += bool(numbered)
     account.split += len(numbered) > 1 and conversation.text is None
     account.rows += len(numbered)
@@ -113,7 +118,7 @@ def _cut_row(
     if conversation.text is not None:
         return [_slice(row, start, min(start + limit, length)) for start in range(0, length, limit)]
     if options.on_long == "error":
-        chunk.account.problems.append(f"{conversation.where}: {length:,} tokens do not fit {where}{TOO_LONG}")
+        chunk.account.refuse(f"{conversation.where}: {length:,} tokens do not fit {where}{TOO_LONG}")
         return []
     if options.on_long == "drop":
         _drop(chunk, conversation, f"row does not fit {where}")

@@ -17,7 +17,7 @@ from data_utils.report import Account, DataErrors, Statistics
 from data_utils.rows import DROPPED_FILE, ROWS_FILE, SCHEMA, TokenizedRows
 from data_utils.safe_encoder import TiktokenDiffers
 from data_utils.schema import Conversation, parse_record
-from data_utils.sources import DataError, Source, find_sources, hash_file, read_records
+from data_utils.sources import DataError, Source, find_sources, hash_file, printable, read_records
 from data_utils.template import ChatTemplate
 from data_utils.worker_pool import WorkerDied, count_workers, map_in_order
 
@@ -47,12 +47,13 @@ def load_rows(
     key = [[str(source), digest] for source, digest in zip(sources, hashes, strict=True)]
     matters = vars(options) | ({} if any(source.sample for source in sources) else {"seed": None})
     with cache.entry(key, template, matters) as entry:
-        if not entry.complete:
+        if entry.account is None:
             account = build_rows(sources, template, options, entry.directory)
             for file, digest in zip(account.files, hashes, strict=True):
                 file["sha256"] = digest
             entry.seal(account.to_json())
-        account = Account(**entry.read())
+        assert entry.account is not None
+        account = Account(**entry.account)
         rows = TokenizedRows.from_directory(entry.directory)
     return rows, account
 
@@ -119,7 +120,7 @@ def _read_chunks(sources: Sequence[Source], options: DataOptions, account: Accou
     conversations = itertools.chain.from_iterable(read_conversations(source, options, reading) for source in sources)
     while (chunk := list(itertools.islice(conversations, _CHUNK_SIZE))) or reading.problems:
         yield chunk, reading.problems
-        reading.problems = []
+        reading.problems, reading.num_problems = [], 0
     account.files, account.conversations = reading.files, reading.conversations
 
 
@@ -151,6 +152,7 @@ def _encode_one(chunk: Chunk, encoder: RowEncoder, options: DataOptions) -> Enco
     conversations, problems = chunk
     encoded = encode_chunk(conversations, encoder, options)
     encoded.account.problems[:0] = problems
+    encoded.account.num_problems += len(problems)
     return encoded
 
 
@@ -164,8 +166,10 @@ def read_conversations(source: Source, options: DataOptions, account: Account) -
             account.conversations += 1
             yield parse_record(record, name=source.name, data_format=options.data_format, supervise=options.supervise)
         except DataError as error:
-            account.problems.append(str(error))
-    account.files.append({"path": str(source), "sha256": "", "conversations": account.conversations - before})
+            account.refuse(str(error))
+    account.files.append(
+        {"path": printable(str(source)), "sha256": "", "conversations": account.conversations - before}
+    )
 
 
 def count_overlap(rows: TokenizedRows, others: TokenizedRows) -> int:

@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from data_utils.schema import Conversation
-from data_utils.sources import DataError
+from data_utils.sources import DataError, as_line
 
 _SUMMED = (
     "conversations", "conversations_trained", "rows", "split", "shortened", "turns", "turns_trained", "stopped",
-    "tokens", "supervised_tokens", "control_texts",
+    "tokens", "supervised_tokens", "control_texts", "num_problems",
 )  # fmt: skip
 SHOWN = 3  # places that are named; the rest is counted
+_KEPT = 100  # problems, and names of keys, that are written into files
 
 
 class DataErrors(DataError):
@@ -32,7 +33,8 @@ class Account:
     conversations: rows read. conversations_trained: those with at least one trained turn. rows: training rows.
     split: conversations that became several rows. shortened: those that lost turns at their end.
     dropped: reason -> how many turns or conversations; places: reason -> the first of them.
-    problems: rows that could not be read (--on_bad_row skip), as messages.
+    problems: rows that could not be read (--on_bad_row skip), as messages; in JSON the first hundred of num_problems.
+    unread: keys of rows that nothing reads -> in how many rows.
     characters: of text by role. lengths: tokens of a row before it was cut: median, 90 %, 99 %, longest.
     stopped: supervised turns that end with the stop token. duplicates: conversations equal to an earlier one.
     control_texts: conversations that hold the text of a control token (it stays text).
@@ -59,7 +61,14 @@ class Account:
     characters: dict[str, int] = field(default_factory=dict)
     dropped: dict[str, int] = field(default_factory=dict)
     places: dict[str, list[str]] = field(default_factory=dict)
+    unread: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    num_problems: int = 0
+
+    def refuse(self, problem: str) -> None:
+        """Count one row that cannot be read or trained."""
+        self.problems.append(problem)
+        self.num_problems += 1
 
     def note(self, what: str, where: str) -> None:
         """Remember the first places of something."""
@@ -73,7 +82,10 @@ class Account:
         self.note(reason, where)
 
     def count_texts(self, conversation: Conversation) -> None:
-        """Count a conversation's turns, and their characters by role."""
+        """Count a conversation's turns and their characters by role, and the keys of its row that nothing reads."""
+        for key in conversation.unread:
+            key = key if key in self.unread or len(self.unread) < _KEPT else "(others)"
+            self.unread[key] = self.unread.get(key, 0) + 1
         messages = _messages(conversation)
         self.turns += len(messages)
         for message in messages:
@@ -85,7 +97,11 @@ class Account:
         for name in _SUMMED:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.largest_token_id = max(self.largest_token_id, other.largest_token_id)
-        for mine, theirs in ((self.characters, other.characters), (self.dropped, other.dropped)):
+        for mine, theirs in (
+            (self.characters, other.characters),
+            (self.dropped, other.dropped),
+            (self.unread, other.unread),
+        ):
             for key, count in theirs.items():
                 mine[key] = mine.get(key, 0) + count
         for what, places in other.places.items():
@@ -110,8 +126,11 @@ class Account:
         ):
             if count := getattr(self, name):
                 lines.append(f"{count:,} of them {what}{self._where(name, count)}")
+        if self.unread:
+            named = ", ".join(f"{key} ({count:,} rows)" for key, count in self.unread.items())
+            lines.append(f"keys that are not read: {as_line(named, 500)}")
         if self.problems:
-            lines.append(f"skipped: {len(self.problems):,} bad rows, the first: {self.problems[0]}")
+            lines.append(f"skipped: {self.num_problems:,} bad rows, the first: {self.problems[0]}")
         for reason, count in self.dropped.items():
             lines.append(f"not trained: {count:,} x {reason}{self._where(reason, count)}")
         return lines
@@ -130,8 +149,8 @@ class Account:
         return lines
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
-        return asdict(self)
+        """As JSON values of bounded size."""
+        return {**asdict(self), "problems": self.problems[:_KEPT]}
 
     def _where(self, what: str, count: int) -> str:
         places = self.places.get(what, [])

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console
 from rich.text import Text
 
+from data_utils.sources import printable
 from data_utils.template import IGNORE_INDEX, ChatTemplate, Row
 
 _PAGE = """<!doctype html>
@@ -27,7 +28,8 @@ def as_text(row_id: str | None, row: Row, template: ChatTemplate, *, colour: boo
     for trained, pieces in _stretches(row, template):
         marked = Text("[[" if trained else "")
         for piece, is_control, piece_ids in pieces:
-            marked.append(f"«{piece}»" if is_control else piece, "dim cyan" if is_control else "")
+            shown = printable(piece)
+            marked.append(f"«{shown}»" if is_control else shown, "dim cyan" if is_control else "")
             if ids:
                 marked.append(f" {piece_ids} ", "dim")
         marked.append("]]" if trained else "")
@@ -48,7 +50,7 @@ def as_json(row_id: str | None, row: Row, template: ChatTemplate) -> str:
         for start, end, reason in _reasons(row)
     ]
     found = {"id": row_id, "input_ids": row.input_ids, "labels": row.labels, "pieces": pieces}
-    return json.dumps(found, ensure_ascii=False)
+    return printable(json.dumps(found, ensure_ascii=False))
 
 
 def as_html(rows: Sequence[tuple[str | None, Row]], template: ChatTemplate, *, ids: bool) -> str:
@@ -60,7 +62,7 @@ def as_html(rows: Sequence[tuple[str | None, Row]], template: ChatTemplate, *, i
         for trained, pieces in _stretches(row, template):
             inner = ""
             for piece, is_control, piece_ids in pieces:
-                shown = html.escape(piece) + (f" <small>{piece_ids}</small> " if ids else "")
+                shown = html.escape(printable(piece)) + (f" <small>{piece_ids}</small> " if ids else "")
                 inner += f'<span class="control">{shown}</span>' if is_control else shown
                 position += len(piece_ids)
             why = next((reason for start, end, reason in reasons if start < position <= end), "")

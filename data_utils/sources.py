@@ -56,8 +56,8 @@ class Source:
 
 
 def printable(text: str) -> str:
-    """The text, with everything that a terminal would obey or could not show written as an escape."""
-    return _UNPRINTABLE.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
+    """The text, with everything that a terminal would obey or could not show as an escape of JSON."""
+    return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match.group()):04x}", text)
 
 
 def as_line(text: str, limit: int) -> str:

@@ -14,7 +14,10 @@ from data_utils.template import ChatTemplate
 
 @dataclass
 class TrainingData:
-    """What is trained and evaluated on, and how it was rendered. samples: (text, token ids) of prompts to answer."""
+    """What is trained and evaluated on, and how it was rendered.
+
+    samples: (text, token ids) of prompts to answer. cache: keeps the rows' files, which may be temporary.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     template: ChatTemplate
@@ -23,6 +26,7 @@ class TrainingData:
     eval_rows: TokenizedRows | None
     eval_account: Account | None
     samples: list[tuple[str, list[int]]]
+    cache: RowCache
 
     @property
     def longest(self) -> int:
@@ -68,4 +72,4 @@ def read_training_data(
             say(f"evaluation data: {overlap:,} conversations are in the training data, too")
     prompts = read_lines(prompts_path) if prompts_path else []
     samples = [(line, template.encode_prompt([{"role": "user", "content": line}])) for line in prompts]
-    return TrainingData(tokenizer, template, rows, account, eval_rows, eval_account, samples)
+    return TrainingData(tokenizer, template, rows, account, eval_rows, eval_account, samples, cache)

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from data_utils.sources import printable
 from inference.generate import generate_answers
 from tuning.checkpoint.run_record import METRICS_FILE, append_metrics
 from tuning.model.training_model import TrainingModel
@@ -43,5 +44,5 @@ class SampleCallback(TrainerCallback):
         for (prompt, _ids), answer in zip(self._prompts, answers, strict=True):
             samples.append({"prompt": prompt, "answer": answer.text, "ended_by": answer.ended_by})
             cut = "" if answer.ended_by == "stop" else "  [cut at the length limit]"
-            self._log_line(f"  > {prompt}\n    {answer.text}{cut}")
+            self._log_line(printable(f"  > {prompt}\n    {answer.text}{cut}"))
         append_metrics(self._metrics_path, {"step": state.global_step, "samples": samples})
