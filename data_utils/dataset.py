@@ -70,6 +70,8 @@ def build_rows(
 
     Raises: DataError: all bad rows at once (unless options skip them), or no supervised token in all.
     """
+    if template.label_mask == "qwen" and options.supervise == "last":
+        raise DataError("--supervise last: --label_mask qwen trains every turn alike; use --label_mask assistant")
     try:
         try:
             account = _write_rows(sources, template, options, directory)
