@@ -34,13 +34,15 @@ HELP = """\
 :exit                    leave (Ctrl-D too)
 Ctrl-C stops an answer. Pasted text may have several lines; or begin and end with a line of \"\"\"."""
 
-SETTINGS: dict[str, type] = {
-    "temperature": float,
-    "top_p": float,
-    "top_k": int,
-    "repetition_penalty": float,
-    "max_new_tokens": int,
+# Type, least and largest value. Beyond them logits overflow, or no token is left to choose.
+SETTINGS: dict[str, tuple[type, float, float]] = {
+    "temperature": (float, 0, 100),
+    "top_p": (float, 0.001, 1),
+    "top_k": (int, 0, 1_000_000),
+    "repetition_penalty": (float, 0.01, 100),
+    "max_new_tokens": (int, 1, 1_000_000),
 }
+_LEAST_TEMPERATURE = 0.001  # but for 0, which takes the likeliest token
 
 
 class Chat:
@@ -114,8 +116,12 @@ class Chat:
         if name == ":system":
             self.system, self.history = rest or None, []
             return f"system: {rest}" if rest else "no system turn"
-        if name == ":seed" and rest.lstrip("-").isdigit():
-            transformers.set_seed(int(rest) % 2**32)
+        if name == ":seed":
+            # int() reads any digits, of any length up to Python's own limit; what it does not read is no number.
+            try:
+                transformers.set_seed(int(rest) % 2**32)
+            except ValueError:
+                return f":seed {rest}: expected a whole number"
             return f"seed {rest}"
         if name == ":conf":
             return self._configure(rest)
@@ -126,12 +132,15 @@ class Chat:
             name, _, text = word.partition("=")
             if name not in SETTINGS:
                 return f"{name}: not a setting ({', '.join(SETTINGS)})"
+            kind, least, largest = SETTINGS[name]
             try:
-                value = SETTINGS[name](text)
+                value = kind(text)
             except ValueError:
                 return f"{word}: expected {name}=NUMBER"
-            if value < 0 or (value == 0 and name in ("max_new_tokens", "repetition_penalty")):
-                return f"{word}: too small"
+            if not least <= value <= largest:  # NaN is in no range
+                return f"{word}: must be from {least:g} to {largest:g}"
+            if name == "temperature" and 0 < value < _LEAST_TEMPERATURE:
+                return f"{word}: must be 0, or at least {_LEAST_TEMPERATURE:g}"
             self.settings[name] = value
         return "  ".join(f"{name}={value}" for name, value in self.settings.items())
 

@@ -28,6 +28,7 @@ from tuning.settings.command_line import parse_arguments
 from tuning.settings.options import Arguments
 from tuning.training.prepare import prepare_model
 from tuning.training.run import begin_run, check_run, describe_run, finish_dry_run, run_training, say_summary
+from tuning.training.schedule import describe_warmup
 from tuning.training.trainer import StepTrainer
 
 
@@ -57,6 +58,8 @@ def main(argv: list[str] | None = None) -> int:
             longest=data.longest,
         )
     )
+    if warning := describe_warmup(run, plan.survey.num_steps):
+        say(warning)
     if run.dry_run:
         return finish_dry_run(run, plan, data.account)
 

@@ -133,7 +133,11 @@ def test_the_best_comes_back_in_shards(forks, checkpoints, tmp_path, engine):
     for flag, value in wild.items():
         command[command.index(f"--{flag}") + 1] = value
     command += ["--eval_steps", 1, "--load_best_model_at_end", "True", "--eval_on_start", "True"]
-    command += ["--save_strategy", "best"]  # so that nothing is saved between the last evaluation and the end
+    at = command.index("--save_steps")
+    command[at : at + 2] = [
+        "--save_strategy",
+        "best",
+    ]  # so that nothing is saved between the last evaluation and the end
     code, _, stderr = forks.run(*command, processes=2)
     assert code == 0, stderr
     best = json.loads((out / "run.json").read_text())["best"]

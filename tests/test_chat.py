@@ -86,8 +86,15 @@ def test_commands(models):
     assert session.options["do_sample"] is False
     for wrong in (":conf temperature=__import__('os')", ":conf temperature", ":conf top_k=1.5"):
         assert "expected" in session.command(wrong)
-    assert "not a setting" in session.command(":conf speed=3") and "too small" in session.command(":conf top_p=-1")
-    assert session.command(":seed 7") == "seed 7" and "not a command" in session.command(":seed x")
+    assert "not a setting" in session.command(":conf speed=3")
+    before = dict(session.settings)
+    for name in chat.SETTINGS:
+        for value in ("nan", "inf", "-inf", "-1", "1e400", "1" * 5000, "²", "", "1e-300", "1e300"):
+            assert "\n" not in session.command(f":conf {name}={value}")
+            assert session.settings == before, (name, value)
+    for wrong in ("²", "1" * 5000, "x", "", "1.5", "nan"):
+        assert "expected a whole number" in session.command(f":seed {wrong}")
+    assert session.command(":seed -1") == "seed -1" and session.command(":seed 7") == "seed 7"
     first = torch.rand(1)
     session.command(":seed 7")
     assert torch.rand(1) == first

@@ -1,14 +1,20 @@
+import contextlib
 import importlib.util
+import json
+import math
 from dataclasses import fields
 
 import pytest
-from transformers import TrainingArguments
+import torch
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from tests.conftest import run_python
 from tuning.distributed.startup import start_processes
 from tuning.errors import SettingsError
 from tuning.settings.command_line import parse_arguments
-from tuning.settings.options import RunArguments, describe_settings, describe_trajectory_settings, list_meanings
+from tuning.settings.options import GROUPS, RunArguments, describe_settings, describe_trajectory_settings, list_meanings
 from tuning.settings.transformers_options import MEANINGS
 
 BASE = ["--model_name_or_path", "m", "--data_path", "d.json", "--output_dir", "/tmp/never-made", "--use_cpu", "True"]
@@ -102,7 +108,7 @@ EVALUATED = ["--eval_data_path", "e.json", "--eval_strategy", "steps", "--eval_s
         (["--lora_weight_path", "a", "--use_lora", "--lora_r", "8"], "--lora_r: has no effect with --lora_weight_path"),
         (["--use_lora", "--lora_alpha", "0"], "--lora_alpha 0: must be above 0"),
         (["--use_lora", "--loraplus_lr_ratio", "-1"], "--loraplus_lr_ratio -1.0: must be above 0"),
-        (["--learning_rate", "nan"], "--learning_rate nan: must be above 0"),
+        (["--learning_rate", "nan"], "--learning_rate nan: must be a finite number"),
         (["--fp16"], "--fp16: needs a GPU"),
         (["--gradient_checkpointing", "maybe"], "--gradient_checkpointing maybe: say True, False or auto"),
         (["--micro_batch_tokens", "many"], "--micro_batch_tokens many: say a number of tokens, or auto"),
@@ -110,6 +116,26 @@ EVALUATED = ["--eval_data_path", "e.json", "--eval_strategy", "steps", "--eval_s
         (["--do_train", "False"], "--do_train False: training is what"),
         (["--save_total_limit", "0"], "--save_total_limit 0: must be at least 1"),
         (["--eval_steps", "5"], "--eval_steps: has no effect without"),
+        (["--seed", "-1"], "--seed -1: must be at least 0 and below 4,294,967,296"),
+        (["--max_steps", "5", "--num_train_epochs", "2"], "--max_steps and --num_train_epochs: choose one"),
+        (["--save_strategy", "no", "--save_steps", "5"], "--save_steps: has no effect without --save_strategy steps"),
+        (["--save_strategy", "no", "--save_total_limit", "5"], "has no effect without --save_strategy steps or epoch"),
+        (["--logging_strategy", "no", "--logging_steps", "5"], "--logging_steps: has no effect without"),
+        (["--run_name", "x"], "--run_name: has no effect without --report_to"),
+        (["--optim_args", "beta1=0.3"], "--optim_args beta1: has no effect with --optim adamw_torch"),
+        (["--optim", "sgd", "--optim_args", "momentum=0.9,speed=2"], "--optim_args speed: has no effect with"),
+        (["--optim", "sgd", "--optim_args", "momentum=nan"], "nan is not a finite number"),
+        (["--optim", "sgd", "--optim_args", "momentum"], "--optim_args momentum: say name=value,name=value"),
+        (["--optim", "sgd", "--optim_args", "momentum=x"], "--optim sgd --optim_args momentum=x: could not convert"),
+        (["--optim", "adafactor", "--adam_beta1", "0.8"], "--adam_beta1: has no effect with --optim adafactor"),
+        (["--lr_scheduler_type", "constant", "--warmup_steps", "5"], "--warmup_steps 5: has no effect with"),
+        (["--lr_scheduler_type", "cosine_with_min_lr"], "; it needs --lr_scheduler_kwargs '{\"min_lr\": 1e-6}'"),
+        (["--lr_scheduler_type", "warmup_stable_decay"], "missing 1 required positional argument: 'num_decay_steps'"),
+        (["--lr_scheduler_kwargs", '{"power": 2}'], "{'power': 2}: got an unexpected keyword argument 'power'"),
+        (["--lr_scheduler_kwargs", "{x"], "--lr_scheduler_kwargs {x: not JSON"),
+        (["--lr_scheduler_kwargs", "[1]"], "--lr_scheduler_kwargs [1]: must be names and values"),
+        (["--lr_scheduler_kwargs", '{"power": NaN}'], "--lr_scheduler_kwargs power nan: must be a finite number"),
+        (["--lr_scheduler_type", "constant", "--lr_scheduler_kwargs", '{"a": 1}'], "has no effect with"),
     ],
 )
 def test_mistakes_are_one_line(words, message):
@@ -171,3 +197,63 @@ def test_options_of_the_trajectory_are_what_a_resumed_run_must_have():
     chosen = describe_trajectory_settings(arguments)
     assert chosen["seed"] == 7 and chosen["lora_r"] == 64 and chosen["label_mask"] == "assistant"
     assert not {"output_dir", "logging_steps", "save_steps", "per_device_train_batch_size", "no_cache"} & chosen.keys()
+
+
+def numeric_options():
+    for group in GROUPS:
+        for field in fields(group):
+            kinds = getattr(field.type, "__args__", (field.type,))
+            if field.init and {int, float} & {*kinds, *(int for kind in kinds if kind in ("int", "float"))}:
+                yield field.name
+
+
+@pytest.mark.parametrize("name", sorted(numeric_options()))
+def test_odd_numbers_are_refused_by_name(name):
+    for value in ("nan", "inf", "-inf", "1e400", "1" * 40, "-" + "1" * 40, "1e300"):
+        with pytest.raises(SettingsError) as error:
+            parse_arguments([*BASE, f"--{name}={value}"])
+        assert f"--{name}" in str(error.value) and "\n" not in str(error.value)
+    for value in ("0", "-1", "-0.5", "1", "1e-300"):  # taken, or refused in one line
+        with contextlib.suppress(SettingsError):
+            parse_arguments([*BASE, f"--{name}={value}"])
+
+
+@pytest.mark.parametrize("name", sorted(kind.value for kind in OptimizerNames))
+def test_every_optimizer_is_built_or_refused_before_a_model_loads(name):
+    with contextlib.suppress(SettingsError):
+        run = parse_arguments([*BASE, "--optim", name]).run
+        chosen, arguments = Trainer.get_optimizer_cls_and_kwargs(run)
+        chosen([torch.nn.Parameter(torch.zeros(2, 2))], **arguments)
+
+
+@pytest.mark.parametrize("name", sorted(kind.value for kind in SchedulerType))
+def test_every_schedule_is_built_or_refused_before_a_model_loads(name):
+    for kwargs in ({}, {"min_lr": 1e-6}, {"min_lr": "x"}, {"num_decay_steps": 5}, {"power": -1}, {"num_cycles": 1e308}):
+        words = ["--lr_scheduler_type", name, "--lr_scheduler_kwargs", json.dumps(kwargs)]
+        with contextlib.suppress(SettingsError):
+            run = parse_arguments([*BASE, *(words if kwargs else words[:2])]).run
+            optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=run.learning_rate)
+            schedule = get_scheduler(run.lr_scheduler_type, optimizer, 10, 100, run.lr_scheduler_kwargs)
+            assert all(math.isfinite(schedule.lr_lambdas[0](step)) for step in range(100))
+
+
+def test_a_flag_that_makes_a_value_of_the_file_void_is_no_mistake(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        "num_train_epochs: 5\nsave_steps: 1000\nsave_total_limit: 3\nwarmup_ratio: 0.1\nadam_beta2: 0.95\n"
+        "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs:\n  min_lr: 1e-5\n"
+    )
+    assert parse_arguments([str(file), *BASE]).run.lr_scheduler_kwargs == {"min_lr": 1e-5}
+    run = parse_arguments([str(file), *BASE, "--max_steps", "7"]).run
+    assert run.max_steps == 7
+    parse_arguments([str(file), *BASE, "--save_strategy", "no"])
+    with pytest.raises(SettingsError, match="unexpected keyword argument 'min_lr'"):
+        parse_arguments([str(file), *BASE, "--lr_scheduler_type", "linear"])
+    parse_arguments([str(file), *BASE, "--lr_scheduler_type", "constant"])
+    parse_arguments([str(file), *BASE, "--optim", "adafactor"])
+    file.write_text("max_steps: 7\n")
+    run = parse_arguments([str(file), *BASE, "--num_train_epochs", "2"]).run
+    assert (run.max_steps, run.num_train_epochs) == (-1, 2)
+    file.write_text("max_steps: 7\nnum_train_epochs: 2\n")
+    with pytest.raises(SettingsError, match="--max_steps and --num_train_epochs: choose one"):
+        parse_arguments([str(file), *BASE])

@@ -10,6 +10,10 @@ from transformers import (
     GPT2LMHeadModel,
     GraniteConfig,
     GraniteForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
@@ -51,6 +55,24 @@ def test_experts_are_refused_by_name_and_routers_always():
         check_lora_targets(model, ["gate"])
     adapted, _ = add_lora(model, r=2, alpha=4, dropout=0, target_modules=["q_proj", "v_proj"])
     assert {n.split(".")[-4] for n, p in adapted.named_parameters() if p.requires_grad} == {"q_proj", "v_proj"}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1)),
+        Mamba2ForCausalLM(
+            Mamba2Config(
+                vocab_size=64, hidden_size=16, num_hidden_layers=1, num_heads=4, head_dim=8, n_groups=1, state_size=8
+            )
+        ),
+    ],
+)
+def test_layers_that_peft_refuses_are_no_default_targets(model):
+    adapted, _ = add_lora(model, r=2, alpha=4, dropout=0)
+    assert "in_proj" in adapted.peft_config["default"].target_modules
+    with pytest.raises(SettingsError, match=r"--lora_target_modules out_proj: .*incompatible with Mamba"):
+        check_lora_targets(model, ["out_proj"])
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,12 @@ import torch
 from data_utils.steps import StepDataset
 from tests import runs
 from tests.conftest import CONVERSATIONS, ROOT, build_model
+from tests.test_lora import moe_model
 from tuning.errors import SettingsError
 from tuning.model.attention import NAME
 from tuning.model.lora import add_lora
 from tuning.model.training_model import TrainingModel, enable_gradient_checkpointing
-from tuning.planning.memory import Memory, MicroBatchShape, estimate_memory, simulate_step
+from tuning.planning.memory import Memory, MicroBatchShape, _empty_grouped_product, estimate_memory, simulate_step
 from tuning.planning.plan import MEASURED_DEVICES, Plan, check_plan
 from tuning.planning.survey import Survey
 
@@ -69,6 +70,27 @@ def test_what_a_forward_keeps_is_what_it_really_keeps(tokenizer):
     assert kept.requires_grad
     simulated = simulate_step(meta(tokenizer, "full"), SHAPE, dtype=torch.float32, casts_weights=True, accumulates=True)
     assert sum(saved.values()) < simulated < 3 * sum(saved.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_mixture_of_experts_is_planned_in_every_dtype(dtype, lora, capfd):
+    model = moe_model()
+    adapted = add_lora(model, r=2, alpha=4, dropout=0, target_modules=["q_proj"]) if lora else (model,)
+    options = dict(dtype=dtype, casts_weights=False, accumulates=True)
+    small, large = (
+        simulate_step(TrainingModel(*adapted), MicroBatchShape((tokens,), 8, packed=True), **options)
+        for tokens in (64, 256)
+    )
+    assert 0 < 2 * small < large
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("shapes", [((24, 16), (3, 16, 8)), ((16, 24), (24, 8)), ((3, 24, 16), (16, 24))])
+def test_a_grouped_product_without_values_has_the_shape_of_a_real_one(shapes):
+    a, b = (torch.randn(shape, dtype=torch.bfloat16) for shape in shapes)
+    offsets = torch.tensor([8, 16, 24], dtype=torch.int32)
+    assert _empty_grouped_product(a, b, offsets).shape == torch._grouped_mm(a, b, offs=offsets).shape
 
 
 def test_memory_follows_what_it_should(tokenizer):

@@ -40,11 +40,19 @@ def run(forks, checkpoints):
     def run(out, *more, **changes):
         command = words(checkpoints["untied"], out, "lora", steps=6)
         for flag, value in changes.items():
-            command[command.index(f"--{flag}") + 1] = value
+            if value is None:
+                drop_option(command, f"--{flag}")
+            else:
+                command[command.index(f"--{flag}") + 1] = value
         code, stdout, stderr = forks.run(*command, *more)
         return code, stdout, stderr.splitlines()
 
     return run
+
+
+def drop_option(command, flag):
+    at = command.index(flag)
+    del command[at : at + 2]
 
 
 def tree(out):
@@ -393,14 +401,17 @@ def test_a_crash_while_an_earlier_run_is_cleared_away_can_be_gone_on_from(forks,
 
 def test_a_result_is_not_deleted_for_a_file_beside_it(run, tmp_path):
     out = tmp_path / "out"
-    more = ["--save_strategy", "no"]
-    assert run(out, *more)[0] == 0
+
+    def run_without_checkpoints():
+        return run(out, "--save_strategy", "no", save_steps=None, save_total_limit=None)
+
+    assert run_without_checkpoints()[0] == 0
     (out / "generation_config.json").write_text((out / "generation_config.json").read_text() + " ")
-    code, stdout, _ = run(out, *more)
+    code, stdout, _ = run_without_checkpoints()
     assert code == 0 and "this run is finished" in stdout
     flip(out / "adapter_model.safetensors")
     before = tree(out)
-    code, _, stderr = run(out, *more)
+    code, _, stderr = run_without_checkpoints()
     assert code == 2 and "holds results, but no checkpoint to resume from" in stderr[0]
     assert "adapter_model.safetensors is not the file that was saved" in stderr[0] and tree(out) == before
 
@@ -416,6 +427,9 @@ def test_an_epochs_log_line_is_neither_lost_nor_doubled(forks, checkpoints, tmp_
     def command(out):
         base = words(checkpoints["untied"], out, "lora", steps=14)
         base[base.index("--eval_strategy") + 1] = "steps"
+        drop_option(base, "--logging_steps")
+        if "save_strategy" in changes:
+            drop_option(base, "--save_steps")
         best = ["--save_strategy", "best"] if "save_strategy" in changes else []
         return [*base, "--eval_steps", 7, "--logging_strategy", "epoch", *best]
 
@@ -430,9 +444,12 @@ def test_an_epochs_log_line_is_neither_lost_nor_doubled(forks, checkpoints, tmp_
 
 def test_runs_that_log_nothing(run, forks, checkpoints, tmp_path):
     quiet = ["--logging_strategy", "no", "--logging_first_step", "False"]
-    code, stdout, stderr = run(tmp_path / "evaluated", *quiet)
+    code, stdout, stderr = run(tmp_path / "evaluated", *quiet, logging_steps=None)
     assert code == 0 and stderr == [] and "result:" in stdout
     silent = words(checkpoints["untied"], tmp_path / "silent", "lora", steps=6)
+    drop_option(silent, "--logging_steps")
+    drop_option(silent, "--save_steps")
+    drop_option(silent, "--save_total_limit")
     at = silent.index("--eval_data_path")
     silent = [*silent[:at], *silent[at + 4 :], *quiet, "--save_strategy", "no"]
     code, _, stderr = forks.run(*silent)

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from tuning.training.schedule import Due, ScheduleCallback, find_due
+from tuning.settings.options import RunArguments
+from tuning.training.schedule import Due, ScheduleCallback, describe_warmup, find_due
 
 # 7 steps of 3 an epoch: epochs end after 3, 6 and, cut short, 7.
 QUIET = dict(
@@ -73,3 +74,16 @@ def test_a_stop_saves_and_leaves_the_evaluation_for_later():
             postponed = bool(signal_number) and calm.evaluate
             assert (trainer.stopped_by, trainer.evaluation_due) == (signal_number, postponed)
             assert ordered == (calm._replace(evaluate=False, save=True, stop=True) if signal_number else calm)
+
+
+def test_a_warmup_longer_than_the_run_is_said(tmp_path):
+    def describe(num_steps, **settings):
+        return describe_warmup(RunArguments(output_dir=str(tmp_path), use_cpu=True, **settings), num_steps)
+
+    assert describe(20, warmup_steps=500) == (
+        "schedule: the warm-up of 500 steps is no shorter than the run of 20; the learning rate only reaches 4% of "
+        "--learning_rate; lower --warmup_steps"
+    )
+    assert describe(20, warmup_steps=20) and describe(1, warmup_steps=1)
+    assert describe(20, warmup_steps=19) is None and describe(20) is None and describe(20, warmup_steps=0.5) is None
+    assert describe(20, warmup_steps=500, lr_scheduler_type="constant") is None

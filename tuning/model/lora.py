@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners import tuners_utils
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -46,7 +47,19 @@ def find_lora_targets(model: PreTrainedModel) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D)) and module is not output
     }
-    return sorted(names - set(_ROUTERS))
+    return sorted(name for name in names - set(_ROUTERS) if _why_peft_refuses(model, name) is None)
+
+
+def _why_peft_refuses(model: PreTrainedModel, target: str) -> str | None:
+    """What peft says of a layer that it adapts in no model of this architecture (Mamba's out_proj)."""
+    check = getattr(tuners_utils, "_check_lora_target_modules_mamba", None)  # peft's own list, where it has one
+    if check is None:
+        return None
+    try:
+        check(LoraConfig(), model, target)
+    except ValueError as error:
+        return first_line(error)
+    return None
 
 
 def find_expert_parameters(model: PreTrainedModel) -> list[str]:
@@ -62,6 +75,8 @@ def check_lora_targets(model: PreTrainedModel, targets: list[str]) -> None:
         matched = [name for name in layers if name == target or name.endswith(f".{target}")]
         if target.rpartition(".")[2] in _ROUTERS and find_expert_parameters(model):
             raise SettingsError(f"--lora_target_modules {target}: a router; adapting it unbalances the experts")
+        if matched and (why := _why_peft_refuses(model, target.rpartition(".")[2])):
+            raise SettingsError(f"--lora_target_modules {target}: {why}")
         if not matched:
             linear = sorted({n.rpartition(".")[2] for n, m in layers.items() if isinstance(m, (nn.Linear, Conv1D))})
             raise SettingsError(f"--lora_target_modules {target}: no such layer; the model has {', '.join(linear)}")

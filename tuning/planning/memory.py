@@ -1,5 +1,6 @@
 """How much memory a step takes, found by running it on fake tensors (shapes, no values)."""
 
+import logging
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -153,7 +154,8 @@ def simulate_step(
 
     casts_weights: weights keep their dtype and autocast copies them; else they are in dtype already.
     """
-    with FakeTensorMode(), _with_storage(training_model, None if casts_weights else dtype):
+    log = _without_log("torch._subclasses.fake_tensor")
+    with log, FakeTensorMode(), _with_storage(training_model, None if casts_weights else dtype):
         for parameter in training_model.parameters():
             if parameter.requires_grad and accumulates:
                 parameter.grad = torch.empty_like(parameter)
@@ -175,7 +177,11 @@ class _PeakTracker(TorchDispatchMode):
         self._known = {tensor.untyped_storage()._cdata for tensor in before}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._grouped_mm.default:
+            # Without values torch has it in bf16 only; on devices it computes in fp32, too.
+            result = _empty_grouped_product(*args, **(kwargs or {}))
+        else:
+            result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._note(tensor.untyped_storage())
@@ -193,6 +199,30 @@ class _PeakTracker(TorchDispatchMode):
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)
         self._now -= size
+
+
+def _empty_grouped_product(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    """The result of torch's grouped product without values: rows by groups of matrices, or their gradient.
+
+    Shapes: a [S, K], b [G, K, N] -> [S, N]; a [G, M, K], b [K, S] -> [M, S]; a [M, S], b [S, N] -> [G, M, N].
+    """
+    rows, columns = a.shape[-2], b.shape[-1]
+    if a.ndim != b.ndim:
+        return a.new_empty(rows, columns)
+    groups = a.shape[0] if a.ndim == 3 or offs is None else offs.shape[0]
+    return a.new_empty(groups, rows, columns)
+
+
+@contextmanager
+def _without_log(name: str) -> Iterator[None]:
+    """Keep a library's log off the screen meanwhile; what it logs as an error is raised, too."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager

@@ -1,12 +1,15 @@
 """Checks across settings: bounds, what contradicts, and what would have no effect."""
 
 import importlib.util
+import json
+import math
 import operator
 from dataclasses import fields
 from typing import Any
 
 from tuning.errors import SettingsError
 from tuning.settings.meaning import Meaning
+from tuning.settings.optimizer_checks import check_optimizer
 from tuning.settings.options import (
     GROUPS,
     Arguments,
@@ -21,6 +24,8 @@ from tuning.settings.transformers_options import LATER, OWN_LOOP
 _NOT_IN_ADAPTER = {"loraplus_lr_ratio"}  # an optimizer setting, so it is allowed with --lora_weight_path
 _PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}  # of --report_to
 _HOLDS = {"at least": operator.ge, "above": operator.gt, "below": operator.lt}
+_LARGEST = 2**53  # of whole numbers: beyond it floats and torch's counters no longer hold them
+_LARGEST_FLOAT = 1e38  # about the largest of torch's float32
 
 
 def check_given(given: dict[str, Any]) -> None:
@@ -30,8 +35,12 @@ def check_given(given: dict[str, Any]) -> None:
     """
     defaults = {field.name: field.default for group in GROUPS for field in fields(group)}
     for name, meaning in {name: each for group in GROUPS for name, each in list_meanings(group).items()}.items():
+        if name in given:
+            _check_number(name, given[name], meaning)
         if meaning.refused and name in given and (given[name] or None) != (defaults[name] or None):
             raise SettingsError(f"--{name} {given[name]}: {meaning.refused}")
+    if "lr_scheduler_kwargs" in given:
+        _check_schedule_arguments(given["lr_scheduler_kwargs"])
     if "deepspeed" in given and "fsdp" in given:
         raise SettingsError("--deepspeed and --fsdp: choose one")
     if "fsdp" in given:
@@ -52,12 +61,12 @@ def check_settings(arguments: Arguments, given: set[str]) -> None:
     values = {name: value for group in arguments for name, value in vars(group).items()}
     for group in arguments:
         for name, meaning in list_meanings(group).items():
-            _check_bounds(name, values[name], meaning)
             if name in given and meaning.needs and not _is_met(meaning.needs, values):
-                raise SettingsError(f"--{name}: has no effect without --{meaning.needs}")
+                raise SettingsError(f"--{name}: has no effect without --{meaning.needs.replace('|', ' or ')}")
     _check_run(run, model, given)
     _check_best(run, given)
     _check_evaluation(run, data)
+    check_optimizer(run, given)
     for name in run.report_to:
         packages = _PACKAGES.get(name, ())
         if packages and not any(importlib.util.find_spec(package) for package in packages):
@@ -92,18 +101,35 @@ def check_engine(arguments: Arguments) -> None:
         )
 
 
-def _check_bounds(name: str, value: Any, meaning: Meaning) -> None:
+def _check_number(name: str, value: Any, meaning: Meaning) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise SettingsError(f"--{name} {value}: must be a finite number")
+    largest = _LARGEST if isinstance(value, int) else _LARGEST_FLOAT
+    if isinstance(value, (int, float)) and abs(value) > largest:
+        raise SettingsError(f"--{name} {value}: must be at most {largest:,}")
     all_bounds = [("at least", meaning.at_least), ("above", meaning.above), ("below", meaning.below)]
     bounds = [(word, bound) for word, bound in all_bounds if bound is not None]
-    if value is not None and not all(_HOLDS[word](value, bound) for word, bound in bounds):
-        wanted = " and ".join(f"{word} {bound:g}" for word, bound in bounds)
+    if isinstance(value, (int, float)) and not all(_HOLDS[word](value, bound) for word, bound in bounds):
+        wanted = " and ".join(f"{word} {bound:,}" for word, bound in bounds)
         raise SettingsError(f"--{name} {value}: must be {wanted}")
+
+
+def _check_schedule_arguments(value: Any) -> None:
+    """lr_scheduler_kwargs are a mapping of names to values; what numbers these are is the schedule's to say."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise SettingsError(f"--lr_scheduler_kwargs {value}: not JSON: {error}") from None
+    if found is not None and not isinstance(found, dict):
+        raise SettingsError(f"--lr_scheduler_kwargs {value}: must be names and values: '{{\"min_lr\": 1e-6}}'")
+    for name, number in (found or {}).items():
+        _check_number(f"lr_scheduler_kwargs {name}", number, Meaning())
 
 
 def _is_met(needs: str, values: dict[str, Any]) -> bool:
     name, _, wanted = needs.partition(" ")
     value = values[name]
-    return str(getattr(value, "value", value)) == wanted if wanted else bool(value)
+    return str(getattr(value, "value", value)) in wanted.split("|") if wanted else bool(value)
 
 
 def _check_lora(lora: LoraArguments, model: ModelArguments, given: set[str]) -> None:
@@ -137,11 +163,11 @@ def _check_run(run: RunArguments, model: ModelArguments, given: set[str]) -> Non
         raise SettingsError(f"--micro_batch_tokens {tokens}: say a number of tokens, or auto")
     if not run.output_dir:
         raise SettingsError("--output_dir: must name a directory")
-    if run.num_train_epochs <= 0 and run.max_steps <= 0:
-        raise SettingsError(f"--num_train_epochs {run.num_train_epochs}: must be above 0")
+    if "max_steps" in given and "num_train_epochs" in given and run.max_steps > 0:
+        raise SettingsError("--max_steps and --num_train_epochs: choose one; the steps would be all that counts")
     optim = str(run.optim.value)
     if any(word in optim for word in ("layerwise", "lomo")):
-        raise SettingsError(f"--optim {optim}: steps inside the backward pass, which {OWN_LOOP}")
+        raise SettingsError(f"--optim {optim}: steps inside the backward pass; {OWN_LOOP}")
     if optim.startswith("paged_") and run.use_cpu:
         raise SettingsError(f"--optim {optim}: moves its state between GPU and host; on a CPU use adamw_8bit")
     if "schedule_free" in optim:

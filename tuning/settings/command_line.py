@@ -19,6 +19,12 @@ from tuning.settings.options import GROUPS, Arguments, list_meanings
 from tuning.settings.yaml_file import read_settings_file
 
 _RETIRED = {"--group_by_length": "not needed; the conversations of a step are laid out by length already"}
+_MADE_VOID_BY = {
+    "warmup_steps": ("lr_scheduler_type",),
+    "lr_scheduler_kwargs": ("lr_scheduler_type",),
+    "optim_args": ("optim",),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), ("optim",)),
+}
 _WARMUP_RATIO = "older name: share of the steps, as warmup_steps below 1"
 
 
@@ -30,14 +36,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     words = list(sys.argv[1:] if argv is None else argv)
     file = words.pop(0) if words and words[0].endswith((".yaml", ".yml")) else None
     parser = _Parser()
-    given: dict[str, Any] = {}
+    in_file: dict[str, Any] = {}
     if file:
         try:
-            given |= parser.read(read_settings_file(Path(file)))
+            in_file = parser.read(read_settings_file(Path(file)))
         except SettingsError as error:
             message = str(error).replace("--", "")
             raise SettingsError(message if message.startswith(file) else f"{file}: {message}") from None
-    given |= parser.read(words)
+    flags = parser.read(words)
+    given = {**_without_outweighed(in_file, flags), **flags}
     if missing := [f"--{name}" for name in parser.required if name not in given]:
         raise SettingsError(f"required: {', '.join(missing)}")
     check_given(given)
@@ -45,13 +52,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     values = given | _device_defaults(given)
     try:
         arguments = Arguments(*(_build(group, values) for group in GROUPS))
-    except (ValueError, TypeError, ImportError) as error:  # TrainingArguments' own checks
+    except (ValueError, TypeError, ImportError, OverflowError) as error:  # TrainingArguments' own checks
         if isinstance(error, SettingsError):
             raise
         raise SettingsError(" ".join(str(error).split())) from None
     if arguments.lora.q_lora and "use_lora" not in given:
         arguments.lora.use_lora = True
-    check_settings(arguments, set(given))
+    check_settings(arguments, {name for name in given if name in flags or not _depends_on(name) & flags.keys()})
     return arguments
 
 
@@ -105,6 +112,20 @@ class _Parser(HfArgumentParser):
 def _build(group: Any, values: dict[str, Any]) -> Any:
     names = [field.name for field in dataclasses.fields(group) if field.init]
     return group(**{name: values[name] for name in names if name in values})
+
+
+def _without_outweighed(in_file: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """The file's values but the length of the run where a flag says it otherwise: of the two, steps would win."""
+    lengths = {"max_steps", "num_train_epochs"}
+    return {name: value for name, value in in_file.items() if name not in lengths or not lengths & flags.keys()}
+
+
+def _depends_on(name: str) -> set[str]:
+    """Options whose value can make this one void. A flag that does so to a value of the file is no mistake."""
+    meaning = next((each[name] for group in GROUPS if name in (each := list_meanings(group))), Meaning())
+    return {*(_MADE_VOID_BY.get(name, ())), *((meaning.needs or "").split()[:1])} | (
+        {"lora_weight_path"} if meaning.needs == "use_lora" else set()
+    )
 
 
 def _rename_warmup_ratio(given: dict[str, Any]) -> None:

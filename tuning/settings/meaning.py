@@ -10,7 +10,8 @@ class Meaning:
     """What an option means to the checks, to a resumed run, and to DeepSpeed's file.
 
     trajectory: it changes the trained weights, so a resumed run must use the value its checkpoint was trained with.
-    needs: the option it depends on: "NAME" (must be set) or "NAME VALUE" (must have that value); else an error.
+    needs: the option it depends on: "NAME" (must be set) or "NAME VALUE|VALUE" (must have one of the values); else an
+    error.
     at_least, above, below: bounds of its value.
     refused: why any value but the default is an error.
     deepspeed: the key of DeepSpeed's JSON that says the same.

@@ -116,10 +116,14 @@ class RunArguments(TrainingArguments):
     """
 
     output_dir: str = option("directory for the result")
-    logging_steps: float = option("steps between log lines", default=1, above=0)
+    logging_steps: float = option(
+        "steps between log lines", default=1, above=0, below=2**53, needs="logging_strategy steps"
+    )
     logging_first_step: bool = option("log the first step whatever logging_steps is", default=True)
     sample_prompts: str | None = option("file with a prompt a line, answered at each evaluation", default=None)
-    sample_max_new_tokens: int = option("longest sample answer in tokens", default=128, needs="sample_prompts")
+    sample_max_new_tokens: int = option(
+        "longest sample answer in tokens", default=128, needs="sample_prompts", at_least=1
+    )
     overwrite_output_dir: bool = option("delete the earlier run in output_dir first", default=False)
     resume_from_checkpoint: str | None = option(
         "auto: resume from the newest complete checkpoint in output_dir; or a checkpoint directory", default=None

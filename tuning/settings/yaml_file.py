@@ -1,6 +1,7 @@
 """YAML files of settings, turned into the words of a command line."""
 
 import json
+import re
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,12 @@ class _UniqueKeys(yaml.SafeLoader):
                 raise yaml.MarkedYAMLError(problem=f"the key '{key}' stands twice", problem_mark=key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 reads 1e-5, without a point, as text; inside a mapping it would reach a schedule as such.
+_UniqueKeys.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
 def read_settings_file(path: Path) -> list[str]:
