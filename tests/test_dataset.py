@@ -5,6 +5,7 @@ import multiprocessing
 import shutil
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from data_utils import dataset
@@ -83,8 +84,25 @@ def test_the_same_is_built_once_and_anything_else_anew(template, checkpoints, wr
     assert load()[1] == first[1] and len(builds) == before + 5, "the first bytes again"
 
 
-def test_a_half_written_entry_is_built_again(template, write_json, tmp_path, builds):
-    path, cache = write_json([row(), row("R")]), RowCache(tmp_path / "cache")
+def replace_ids(path, change):
+    """Other token ids in a file of the same size, as a bad disk or a hand leaves them."""
+    content = path.read_bytes()
+    table = pa.ipc.open_file(path).read_all() if content[:6] == b"ARROW1" else pa.ipc.open_stream(path).read_all()
+    (buffer,) = {b.to_pybytes() for b in table.column("input_ids").chunk(0).values.buffers() if b is not None}
+    assert content.count(buffer) == 1
+    path.write_bytes(content.replace(buffer, change(np.frombuffer(buffer, np.int32)).astype(np.int32).tobytes()))
+    assert path.stat().st_size == len(content) and path.read_bytes() != content
+
+
+def flip_byte(path, behind, offset):
+    content = bytearray(path.read_bytes())
+    content[content.index(behind) + offset] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_entry_is_built_again_and_said(template, write_json, tmp_path, builds):
+    said = []
+    path, cache = write_json([row(), row("R")]), RowCache(tmp_path / "cache", said.append)
     rows, account = load_rows([path], template, cache=cache)
     (entry,) = (p for p in (tmp_path / "cache").iterdir() if p.is_dir())
     whole = shutil.copytree(entry, tmp_path / "whole")
@@ -93,11 +111,17 @@ def test_a_half_written_entry_is_built_again(template, write_json, tmp_path, bui
         lambda: (entry / "account.json").write_text('{"sizes": {'),
         lambda: (entry / "rows.arrow").write_bytes((whole / "rows.arrow").read_bytes()[:-1]),
         lambda: (entry / "rows.arrow").unlink(),
+        lambda: replace_ids(entry / "rows.arrow", lambda ids: np.roll(ids, 1)),
+        lambda: replace_ids(entry / "rows.arrow", lambda ids: ids * 0),
+        lambda: replace_ids(entry / "rows.arrow", lambda ids: np.full_like(ids, 2**31 - 1)),  # no id of the vocabulary
+        lambda: flip_byte(entry / "account.json", b'"fingerprint"', 20),
     ):
         before = len(builds)
         damage()
         again, same = load_rows([path], template, cache=cache)
         assert len(builds) == before + 1 and same == account and len(again) == 2
+        assert again[0][0].tolist() == rows[0][0].tolist()
+    assert len(said) == 7 and all("these tokenised data are damaged; they are built again" in line for line in said)
     assert len(rows) == 2, "what was open stays readable"
 
 

@@ -5,10 +5,13 @@ import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
+from unicodedata import category
 
 from tuning.errors import MachineError, SettingsError
 
 MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130  # exit codes
+
+_OBEYED = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode's categories of control characters, directions, half surrogates
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -17,6 +20,14 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise what run_entry prints."""
         raise SettingsError(f"{message}; see --help")
+
+
+def _escape(line: str) -> str:
+    """The line with what a terminal would obey, or could not show, as escapes: names and values are others' text."""
+    escaped = (
+        c if c == "\t" or category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp") else f"\\u{ord(c):04x}" for c in line
+    )
+    return "".join(escaped)
 
 
 def run_entry(main: Callable[[], int | None], *, mistakes: tuple[type[Exception], ...], interrupted: str) -> NoReturn:
@@ -37,5 +48,5 @@ def run_entry(main: Callable[[], int | None], *, mistakes: tuple[type[Exception]
             raise
         code, lines, shown = MISTAKE, [f"error: {line}" for line in str(error).split("\n")], speaks
     if shown:
-        print("\n".join(lines), file=sys.stderr)
+        print("\n".join(map(_escape, lines)), file=sys.stderr)
     sys.exit(code)
