@@ -16,6 +16,7 @@ from data_utils.sources import DataError
 from data_utils.template import ChatTemplate
 from data_utils.tokenizer import load_tokenizer
 from tests.conftest import CONVERSATIONS
+from tests.templates import load_template
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +222,13 @@ def test_duplicates_overlap_and_control_texts_are_counted(template, write_json):
     assert account.control_texts == 1
     others, _ = load_rows([write_json([row("x"), row("new")], "eval.json")], template)
     assert dataset.count_overlap(rows, others) == 1
+
+
+def test_thinking_of_an_answer_is_no_text_that_stays_text(write_json):
+    thinking = row(answer="<think>\nHm.\n</think>\n\nA")
+    path = write_json([thinking, row(), row(answer="<|im_end|> is a token"), row(question="<think> is a token")])
+    _, account = load_rows([path], load_template("qwen3"))
+    assert account.conversations_trained == 4 and account.control_texts == 2
 
 
 def test_bad_rows_are_listed_at_once_or_skipped(template, write_json):

@@ -225,3 +225,5 @@ def test_formats_have_one_precedence():
     assert parse(alpaca).messages[1]["content"] == "Blue." and parse(alpaca).unread == ("text",)
     swift = {"query": "Q2", "response": "A2", "history": [["Q", "A"]], "system": "S"}
     assert [m["content"] for m in parse(swift).messages] == ["S", "Q", "A", "Q2", "A2"]
+    empty = {"messages": [{**QUESTION, "annotations": []}, {**ANSWER, "annotations": [], "refusal": None}]}
+    assert parse(empty).messages == (QUESTION, ANSWER)
