@@ -70,7 +70,9 @@ def test_experts_are_refused_by_name_and_routers_always():
 )
 def test_layers_that_peft_refuses_are_no_default_targets(model):
     adapted, _ = add_lora(model, r=2, alpha=4, dropout=0)
-    assert "in_proj" in adapted.peft_config["default"].target_modules
+    assert {"in_proj"} <= adapted.peft_config["default"].target_modules <= {"in_proj", "x_proj"}
+    adapted(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+    assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad), "an adapter that does nothing"
     with pytest.raises(SettingsError, match=r"--lora_target_modules out_proj: .*incompatible with Mamba"):
         check_lora_targets(model, ["out_proj"])
 

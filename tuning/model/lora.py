@@ -19,6 +19,7 @@ from tuning.model.lora_linear import fuse_lora_forward
 from tuning.model.token_rows import PEFT_SUFFIX, TokenRows, find_module_name, is_tied
 
 _ROUTERS = ("gate", "router", "shared_expert_gate")
+_PASSED_BY = ("dt_proj",)  # Mamba multiplies by its weight without calling the layer: an adapter there does nothing
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def find_lora_targets(model: PreTrainedModel) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D)) and module is not output
     }
-    return sorted(name for name in names - set(_ROUTERS) if _why_peft_refuses(model, name) is None)
+    return sorted(name for name in names - {*_ROUTERS, *_PASSED_BY} if _why_peft_refuses(model, name) is None)
 
 
 def _why_peft_refuses(model: PreTrainedModel, target: str) -> str | None:
