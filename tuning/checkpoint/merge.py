@@ -18,6 +18,7 @@ from tuning.checkpoint.adapter import (
     read_adapter_config,
 )
 from tuning.checkpoint.manifest import MANIFEST_FILE
+from tuning.checkpoint.older_readers import add_old_names
 from tuning.checkpoint.result import gather_state, save_full_model
 from tuning.errors import SettingsError
 from tuning.model.loading import find_quantization, hide_gptqmodel, identify_checkpoint, load_model, local_directory
@@ -185,6 +186,7 @@ def copy_tokenizer(source: Path, out: Path) -> None:
         weights_index = file.name.endswith(".index.json")
         if file.suffix in (".json", ".jinja", ".txt", ".model") and file.name not in own and not weights_index:
             shutil.copy2(file, out / file.name)
+    add_old_names(out)
 
 
 def tokenizer_source(adapter: Path, base: Path) -> Path:

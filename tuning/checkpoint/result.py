@@ -12,6 +12,7 @@ from tuning.checkpoint.adapter import adapter_config, adapter_state
 from tuning.checkpoint.base import BaseModel
 from tuning.checkpoint.files import write_json
 from tuning.checkpoint.manifest import MANIFEST_FILE, write_manifest
+from tuning.checkpoint.older_readers import add_old_names
 from tuning.checkpoint.run_record import RunFacts
 from tuning.distributed.processes import is_rank_0
 from tuning.distributed.sharding import gather_tensor
@@ -59,6 +60,7 @@ class ResultWriter:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / MANIFEST_FILE).unlink(missing_ok=True)
         self._tokenizer.save_pretrained(directory)
+        add_old_names(directory)
         if hasattr(self._model.model, "peft_config"):
             config = adapter_config(self._model.model, self._model.token_rows)
             config.base_model_name_or_path = self._base["path"]
@@ -102,3 +104,4 @@ def save_full_model(
     # save_pretrained writes the dtype of the model in memory; loaders take the file's word for it.
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     write_json(directory / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
+    add_old_names(directory)
