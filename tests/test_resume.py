@@ -8,7 +8,8 @@ import pytest
 from tests.conftest import CONVERSATIONS
 from tests.test_chaos import assert_same_run, read_metrics, words
 from tuning.checkpoint.manifest import find_fault, read_manifest, write_manifest
-from tuning.checkpoint.output_directory import list_checkpoints, rotate_checkpoints
+from tuning.checkpoint.output_directory import rotate_checkpoints
+from tuning.checkpoint.ownership import list_checkpoints, mark
 from tuning.checkpoint.resume import find_starting_point
 from tuning.checkpoint.run_record import RunFacts
 from tuning.errors import SettingsError
@@ -466,6 +467,7 @@ def make_checkpoints(root, complete=(), torn=()):
     for step in (*complete, *torn):
         (root / f"checkpoint-{step}").mkdir()
         (root / f"checkpoint-{step}" / "weights").write_text("x")
+        mark(root / f"checkpoint-{step}")
         if step in complete:
             write_manifest(root / f"checkpoint-{step}", step=step)
 

@@ -13,6 +13,7 @@ from tuning.checkpoint.base import BaseModel
 from tuning.checkpoint.files import write_json
 from tuning.checkpoint.manifest import MANIFEST_FILE, write_manifest
 from tuning.checkpoint.older_readers import add_old_names
+from tuning.checkpoint.ownership import mark
 from tuning.checkpoint.run_record import RunFacts
 from tuning.distributed.processes import is_rank_0
 from tuning.distributed.sharding import gather_tensor
@@ -57,7 +58,7 @@ class ResultWriter:
 
     def write(self, directory: Path, collected: dict[str, torch.Tensor]) -> None:
         """Write adapter or model, tokenizer with chat template and generation config."""
-        directory.mkdir(parents=True, exist_ok=True)
+        mark(directory)
         (directory / MANIFEST_FILE).unlink(missing_ok=True)
         self._tokenizer.save_pretrained(directory)
         add_old_names(directory)

@@ -7,7 +7,7 @@ from typing import Any
 
 from tuning.checkpoint.base import BaseModel
 from tuning.checkpoint.manifest import MANIFEST_FILE, find_fault, read_manifest
-from tuning.checkpoint.output_directory import list_checkpoints, step_of
+from tuning.checkpoint.ownership import list_checkpoints, step_of
 from tuning.checkpoint.run_record import RunFacts
 from tuning.checkpoint.training_state import STATE_FILE
 from tuning.errors import SettingsError
@@ -80,10 +80,10 @@ def find_starting_point(run: RunArguments, facts: RunFacts) -> StartingPoint:
                 line = f"{output_dir}: this run is finished ({manifest['step']:,} steps); there is nothing to do"
                 return StartingPoint(finished=True, notes=[line])
     if start.checkpoint is None:
-        if (output_dir / MANIFEST_FILE).is_file() or any(not find_fault(path) for path in list_checkpoints(output_dir)):
+        if any((path / MANIFEST_FILE).is_file() for path in (output_dir, *list_checkpoints(output_dir))):
             raise SettingsError(
-                f"{output_dir}: holds results, but no checkpoint to resume from ({'; '.join(start.notes)}); choose "
-                "another --output_dir, or delete them with --overwrite_output_dir"
+                f"{output_dir}: holds results, but no checkpoint to resume from ({'; '.join(start.notes)}); put back "
+                "what changed, choose another --output_dir, or delete them with --overwrite_output_dir"
             )
         start.notes.append(f"no complete checkpoint in {output_dir}: starting from the beginning")
         return start

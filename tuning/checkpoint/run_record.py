@@ -16,6 +16,7 @@ from tuning.checkpoint.files import write_json
 from tuning.errors import MachineError, explain_failed_write
 from tuning.messages import RESUME_HINT
 
+PROGRAM = "finetune.py"  # what run.json and the owner's mark say of who wrote them
 RUN_FILE, METRICS_FILE = "run.json", "metrics.jsonl"
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
 _OPTIONAL = ("deepspeed", "bitsandbytes", "gptqmodel")  # part of some runs; None where not installed
@@ -60,7 +61,9 @@ class RunRecord:
         self.status = status
         with explain_failed_write(self.directory / RUN_FILE, RESUME_HINT):
             own = {"quantization": self.facts.quantization, "rows_per_step": self.facts.rows_per_step}
-            write_json(self.directory / RUN_FILE, {**self.values, "status": status, **own, **self.results})
+            write_json(
+                self.directory / RUN_FILE, {"program": PROGRAM, **self.values, "status": status, **own, **self.results}
+            )
 
     def write_failure(self, error: BaseException) -> None:
         """Note why a run that had begun failed, where that can be written: the error itself is what to show."""

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -163,7 +164,9 @@ class RunArguments(TrainingArguments):
         deepspeed, fsdp = self.deepspeed, self.fsdp
         self.deepspeed = self.fsdp = None
         super().__post_init__()
-        self.output_dir = os.path.normpath(self.output_dir) if self.output_dir else ""
+        # As the system resolves it: without links, `link/..` is not the directory that holds the link.
+        leaves = ".." in Path(self.output_dir).parts
+        self.output_dir = (os.path.realpath if leaves else os.path.normpath)(self.output_dir) if self.output_dir else ""
         self.deepspeed, self.fsdp = deepspeed, fsdp
 
     @property

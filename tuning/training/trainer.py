@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import DefaultFlowCallback, PrinterCallback, Trainer, TrainerControl, TrainerState
 from transformers.trainer_callback import ProgressCallback
 
-from tuning.checkpoint.output_directory import remove_checkpoint, rotate_checkpoints
+from tuning.checkpoint.output_directory import rotate_checkpoints
+from tuning.checkpoint.ownership import delete_checkpoint
 from tuning.checkpoint.result import ResultWriter
 from tuning.checkpoint.resume import check_best
 from tuning.checkpoint.run_record import METRICS_FILE, append_metrics
@@ -346,7 +347,7 @@ class StepTrainer(Trainer):
         def write(function: Callable[[], None]) -> None:
             work.do(lambda: _write_into(directory, function))
 
-        write(lambda: remove_checkpoint(directory))  # what a crash left there
+        write(lambda: delete_checkpoint(directory))  # what a crash left there
         result = self.writer.collect()
         write(lambda: self.writer.write(directory, result))
         if not self.args.save_only_model:
@@ -526,5 +527,5 @@ def _write_into(directory: Path, function: Callable[[], None]) -> None:
         with explain_failed_write(directory, f"{RESUME_HINT}; earlier checkpoints are untouched"):
             function()
     except BaseException:
-        remove_checkpoint(directory)
+        delete_checkpoint(directory)
         raise

@@ -1,0 +1,185 @@
+"""What others made is never deleted, and good weights never either."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import CONVERSATIONS, ROOT
+from tests.test_cli import flags
+from tuning.checkpoint.manifest import write_manifest
+from tuning.checkpoint.output_directory import prepare_output_directory, rotate_checkpoints
+from tuning.checkpoint.ownership import delete_checkpoint, find_foreign, is_run, lock, mark, new_result
+from tuning.errors import SettingsError
+from tuning.settings.command_line import parse_arguments
+
+NAMES = [
+    "model.safetensors", "adapter_model.safetensors", "model-00001-of-00002.safetensors", "config.json",
+    "adapter_config.json", "generation_config.json", "tokenizer.json", "metrics.jsonl", "notes.txt", "data.json",
+    ".notes.tmp", ".run.json.tmp", "prompts/a.txt", "checkpoint-5/model.safetensors", "checkpoint-5/trainer_state.json",
+    "checkpoint-7/optimizer.pt", "checkpoint-x/a", "model.safetensors.index.json", "loss.png",
+]  # fmt: skip
+RUN = {"program": "finetune.py", "status": "finished"}
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def tree(directory):
+    return {path.relative_to(directory): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_a_run_deletes_nothing_that_others_made(tmp_path, seed):
+    """Directories of our files and others' at random: the check refuses, or all of theirs is there afterwards."""
+    chance = random.Random(seed)
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("model.safetensors", "manifest.json"):
+        write(elsewhere / name, "theirs, elsewhere")
+    ours = [name for name in chance.sample(NAMES, chance.randrange(6)) if not name.endswith(".tmp") and "/" not in name]
+    for name in ours:
+        write(out / name, "ours")
+    out.mkdir(exist_ok=True)
+    if chance.random() < 0.7:
+        write_manifest(out, step=1)
+    steps = chance.sample([2, 5, 7, 9], chance.randrange(3))
+    for step in steps:
+        mark(out / f"checkpoint-{step}")
+        write(out / f"checkpoint-{step}" / "model.safetensors", "ours")
+        if chance.random() < 0.5:
+            write_manifest(out / f"checkpoint-{step}", step=step)
+    write(out / "run.json", json.dumps(RUN if chance.random() < 0.8 else {"tool": "another"}))
+    before = tree(out)
+    for name in chance.sample(NAMES, chance.randrange(1, 5)):
+        inside = name.split("/")[0] in {f"checkpoint-{step}" for step in steps}
+        if (
+            out / name not in [out / each for each in before]
+            and not inside
+            and name not in ("metrics.jsonl", "loss.png")
+        ):
+            write(out / name, "theirs")
+    for name in ("checkpoint-3", "checkpoint-11"):
+        if chance.random() < 0.3:
+            (out / name).symlink_to(elsewhere, target_is_directory=True)
+    theirs = {path: content for path, content in tree(out).items() if content == b"theirs"}
+    refused = not is_run(out) or find_foreign(out) is not None
+    if not refused:
+        prepare_output_directory(out, None)
+        kept = [path for path in theirs if path.name != ".run.json.tmp"]
+        assert all((out / path).read_bytes() == b"theirs" for path in kept)
+        assert not any(path.name.endswith(".safetensors") for path in tree(out) if path not in theirs)
+    for path in list(out.glob("checkpoint-*")):
+        delete_checkpoint(path)
+    rotate_checkpoints(out / "checkpoint-100", 1, keep=None)
+    assert all((out / path).exists() for path in theirs if path.name != ".run.json.tmp")
+    assert {path.name for path in elsewhere.iterdir()} == {"model.safetensors", "manifest.json"}
+
+
+@pytest.mark.parametrize("more", [["--resume_from_checkpoint", "auto"], ["--overwrite_output_dir"]])
+def test_another_programs_run_is_left_alone(run_script, checkpoints, tmp_path, more):
+    out = tmp_path / "out"
+    for name in ("model.safetensors", "config.json", "checkpoint-500/model.safetensors"):
+        write(out / name, "theirs")
+    for record in ({"tool": "another"}, RUN):  # or a run of ours into which others' files were put
+        write(out / "run.json", json.dumps(record))
+        before = tree(out)
+        code, _, stderr = run_script("finetune.py", *flags(checkpoints["untied"], CONVERSATIONS, out, *more))
+        assert code == 2 and len(stderr.splitlines()) == 1 and "another" in stderr, stderr
+        assert tree(out) == before
+
+
+def test_inputs_inside_the_output_directory_are_named(run_script, checkpoints, tmp_path):
+    data = tmp_path / "out" / "data.json"
+    write(data, CONVERSATIONS.read_text())
+    code, _, stderr = run_script("finetune.py", *flags(checkpoints["untied"], f"{data}#5", tmp_path / "out"))
+    assert code == 2 and "data.json is an input of this run" in stderr and data.exists()
+
+
+def test_an_edited_small_file_costs_no_checkpoint(forks, checkpoints, tmp_path):
+    out = tmp_path / "out"
+    words = flags(checkpoints["untied"], CONVERSATIONS, out, "--save_steps", 2, "--resume_from_checkpoint", "auto")
+    assert forks.run(*words, at=3, do="SIGKILL", only="step")[0] == 137
+    edited = out / "checkpoint-2" / "generation_config.json"
+    content = edited.read_bytes()
+    edited.write_text("{}")
+    before = tree(out)
+    code, _, stderr = forks.run(*words)
+    assert code == 2 and "generation_config.json" in stderr and "put back what changed" in stderr, stderr
+    assert tree(out) == before
+    edited.write_bytes(content)
+    code, stdout, _ = forks.run(*words)
+    assert code == 0 and "resuming from" in stdout
+
+
+def test_an_output_directory_behind_a_link_is_one_place(tmp_path, monkeypatch):
+    (tmp_path / "far" / "inner").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "inner")
+    monkeypatch.chdir(tmp_path)
+    words = ["--model_name_or_path", "m", "--data_path", "d", "--use_cpu", "--output_dir"]
+    assert parse_arguments([*words, "link/../o"]).run.output_dir == str(tmp_path / "far" / "o")
+    assert parse_arguments([*words, "o/./p/"]).run.output_dir == "o/p"
+
+
+@pytest.mark.parametrize("place", ["absent", "empty", "link", "dot", "earlier"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_new_result_takes_the_place_of_the_old_one_when_it_is_whole(tmp_path, monkeypatch, place, fails):
+    out = real = tmp_path / "out"
+    if place != "absent":
+        out.mkdir()
+    if place == "link":
+        out = tmp_path / "link"
+        out.symlink_to(real)
+    if place == "dot":
+        monkeypatch.chdir(out)
+        out = type(out)(".")
+    if place == "earlier":
+        write(out / "model-00001-of-00002.safetensors", "old")
+        write_manifest(out, onto="base")
+        write(out / "notes.txt", "theirs")
+    before = tree(real)
+    try:
+        with new_result(out) as unfinished:
+            write(unfinished / "model.safetensors", "new")
+            write(unfinished / "additional_chat_templates" / "a.jinja", "new")
+            assert tree(real).items() >= before.items(), "the old one is there until the new one is whole"
+            assert not (out / "model.safetensors").exists()
+            if fails:
+                raise RuntimeError
+            write_manifest(unfinished, onto="base")
+    except RuntimeError:
+        assert tree(real) == before and real.exists() == (place != "absent")
+        return
+    names = {str(path) for path in tree(real)}
+    assert names >= {"model.safetensors", "manifest.json", "additional_chat_templates/a.jinja"}
+    assert "model-00001-of-00002.safetensors" not in names and ("notes.txt" in names) == (place == "earlier")
+
+
+def test_what_a_killed_write_left_is_no_model_and_no_obstacle(tmp_path):
+    out = tmp_path / "out"
+    mark(out / ".unfinished.tmp")
+    write(out / ".unfinished.tmp" / "config.json", "half")
+    with new_result(out) as unfinished:
+        assert not (unfinished / "config.json").exists()
+        write(unfinished / "model.safetensors", "new")
+        write_manifest(unfinished, onto="base")
+    assert not (out / ".unfinished.tmp").exists()
+
+
+def test_two_processes_do_not_write_into_one_directory(tmp_path):
+    program = "import sys, pathlib; from tuning.checkpoint.ownership import lock; lock(pathlib.Path(sys.argv[1]))"
+    holding = subprocess.Popen(
+        [sys.executable, "-c", f"{program}; print('held', flush=True); input()", str(tmp_path)],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert holding.stdout.readline() == "held\n"
+    with pytest.raises(SettingsError, match="another process is writing there"):
+        lock(tmp_path)
+    holding.communicate("\n")
+    lock(tmp_path)
+    lock(tmp_path / "." if os.sep == "/" else tmp_path)
