@@ -19,9 +19,9 @@ from data_utils.tokenizer import load_tokenizer
 from inference.generate import generate_answers, stream_answer
 from tuning.checkpoint.adapter import find_trained_quantization, load_lora
 from tuning.checkpoint.merge import find_base, tokenizer_source
-from tuning.entry import OneLineParser, run_entry
+from tuning.entry import OneLineParser, add_trust_flags, run_entry
 from tuning.errors import SettingsError
-from tuning.model.loading import load_model
+from tuning.model.loading import Trust, load_model
 from tuning.model.training_model import TrainingModel
 
 HELP = """\
@@ -54,11 +54,11 @@ class Chat:
     def __init__(self, args: argparse.Namespace):
         path = Path(args.model)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        options: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
+        options: dict[str, Any] = vars(Trust(args.trust_remote_code, args.allow_pickle))
         dtype: Any = "auto" if device.type == "cuda" else torch.float32
         if (path / "adapter_config.json").is_file():
             base = find_base(path, args.base, None)
-            self.tokenizer = load_tokenizer(str(tokenizer_source(path, base)), **options)
+            self.tokenizer = load_tokenizer(str(tokenizer_source(path, base)), trust_remote_code=args.trust_remote_code)
             model = load_model(
                 str(base), dtype=dtype, quantization=find_trained_quantization(path), device=device, **options
             )
@@ -66,7 +66,7 @@ class Chat:
             if (path / "generation_config.json").is_file():  # where the adapter was trained to stop
                 model.generation_config = GenerationConfig.from_pretrained(path)
         else:
-            self.tokenizer = load_tokenizer(args.model, **options)
+            self.tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
             training_model = TrainingModel(load_model(args.model, dtype=dtype, device=device, **options))
         self.training_model = training_model.to(device).eval()
         self.model = training_model.causal_lm
@@ -227,7 +227,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--system", help="system turn")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="longest answer in tokens (default 512)")
     parser.add_argument("--base", help="base model of an adapter (default: the one it names)")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the checkpoint")
+    add_trust_flags(parser)
     return parser
 
 

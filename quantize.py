@@ -4,6 +4,7 @@ Calibrates on conversations rendered as in training, and prints the perplexity o
 """
 
 import argparse
+import math
 import random
 import shutil
 import time
@@ -18,9 +19,11 @@ from data_utils.tokenizer import load_tokenizer
 from tuning.checkpoint import gptq, merge
 from tuning.checkpoint.manifest import write_manifest
 from tuning.checkpoint.output_directory import check_result_directory
-from tuning.entry import OneLineParser, run_entry
+from tuning.checkpoint.ownership import new_result
+from tuning.entry import OneLineParser, add_trust_flags, run_entry
 from tuning.errors import SettingsError
-from tuning.model.loading import find_quantization, load_model, local_directory
+from tuning.model.loading import Trust, find_quantization, load_model, local_directory
+from tuning.model.lora import find_expert_parameters
 
 _GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)  # gptqmodel's
 _HELD_BACK = 64  # rows to measure on, or a fifth of all
@@ -29,7 +32,8 @@ _HELD_BACK = 64  # rows to measure on, or a fifth of all
 def main(argv: list[str] | None = None) -> None:
     """Measure, quantise, load again, measure. Raises: DataError, SettingsError: the user's mistakes, or no result."""
     args = build_parser().parse_args(argv)
-    trust, out = args.trust_remote_code, Path(args.out)
+    out, allow = Path(args.out), Trust(args.trust_remote_code, args.allow_pickle)
+    trust = args.trust_remote_code
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.num_rows < 1 or args.model_max_length < 2:
         raise SettingsError("--num_rows: must be at least 1, and --model_max_length at least 2")
@@ -43,6 +47,11 @@ def main(argv: list[str] | None = None) -> None:
     if not (path / "config.json").is_file():
         raise SettingsError(f"{path}: no config.json, so no model; an adapter is merged first (merge_lora.py)")
     meta_model = load_model(str(path), dtype="auto", meta=True, trust_remote_code=trust)
+    if experts := find_expert_parameters(meta_model):
+        raise SettingsError(
+            f"{path}: a mixture of experts: transformers keeps {experts[0]} and others as 3-D parameters, and could "
+            "not load them again once they are quantised"
+        )
     gptq.check_group_size(meta_model, args.group_size)
     tokenizer = load_tokenizer(str(path), trust_remote_code=trust)
     options = DataOptions(max_length=args.model_max_length)
@@ -56,16 +65,12 @@ def main(argv: list[str] | None = None) -> None:
     held_back, calibration = examples[:num_held_back], examples[num_held_back:]
 
     started = time.perf_counter()
-    unfinished = out.with_name(f".{out.name}.tmp")  # complete or absent
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        unfinished.mkdir(parents=True)
-    except OSError as error:
-        raise SettingsError(f"{out}: cannot be made: {error.strerror}") from None
-    try:
-        model = load_model(str(path), dtype="auto", trust_remote_code=trust).to(device)
+    with new_result(out) as unfinished:
+        model = load_model(str(path), dtype="auto", **vars(allow)).to(device)
         before = gptq.measure_perplexity(model, held_back)
         del model
+        if not math.isfinite(before):
+            raise SettingsError(f"{path}: its perplexity is {before}, so its weights are damaged: copy them again")
         print(f"quantising to {args.bits} bits, calibrated on {len(calibration):,} rows; large models take long")
         gptq.quantize_gptq(
             path,
@@ -74,19 +79,16 @@ def main(argv: list[str] | None = None) -> None:
             bits=args.bits,
             group_size=args.group_size,
             device=device,
-            trust_remote_code=trust,
+            trust=allow,
         )
         merge.copy_tokenizer(path, unfinished)
-        for file in [*path.glob("generation_config.json"), *path.glob("*.py")]:
+        for file in [*path.glob("generation_config.json"), *(path.glob("*.py") if trust else ())]:
             shutil.copy2(file, unfinished / file.name)
         model = load_model(str(unfinished), dtype="auto", device=device, trust_remote_code=trust).to(device)
         after = gptq.measure_perplexity(model, held_back)
+        if not math.isfinite(after):
+            raise SettingsError(f"{out}: the quantised model's perplexity is {after}, so it is of no use; try --bits 8")
         write_manifest(unfinished, quantized_from=str(path), perplexity={"before": before, "after": after})
-        if out.exists():
-            shutil.rmtree(out)
-        unfinished.rename(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     print(f"perplexity of {len(held_back):,} held-back rows: before {before:.3f}, after {after:.3f}")
     print(f"quantised: {out} ({time.perf_counter() - started:.0f} s)")
 
@@ -110,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=42, help="of the choice of rows (default 42)")
     parser.add_argument("--overwrite", action="store_true", help="delete OUT first")
     parser.add_argument("--cache_dir", help="where hub downloads are kept")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    add_trust_flags(parser)
     return parser
 
 

@@ -30,6 +30,26 @@ def _escape(line: str) -> str:
     return "".join(escaped)
 
 
+def add_trust_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of every tool that reads a model, with finetune.py's names and values."""
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    parser.add_argument(
+        "--allow_pickle",
+        nargs="?",
+        const=True,
+        default=False,
+        type=_read_bool,
+        metavar="True|False",
+        help="read .bin weights (they can run code when loaded)",
+    )
+
+
+def _read_bool(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError("expected True or False")
+    return text.lower() == "true"
+
+
 def run_entry(main: Callable[[], int | None], *, mistakes: tuple[type[Exception], ...], interrupted: str) -> NoReturn:
     """Run an entry script's main and exit: 2 for the user's mistake, 1 for a failure of the machine, 130 for Ctrl-C.
 

@@ -17,7 +17,9 @@ from transformers import PreTrainedModel
 from tuning.checkpoint.files import write_json
 from tuning.errors import SettingsError
 from tuning.messages import first_line
+from tuning.model.loading import Trust, load_model
 from tuning.model.quantization import require, silence_gptqmodel
+from tuning.model.untrusted import copy_without_code
 
 
 @torch.no_grad()
@@ -55,7 +57,7 @@ def quantize_gptq(
     bits: int,
     group_size: int,
     device: torch.device,
-    trust_remote_code: bool,
+    trust: Trust,
 ) -> None:
     """Write a GPTQ checkpoint's weights and config.json by gptqmodel.
 
@@ -75,7 +77,8 @@ def quantize_gptq(
             config = QuantizeConfig(
                 bits=bits, group_size=group_size, pack_impl="original", act_group_aware=group_size > 0
             )
-            model = GPTQModel.load(str(path), config, device=str(device), trust_remote_code=trust_remote_code)
+            source = _prepare_source(path, Path("source").resolve(), trust)
+            model = GPTQModel.load(str(source), config, device=str(device), trust_remote_code=trust.trust_remote_code)
             model.quantize(rows, batch_size=1)
             model.save(str(out))
         except Exception as error:  # it supports some architectures, and says it in many ways
@@ -86,6 +89,16 @@ def quantize_gptq(
         values = json.loads((out / name).read_text(encoding="utf-8"))
         values.get("quantization_config", values).get("meta", {}).pop("offload_to_disk_path", None)  # of this machine
         write_json(out / name, values)
+
+
+def _prepare_source(path: Path, copy: Path, trust: Trust) -> Path:
+    """The directory that gptqmodel is given: it imports what auto_map names by itself, whatever it is told."""
+    if trust.trust_remote_code:
+        return path
+    copy_without_code(path, copy)
+    if not any(copy.glob("*.safetensors")):  # pickles, which gptqmodel need not read
+        load_model(str(path), dtype="auto", **vars(trust)).save_pretrained(copy)
+    return copy
 
 
 @contextlib.contextmanager

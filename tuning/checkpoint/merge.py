@@ -21,7 +21,14 @@ from tuning.checkpoint.manifest import MANIFEST_FILE
 from tuning.checkpoint.older_readers import add_old_names
 from tuning.checkpoint.result import gather_state, save_full_model
 from tuning.errors import SettingsError
-from tuning.model.loading import find_quantization, hide_gptqmodel, identify_checkpoint, load_model, local_directory
+from tuning.model.loading import (
+    Trust,
+    find_quantization,
+    hide_gptqmodel,
+    identify_checkpoint,
+    load_model,
+    local_directory,
+)
 from tuning.model.quantization import Quantization, dequantize
 from tuning.model.quantized_linear import QuantizedLinear
 from tuning.model.stop_token import list_eos_ids
@@ -54,6 +61,13 @@ class Comparison:
         )
 
 
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("vocab.txt", "merges.txt", "*.model", "*.tiktoken", "chat_template.jinja", "chat_template.json"),
+    *("additional_chat_templates/*.jinja", "preprocessor_config.json", "processor_config.json"),
+)
+
+
 def find_base(adapter: Path, base: str | None, cache_dir: str | None, *, other: bool = False) -> Path:
     """Directory of the base model: the one named, or the one the adapter names.
 
@@ -77,7 +91,7 @@ def find_base(adapter: Path, base: str | None, cache_dir: str | None, *, other: 
 
 
 def choose_onto(
-    adapter: Path, onto: str | None, base: str | None, cache_dir: str | None, *, trust_remote_code: bool
+    adapter: Path, onto: str | None, base: str | None, cache_dir: str | None, *, trust: Trust
 ) -> Quantization | None:
     """Quantisation of the model that the adapter was trained on, after checking --onto; None if it was not quantised.
 
@@ -88,7 +102,9 @@ def choose_onto(
     trained = find_trained_quantization(adapter)
     if trained is None and not (adapter / MANIFEST_FILE).is_file():  # a plain peft adapter: its base says it
         for name in filter(None, (read_adapter_config(adapter).base_model_name_or_path, base)):
-            trained = trained or find_quantization(str(name), cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+            trained = trained or find_quantization(
+                str(name), cache_dir=cache_dir, trust_remote_code=trust.trust_remote_code
+            )
     if trained is None and onto is not None:
         raise SettingsError(f"--onto {onto}: has no effect; {adapter} was not trained on a quantised model")
     if onto == "base" and trained is not None and trained.dtype is None and base is None:
@@ -99,10 +115,10 @@ def choose_onto(
     return trained
 
 
-def check_same_origin(base: Path, trained_on: Path, *, trust_remote_code: bool) -> None:
+def check_same_origin(base: Path, trained_on: Path, *, trust: Trust) -> None:
     """Raises: SettingsError: a quantised checkpoint was not made from this unquantised one, by some of its layers."""
-    plain = dict(load_model(str(base), dtype="auto", trust_remote_code=trust_remote_code).named_modules())
-    packed = load_model(str(trained_on), dtype="auto", trust_remote_code=trust_remote_code)
+    plain = dict(load_model(str(base), dtype="auto", **vars(trust)).named_modules())
+    packed = load_model(str(trained_on), dtype="auto", **vars(trust))
     layers = [(name, module) for name, module in packed.named_modules() if isinstance(module, QuantizedLinear)]
     for name, layer in layers[:: max(1, len(layers) // 4)]:
         weight, dequantized = getattr(plain.get(name), "weight", None), layer.dequantize().float()
@@ -111,34 +127,32 @@ def check_same_origin(base: Path, trained_on: Path, *, trust_remote_code: bool) 
             raise SettingsError(f"--base {base}: {trained_on} was not made from it ({name} is another)")
 
 
-def load_base(base: Path, quantization: Quantization | None, *, trust_remote_code: bool) -> PreTrainedModel:
+def load_base(base: Path, quantization: Quantization | None, *, trust: Trust) -> PreTrainedModel:
     """The model to merge onto, in float32: as it is, or quantised as in training and dequantised."""
     dtype = getattr(torch, quantization.dtype) if quantization and quantization.dtype else torch.float32
-    model = load_model(str(base), dtype=dtype, quantization=quantization, trust_remote_code=trust_remote_code)
+    model = load_model(str(base), dtype=dtype, quantization=quantization, **vars(trust))
     return dequantize(model)
 
 
-def read_dtype(base: Path, *, trust_remote_code: bool) -> torch.dtype:
+def read_dtype(base: Path, *, trust: Trust) -> torch.dtype:
     """The dtype a checkpoint says its weights have; float32 where it says none."""
-    dtype = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code).dtype
+    dtype = AutoConfig.from_pretrained(base, trust_remote_code=trust.trust_remote_code).dtype
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def compute_expected_logits(
-    adapter: Path, base: Path, quantization: Quantization | None, probes: list[list[int]], *, trust_remote_code: bool
+    adapter: Path, base: Path, quantization: Quantization | None, probes: list[list[int]], *, trust: Trust
 ) -> list[Tensor]:
     """Logits of base and adapter as peft itself loads them: independent code, so that our mistakes show."""
     read_adapter(adapter)  # a damaged file is one line here, and a traceback in peft
-    model = load_base(base, quantization, trust_remote_code=trust_remote_code)
+    model = load_base(base, quantization, trust=trust)
     hide_gptqmodel()
     return compute_logits(PeftModel.from_pretrained(model, str(adapter)).eval(), probes)
 
 
-def merge_adapter(
-    adapter: Path, base: Path, quantization: Quantization | None, *, trust_remote_code: bool
-) -> PreTrainedModel:
+def merge_adapter(adapter: Path, base: Path, quantization: Quantization | None, *, trust: Trust) -> PreTrainedModel:
     """The base model in float32 with adapters and trained rows or matrices folded in. Tied weights stay tied."""
-    model = load_base(base, quantization, trust_remote_code=trust_remote_code)
+    model = load_base(base, quantization, trust=trust)
     return merge_weights(TrainingModel(*load_lora(model, adapter)))
 
 
@@ -158,7 +172,14 @@ def merge_weights(training_model: TrainingModel) -> PreTrainedModel:
 
 
 def save_merged(
-    model: PreTrainedModel, adapter: Path, base: Path, out: Path, *, dtype: torch.dtype, max_shard_size: str
+    model: PreTrainedModel,
+    adapter: Path,
+    base: Path,
+    out: Path,
+    *,
+    dtype: torch.dtype,
+    max_shard_size: str,
+    trust: Trust,
 ) -> None:
     """Write the merged model with the adapter's tokenizer, chat template and generation config."""
     try:
@@ -170,22 +191,35 @@ def save_merged(
     if (source / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(source))
         model.config.get_text_config().eos_token_id = next(iter(list_eos_ids(model.generation_config)), None)
+    _describe_tying(model)
     state = gather_state(model.state_dict(keep_vars=True), dtype)
     save_full_model(model, out, state, dtype=dtype, max_shard_size=max_shard_size)
     copy_tokenizer(tokenizer_source(adapter, base), out)
-    if getattr(model.config, "auto_map", None):
+    if trust.trust_remote_code and getattr(model.config, "auto_map", None):
         for file in base.glob("*.py"):
             shutil.copy2(file, out / file.name)
 
 
+def _describe_tying(model: PreTrainedModel) -> None:
+    """Let the configuration say that the two vocabulary matrices are two, where they were trained apart."""
+    output = model.get_output_embeddings()
+    if output is not None and output.weight is not model.get_input_embeddings().weight:
+        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+
+
+def changes_nothing(adapter: Path) -> bool:
+    """Whether an adapter is as fresh ones are: every B is zero, and nothing else was trained."""
+    state = read_adapter(adapter).state
+    trained = [tensor for name, tensor in state.items() if "lora_A" not in name and "lora_embedding_A" not in name]
+    return bool(trained) and all("lora_" in name for name in state) and not any(bool(t.any()) for t in trained)
+
+
 def copy_tokenizer(source: Path, out: Path) -> None:
-    """Copy the tokenizer's files and its chat template as they are."""
-    own = {"adapter_config.json", "generation_config.json", "run.json", "manifest.json", "config.json", "plan.json"}
-    own |= {"training_state.json", "trainer_state.json", "quantize_config.json"}
-    for file in source.iterdir():
-        weights_index = file.name.endswith(".index.json")
-        if file.suffix in (".json", ".jinja", ".txt", ".model") and file.name not in own and not weights_index:
-            shutil.copy2(file, out / file.name)
+    """Copy the tokenizer's files and its chat templates as they are, and nothing else."""
+    for pattern in _TOKENIZER_FILES:
+        for file in source.glob(pattern):
+            (out / file.relative_to(source)).parent.mkdir(exist_ok=True)
+            shutil.copy2(file, out / file.relative_to(source))
     add_old_names(out)
 
 
@@ -201,7 +235,7 @@ def verify_saved(
     probes: list[list[int]],
     *,
     dtype: torch.dtype,
-    trust_remote_code: bool,
+    trust: Trust,
 ) -> Comparison:
     """Check that OUT loads as the merged model, and compare the merged model's logits with the adapter's.
 
@@ -210,7 +244,7 @@ def verify_saved(
 
     Raises: SettingsError: a tensor loads as something else.
     """
-    saved = load_model(str(out), dtype=dtype, trust_remote_code=trust_remote_code).eval()
+    saved = load_model(str(out), dtype=dtype, **vars(trust)).eval()
     merged, rounded = model.state_dict(), saved.state_dict()
     for name, value in merged.items():
         if name not in rounded or not torch.equal(rounded[name], value.to(rounded[name].dtype)):
@@ -220,10 +254,10 @@ def verify_saved(
 
 
 def measure_distance(
-    out: Path, expected: list[Tensor], probes: list[list[int]], *, dtype: torch.dtype, trust_remote_code: bool
+    out: Path, expected: list[Tensor], probes: list[list[int]], *, dtype: torch.dtype, trust: Trust
 ) -> Comparison:
     """How far the saved weights, rounded to dtype, are from other logits; computed in float32."""
-    saved = load_model(str(out), dtype=dtype, trust_remote_code=trust_remote_code)
+    saved = load_model(str(out), dtype=dtype, **vars(trust))
     return compare_logits(expected, compute_logits(saved.float().eval(), probes))
 
 

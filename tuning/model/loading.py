@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,6 +18,15 @@ from tuning.model.quantization import (
     read_quantization,
     replace_quantized_layers,
 )
+from tuning.model.untrusted import check_no_kernel, check_no_pickle
+
+
+@dataclass(frozen=True)
+class Trust:
+    """What a user lets run that comes with a model: its code, and pickles. Both are load_model's arguments."""
+
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
 
 
 def load_model(
@@ -46,6 +56,10 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
         own = read_quantization(config)
+        if not trust_remote_code:
+            check_no_kernel(path, config)
+        if not allow_pickle and not meta:
+            check_no_pickle(path, config, cache_dir)
         said = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
         one_dtype = said if isinstance(dtype, str) else dtype
         if meta:
@@ -69,7 +83,8 @@ def load_model(
                 **options,
             )
     except SettingsError as error:
-        raise SettingsError(f"{path}: {error}") from None
+        said_where = str(error).startswith(path)
+        raise SettingsError(str(error) if said_where else f"{path}: {error}") from None
     except (OSError, ValueError) as error:
         raise SettingsError(f"{path}: cannot load a model: {first_line(error)}") from None
     if info["missing_keys"] or info["mismatched_keys"]:
