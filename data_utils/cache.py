@@ -104,9 +104,13 @@ class RowCache:
             lock.release()
 
 
-def default_root(cache_dir: str | None) -> Path:
-    """cache_dir, or the user's cache directory."""
-    root = Path(cache_dir) if cache_dir else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+def default_root(cache_dir: str | None) -> Path | None:
+    """Where tokenised data are kept: in cache_dir, or the user's cache directory. None: the user has no home."""
+    named = cache_dir or os.environ.get("XDG_CACHE_HOME")
+    try:
+        root = Path(named) if named else Path.home() / ".cache"
+    except RuntimeError:  # containers run under user numbers that have neither HOME nor an entry in passwd
+        return None
     return root / "finetune" / "tokenised"
 
 

@@ -5,6 +5,7 @@ ProcessPoolExecutor stops a task that is running when the user presses Ctrl-C.
 """
 
 import contextlib
+import ctypes
 import gc
 import multiprocessing
 import os
@@ -18,6 +19,7 @@ from typing import Any, TypeVar, cast
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _MAX_WORKERS = 16  # one process cannot read and check data fast enough for more
 
 
@@ -86,16 +88,24 @@ def _start_worker(function: Callable[[Any], Any], *, inherited: list[Connection]
     ours, theirs = multiprocessing.Pipe()
     # A copy of our ends in a worker would keep it, or another one, from noticing that this process has ended.
     process = multiprocessing.get_context("fork").Process(
-        target=_work, args=(function, theirs, [*inherited, ours]), daemon=True
+        target=_work, args=(function, theirs, [*inherited, ours], os.getpid()), daemon=True
     )
     process.start()
     theirs.close()
     return ours, process
 
 
-def _work(function: Callable[[Any], Any], connection: Connection, inherited: list[Connection]) -> None:
+def _die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends, however that ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before
+        os._exit(1)
+
+
+def _work(function: Callable[[Any], Any], connection: Connection, inherited: list[Connection], parent: int) -> None:
     """Answer items until the other process closes the connection."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which kills the workers
+    _die_with_parent(parent)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads do not survive a fork, and every core has a worker
     gc.freeze()  # what was imported before the fork need not be searched for garbage
     for other in inherited:

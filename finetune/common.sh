@@ -4,6 +4,8 @@
 # recipes/RECIPE.yaml and FLAGS first, so that flags given on the command line win. DRY_RUN=1 prints the command.
 # launch_on_all: the same on all GPUs of this machine, or of several, by torchrun.
 
+# Under dash echo turns \n and \t of a path into characters, and with CDPATH set cd prints where it went.
+unset CDPATH
 ROOT=$(cd "$(dirname "$(readlink -f "$0")")/.." && pwd)
 PYTHON=${PYTHON:-$([ -x "$ROOT/.venv/bin/python" ] && echo "$ROOT/.venv/bin/python" || echo python3)}
 
@@ -50,7 +52,7 @@ EOF
 # GPUs that are visible, 0 where there are none.
 count_gpus() {
     if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
-        echo "$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | grep -c '[0-9]'
+        printf '%s\n' "$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | grep -c '[0-9]'
     else
         nvidia-smi -L 2>/dev/null | grep -c '^GPU'
     fi
@@ -62,15 +64,15 @@ describe_torchrun() {
     [ "$processes" != 0 ] || processes=1
     case $processes in *[!0-9]*) fail "NPROC_PER_NODE=$processes: must be a number" ;; esac
     if [ "${NNODES:-1}" = 1 ] && [ -z "${MASTER_PORT:-}" ]; then
-        echo "--standalone --nproc_per_node $processes"
+        printf '%s\n' "--standalone --nproc_per_node $processes"
         return
     fi
     if [ "${NNODES:-1}" != 1 ]; then
         [ -n "${MASTER_ADDR:-}" ] || fail "NNODES=$NNODES: needs MASTER_ADDR, the host of NODE_RANK=0"
         [ -n "${NODE_RANK:-}" ] || fail "NNODES=$NNODES: needs NODE_RANK, this machine's number from 0"
     fi
-    echo "--nnodes ${NNODES:-1} --node_rank ${NODE_RANK:-0} --master_addr ${MASTER_ADDR:-localhost}" \
-        "--master_port ${MASTER_PORT:-29500} --nproc_per_node $processes"
+    printf '%s ' "--nnodes ${NNODES:-1} --node_rank ${NODE_RANK:-0} --master_addr ${MASTER_ADDR:-localhost}"
+    printf '%s\n' "--master_port ${MASTER_PORT:-29500} --nproc_per_node $processes"
 }
 
 launch_on_all() {
@@ -80,11 +82,15 @@ launch_on_all() {
 
 # A path as the user sees it: absolute where it exists, else as it is (a hub name, or an error finetune.py explains).
 absolute() {
-    if [ -e "$1" ]; then echo "$(cd "$(dirname "$1")" && pwd)/$(basename "$1")"; else echo "$1"; fi
+    if [ -e "$1" ]; then
+        printf '%s/%s\n' "$(cd "$(dirname "$1")" && pwd)" "$(basename "$1")"
+    else
+        printf '%s\n' "$1"
+    fi
 }
 
 fail() {
-    echo "error: $1" >&2
+    printf 'error: %s\n' "$1" >&2
     exit 2
 }
 

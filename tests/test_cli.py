@@ -33,7 +33,7 @@ def test_a_run_leaves_a_whole_result(run_script, checkpoints, tmp_path):
     assert {path.name for path in out.iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
         "chat_template.jinja", "generation_config.json", "run.json", "metrics.jsonl", "manifest.json",
-        "loss.png", "written_by.json",
+        "loss.png",
         "checkpoint-3", "checkpoint-4",
     }  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -12,7 +13,9 @@ import pytest
 
 from tests.conftest import CONVERSATIONS, ROOT
 from tests.test_chaos import ENGINES, assert_same_run, read_metrics, words
+from tests.test_cli import flags
 from tuning.checkpoint.manifest import find_fault
+from tuning.training.stopping import StopRequest
 
 RESUME_HINT = "resume with the same command and --resume_from_checkpoint auto"
 
@@ -45,7 +48,7 @@ def status(out):
     return json.loads((out / "run.json").read_text())["status"]
 
 
-@pytest.mark.parametrize(("name", "number"), [("SIGTERM", 15), ("SIGINT", 2)])
+@pytest.mark.parametrize(("name", "number"), [("SIGTERM", 15), ("SIGINT", 2), ("SIGHUP", 1)])
 def test_a_signal_saves_and_says_how_to_go_on(hurt, calm, tmp_path, name, number):
     code, stdout, stderr, complete = hurt(at=3, do=name, only="step")
     assert code == 128 + number
@@ -224,3 +227,29 @@ def test_torchrun_passes_a_signal_on_and_is_not_read_as_finished(checkpoints, tm
 
 def test_conversations_are_where_the_epochs_of_these_tests_think():
     assert len(json.loads(CONVERSATIONS.read_text())) == 56
+
+
+@pytest.mark.parametrize("lost", ["pipe", "terminal"])
+def test_a_run_whose_output_nobody_reads_goes_on(checkpoints, tmp_path, lost):
+    """A closed pipe (EPIPE) and a terminal that is gone (EIO), where it prints lines and where it has a live one."""
+    ours, theirs = os.pipe() if lost == "pipe" else pty.openpty()
+    out = tmp_path / "out"
+    program = subprocess.Popen(
+        [sys.executable, *map(str, ("finetune.py", *flags(checkpoints["untied"], CONVERSATIONS, out)))],
+        cwd=ROOT, stdout=theirs, stderr=theirs, stdin=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    os.close(theirs)
+    assert os.read(ours, 1)
+    os.close(ours)
+    assert program.wait(timeout=120) == 0
+    assert find_fault(out) is None and status(out) == "finished"
+
+
+def test_nohup_outlives_its_terminal():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as request:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not request.agreed()
+    finally:
+        signal.signal(signal.SIGHUP, before)

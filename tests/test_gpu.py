@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import bench_memory
-from tests.conftest import CONVERSATIONS, ROOT, run_python
+from tests.conftest import CONVERSATIONS, ROOT, run_python, tear
 from tuning.checkpoint.manifest import find_fault
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -56,8 +56,8 @@ def test_a_paged_optimizer_goes_on(words, tmp_path):
     run_python("finetune.py", *words, "--optim", "paged_adamw_8bit")
     out = tmp_path / "out"
     calm = losses(out)
-    (out / "manifest.json").unlink()
-    (out / "checkpoint-6" / "manifest.json").unlink()
+    tear(out)
+    tear(out / "checkpoint-6")
     run_python("finetune.py", *words, "--optim", "paged_adamw_8bit")
     assert losses(out) == pytest.approx(calm, rel=1e-3)
 
@@ -67,8 +67,8 @@ def test_fp16_keeps_its_loss_scale_over_a_resume(words, tmp_path):
     out = tmp_path / "out"
     calm, scaler = losses(out), json.loads((out / "checkpoint-3" / "training_state.json").read_text())["scaler"]
     assert scaler["scale"] > 1
-    (out / "manifest.json").unlink()
-    (out / "checkpoint-6" / "manifest.json").unlink()
+    tear(out)
+    tear(out / "checkpoint-6")
     run_python("finetune.py", *words, "--fp16")
     assert losses(out) == pytest.approx(calm, rel=1e-3)
 
@@ -79,8 +79,8 @@ def test_zero2_goes_on_with_the_optimizers_steps_on_the_gpu(words, tmp_path):
     run_python(*launch)
     out = tmp_path / "out"
     calm = losses(out)
-    (out / "manifest.json").unlink()
-    (out / "checkpoint-6" / "manifest.json").unlink()
+    tear(out)
+    tear(out / "checkpoint-6")
     run_python(*launch)
     assert losses(out) == pytest.approx(calm, rel=1e-3)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,6 +84,26 @@ def test_flags_parse_and_pass_through(shell, launcher, tmp_path):
     # Nothing but the recipe, the engine and the user's flags: the launcher itself sets no more.
     paths = ["--model_name_or_path", "org/model", "--data_path", str(tmp_path / "my data.json")]
     assert words[1:] == [*paths, "--output_dir", str(tmp_path / "out dir"), "--max_steps", "8"]
+
+
+@pytest.mark.parametrize("shell", ["sh", "dash", "bash"])
+def test_paths_stay_as_they_are(shell, tmp_path):
+    if shutil.which(shell) is None:
+        pytest.skip(f"no {shell}")
+    names = {"-d": "a\\nb\\tc.json", "-m": "model\\n", "-o": "out\\t 'x' $HOME"}
+    (tmp_path / "here" / names["-d"]).parent.mkdir()
+    (tmp_path / "here" / names["-d"]).write_text("[]")
+    (tmp_path / "here" / names["-m"]).mkdir()
+    (tmp_path / "there" / "here").mkdir(parents=True)
+    launcher = ROOT / "finetune" / "finetune_lora_single_gpu.sh"
+    words = [word for flag, name in names.items() for word in (flag, f"here/{name}")]
+    done = dry_run(shell, launcher, *words, cwd=tmp_path, CDPATH=str(tmp_path / "there"))
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    _, command = split_command(done.stdout)
+    for flag, name in zip(("--data_path", "--model_name_or_path", "--output_dir"), names.values(), strict=True):
+        assert command[command.index(flag) + 1] == str(tmp_path / "here" / name)
+    relative = dry_run(shell, "finetune/finetune_lora_single_gpu.sh", CDPATH="/tmp:/")
+    assert str(ROOT / "finetune.py") in shlex.split(relative.stdout), relative.stdout + relative.stderr
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS, ids=lambda p: p.stem)

@@ -1,5 +1,7 @@
 """What others made is never deleted, and good weights never either."""
 
+import contextlib
+import itertools
 import json
 import os
 import random
@@ -10,9 +12,19 @@ import pytest
 
 from tests.conftest import CONVERSATIONS, ROOT
 from tests.test_cli import flags
-from tuning.checkpoint.manifest import write_manifest
+from tuning.checkpoint.manifest import find_fault, write_manifest
 from tuning.checkpoint.output_directory import prepare_output_directory, rotate_checkpoints
-from tuning.checkpoint.ownership import delete_checkpoint, find_foreign, is_run, lock, mark, new_result
+from tuning.checkpoint.ownership import (
+    begin_result,
+    delete_checkpoint,
+    find_foreign,
+    finish_interrupted,
+    is_run,
+    list_checkpoints,
+    lock,
+    new_result,
+    publish_result,
+)
 from tuning.errors import SettingsError
 from tuning.settings.command_line import parse_arguments
 
@@ -34,51 +46,112 @@ def tree(directory):
     return {path.relative_to(directory): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("seed", range(200))
+def write_result(directory, files):
+    """A result of ours: files by name, each with its content."""
+    unfinished = begin_result(directory)
+    for name, content in files.items():
+        write(unfinished / name, content)
+    write_manifest(unfinished, onto="base")
+    publish_result(directory)
+
+
+@pytest.mark.parametrize("seed", range(300))
 def test_a_run_deletes_nothing_that_others_made(tmp_path, seed):
     """Directories of our files and others' at random: the check refuses, or all of theirs is there afterwards."""
     chance = random.Random(seed)
     out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
-    elsewhere.mkdir()
+    out.mkdir()
     for name in ("model.safetensors", "manifest.json"):
         write(elsewhere / name, "theirs, elsewhere")
-    ours = [name for name in chance.sample(NAMES, chance.randrange(6)) if not name.endswith(".tmp") and "/" not in name]
-    for name in ours:
-        write(out / name, "ours")
-    out.mkdir(exist_ok=True)
+    plain = [name for name in NAMES if not name.endswith(".tmp") and "/" not in name]
     if chance.random() < 0.7:
-        write_manifest(out, step=1)
+        write_result(out, dict.fromkeys(chance.sample(plain, chance.randrange(6)), "ours"))
     steps = chance.sample([2, 5, 7, 9], chance.randrange(3))
     for step in steps:
-        mark(out / f"checkpoint-{step}")
-        write(out / f"checkpoint-{step}" / "model.safetensors", "ours")
+        directory = out / f"checkpoint-{step}"
         if chance.random() < 0.5:
-            write_manifest(out / f"checkpoint-{step}", step=step)
+            write_result(directory, {"model.safetensors": "ours", "additional_chat_templates/a.jinja": "ours"})
+        else:
+            write(begin_result(directory) / "model.safetensors", "ours")
     write(out / "run.json", json.dumps(RUN if chance.random() < 0.8 else {"tool": "another"}))
-    before = tree(out)
-    for name in chance.sample(NAMES, chance.randrange(1, 5)):
-        inside = name.split("/")[0] in {f"checkpoint-{step}" for step in steps}
-        if (
-            out / name not in [out / each for each in before]
-            and not inside
-            and name not in ("metrics.jsonl", "loss.png")
-        ):
+    for name in chance.sample([*NAMES, *(f"checkpoint-{step}/{name}" for step in steps for name in plain)], 6):
+        if not (out / name).exists() and name not in ("metrics.jsonl", "loss.png"):
             write(out / name, "theirs")
     for name in ("checkpoint-3", "checkpoint-11"):
         if chance.random() < 0.3:
             (out / name).symlink_to(elsewhere, target_is_directory=True)
-    theirs = {path: content for path, content in tree(out).items() if content == b"theirs"}
-    refused = not is_run(out) or find_foreign(out) is not None
-    if not refused:
+    theirs = [path for path, content in tree(out).items() if content == b"theirs" and path.name != ".run.json.tmp"]
+    if is_run(out) and find_foreign(out) is None:
         prepare_output_directory(out, None)
-        kept = [path for path in theirs if path.name != ".run.json.tmp"]
-        assert all((out / path).read_bytes() == b"theirs" for path in kept)
-        assert not any(path.name.endswith(".safetensors") for path in tree(out) if path not in theirs)
-    for path in list(out.glob("checkpoint-*")):
+        assert not any(content == b"ours" for content in tree(out).values())
+    for path in list_checkpoints(out):
         delete_checkpoint(path)
     rotate_checkpoints(out / "checkpoint-100", 1, keep=None)
-    assert all((out / path).exists() for path in theirs if path.name != ".run.json.tmp")
+    assert all((out / path).read_bytes() == b"theirs" for path in theirs)
+    for step in steps:
+        write_result(out / f"checkpoint-{step}", dict.fromkeys(plain, "ours"))
+    kept = sum(content == b"theirs" and path.name != ".run.json.tmp" for path, content in tree(out).items())
+    assert kept == len(theirs), "beside a new result, under another name"
     assert {path.name for path in elsewhere.iterdir()} == {"model.safetensors", "manifest.json"}
+
+
+@contextlib.contextmanager
+def killed_at(change, monkeypatch):
+    """End what is inside at a call of the system's that moves or deletes, counted from 0."""
+    calls = itertools.count()
+
+    def count(function):
+        def call(*args, **kwargs):
+            if next(calls) == change:
+                raise KeyboardInterrupt
+            return function(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        for name in ("replace", "rename", "unlink", "rmdir"):
+            patch.setattr(os, name, count(getattr(os, name)))
+        yield
+
+
+@pytest.mark.parametrize("change", range(40))
+def test_a_kill_at_any_change_leaves_the_old_result_or_the_new_one_to_be_finished(tmp_path, monkeypatch, change):
+    old = {"config.json": "old", "model-1.safetensors": "old", "model-2.safetensors": "old", "tokenizer.json": "old"}
+    new = {"config.json": "new", "model.safetensors": "new", "tokenizer.json": "new", "templates/a.jinja": "new"}
+    theirs = {"notes.txt": "theirs", "model.safetensors": "theirs", "model-3.safetensors": "theirs"}
+    write_result(tmp_path, old)
+    for name, content in theirs.items():
+        write(tmp_path / name, content)
+    unfinished = begin_result(tmp_path)
+    for name, content in new.items():
+        write(unfinished / name, content)
+    write_manifest(unfinished, onto="base")
+    with killed_at(change, monkeypatch):
+        publish_result(tmp_path)
+    there = {str(path): content.decode() for path, content in tree(tmp_path).items()}
+    assert sorted(there.values()).count("theirs") == 3
+    if "config.json" in there:  # something loads
+        whole = old if there["config.json"] == "old" else new
+        assert there.items() >= whole.items()
+        assert "model-1.safetensors" not in there or whole is old
+    assert (find_fault(tmp_path) is None) == ("manifest.json" in there)
+    finish_interrupted(tmp_path)
+    there = {str(path): content.decode() for path, content in tree(tmp_path).items()}
+    assert find_fault(tmp_path) is None and there.items() >= new.items()
+    assert sorted(there.values()).count("theirs") == 3 and "old" not in there.values()
+    assert not [name for name in there if name.startswith(".w")], there
+
+
+@pytest.mark.parametrize("change", range(12))
+def test_a_kill_at_any_change_leaves_a_deletion_that_goes_on(tmp_path, monkeypatch, change):
+    directory = tmp_path / "checkpoint-4"
+    write_result(directory, {"config.json": "ours", "model.safetensors": "ours", "a/b.jinja": "ours"})
+    write(directory / "notes.txt", "theirs")
+    with killed_at(change, monkeypatch):
+        delete_checkpoint(directory)
+    assert find_foreign(tmp_path) is None
+    delete_checkpoint(directory)
+    assert {path.name for path in directory.iterdir()} == {"notes.txt"}
 
 
 @pytest.mark.parametrize("more", [["--resume_from_checkpoint", "auto"], ["--overwrite_output_dir"]])
@@ -139,8 +212,7 @@ def test_a_new_result_takes_the_place_of_the_old_one_when_it_is_whole(tmp_path, 
         monkeypatch.chdir(out)
         out = type(out)(".")
     if place == "earlier":
-        write(out / "model-00001-of-00002.safetensors", "old")
-        write_manifest(out, onto="base")
+        write_result(out, {"model-00001-of-00002.safetensors": "old"})
         write(out / "notes.txt", "theirs")
     before = tree(real)
     try:
@@ -162,8 +234,7 @@ def test_a_new_result_takes_the_place_of_the_old_one_when_it_is_whole(tmp_path, 
 
 def test_what_a_killed_write_left_is_no_model_and_no_obstacle(tmp_path):
     out = tmp_path / "out"
-    mark(out / ".unfinished.tmp")
-    write(out / ".unfinished.tmp" / "config.json", "half")
+    write(begin_result(out) / "config.json", "half")
     with new_result(out) as unfinished:
         assert not (unfinished / "config.json").exists()
         write(unfinished / "model.safetensors", "new")

@@ -1,3 +1,4 @@
+import gc
 import io
 import json
 import runpy
@@ -5,10 +6,13 @@ import sys
 import time
 
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from tests.conftest import CONVERSATIONS, ROOT
 from tests.test_cli import flags
+from tuning.training import progress
 from tuning.training.progress import ProgressCallback, draw_losses
 
 
@@ -50,6 +54,33 @@ def test_the_plot_is_a_picture(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     draw_losses(tmp_path)
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plots_are_drawn_from_time_to_time_and_take_a_share_of_it(tmp_path, monkeypatch):
+    clock, drawn = [0.0], []
+
+    def draw(_):
+        drawn.append(clock[0])
+        clock[0] += 2.0  # a long file
+
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(progress, "draw_losses", draw)
+    callback = ProgressCallback(Console(file=io.StringIO()), tmp_path)
+    for _ in range(600):
+        clock[0] += 1.0
+        callback.on_evaluate(None, State, None)
+    assert drawn == [60.0, 262.0, 464.0]
+
+
+def test_a_plot_leaves_nothing_behind_and_draws_as_many_points_as_can_be_seen(tmp_path, monkeypatch):
+    counts = []
+    plot = Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda self, x, *a, **k: counts.append(len(x)) or plot(self, x, *a, **k))
+    entries = ({"step": step, "loss": 1.0} for step in range(5_000))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    draw_losses(tmp_path)
+    assert counts == [1667]
+    assert not [each for each in gc.get_objects() if isinstance(each, Figure)]
 
 
 def test_prompts_are_answered_at_each_evaluation(checkpoints, tmp_path, capfd, monkeypatch):

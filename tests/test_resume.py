@@ -5,11 +5,11 @@ import shutil
 
 import pytest
 
-from tests.conftest import CONVERSATIONS
+from tests.conftest import CONVERSATIONS, tear
 from tests.test_chaos import assert_same_run, read_metrics, words
 from tuning.checkpoint.manifest import find_fault, read_manifest, write_manifest
 from tuning.checkpoint.output_directory import rotate_checkpoints
-from tuning.checkpoint.ownership import list_checkpoints, mark
+from tuning.checkpoint.ownership import UNFINISHED, begin_result, list_checkpoints, publish_result
 from tuning.checkpoint.resume import find_starting_point
 from tuning.checkpoint.run_record import RunFacts
 from tuning.errors import SettingsError
@@ -31,8 +31,8 @@ def torn(finished, tmp_path):
     """The same run as a kill in its last save left it."""
     out = tmp_path / "torn"
     shutil.copytree(finished, out)
-    (out / "manifest.json").unlink()
-    (out / "checkpoint-6" / "manifest.json").unlink()
+    tear(out)
+    tear(out / "checkpoint-6")
     return out
 
 
@@ -129,8 +129,7 @@ def test_auto_passes_over_what_is_damaged_and_ends_the_same(run, finished, torn,
 
 
 def test_a_complete_last_checkpoint_leaves_only_the_result_to_write(run, finished, torn):
-    shutil.copy(finished / "checkpoint-6" / "manifest.json", torn / "checkpoint-6")
-    (torn / "adapter_model.safetensors").unlink()
+    shutil.copytree(finished / "checkpoint-6", torn / "checkpoint-6", dirs_exist_ok=True)
     code, stdout, _ = run(torn)
     assert code == 0 and "resuming from" in stdout and "step 6/6" not in stdout
     assert_same_run(finished, torn, 6)
@@ -274,7 +273,7 @@ def test_a_named_checkpoint(run, finished, torn, tmp_path):
     ):
         code, _, stderr = run(torn, resume_from_checkpoint=torn / name)
         assert code == 2 and len(stderr) == 1 and message in stderr[0]
-    shutil.copy(finished / "checkpoint-6" / "manifest.json", torn / "checkpoint-6")
+    shutil.copytree(finished / "checkpoint-6", torn / "checkpoint-6", dirs_exist_ok=True)
     code, _, stderr = run(torn, resume_from_checkpoint=torn / "checkpoint-4")
     assert code == 2 and "holds later checkpoints (checkpoint-6)" in stderr[0]
     code, _, stderr = run(torn, resume_from_checkpoint=finished / "checkpoint-4")
@@ -285,7 +284,7 @@ def test_checkpoints_without_a_training_state(run, tmp_path):
     out = tmp_path / "out"
     code, *_ = run(out, "--save_only_model", "True")
     assert code == 0 and not list(out.glob("checkpoint-*/training_state*"))
-    (out / "manifest.json").unlink()
+    tear(out)
     code, _, stderr = run(out)
     assert (
         code == 2
@@ -320,7 +319,7 @@ def test_the_best_evaluation_is_the_result_and_is_kept(forks, checkpoints, tmp_p
     assert forks.run(*command(killed))[0] == 0
     assert_same_run(calm, killed, 6)
 
-    (killed / "manifest.json").unlink()
+    tear(killed)
     shutil.rmtree(killed / f"checkpoint-{best}")
     code, _, stderr = forks.run(*command(killed))
     assert code == 2 and f"checkpoint-{best}, the best so far: has no manifest.json" in stderr
@@ -356,7 +355,7 @@ def test_the_best_may_lie_where_the_run_came_from_and_must_be_whole(forks, check
     assert forks.run(*command(second, start), at=1, do="SIGTERM", only="step")[0] == 143, "nothing of value was there"
     assert forks.run(*command(second))[0] == 0
     assert_same_run(first, second, 6)
-    (second / "manifest.json").unlink()
+    tear(second)
     flip(first / f"checkpoint-{best}" / "training_state.safetensors")
     code, _, stderr = forks.run(*command(second))
     assert code == 2 and "the best so far: training_state.safetensors is not the file that was saved" in stderr
@@ -378,7 +377,7 @@ def test_a_refused_resume_touches_nothing(run, finished):
 
 
 def test_a_damaged_later_checkpoint_costs_no_good_one(forks, checkpoints, finished, torn):
-    shutil.copy(finished / "checkpoint-6" / "manifest.json", torn / "checkpoint-6")
+    shutil.copytree(finished / "checkpoint-6", torn / "checkpoint-6", dirs_exist_ok=True)
     flip(torn / "checkpoint-6" / "training_state.json")
     command = words(checkpoints["untied"], torn, "lora", steps=6)
     command[command.index("--save_total_limit") + 1] = 1
@@ -390,8 +389,8 @@ def test_a_damaged_later_checkpoint_costs_no_good_one(forks, checkpoints, finish
 
 
 def test_a_crash_while_an_earlier_run_is_cleared_away_can_be_gone_on_from(forks, checkpoints, torn, finished):
-    for path in (torn / "checkpoint-4" / "manifest.json", torn / "adapter_config.json"):
-        path.unlink()
+    (torn / "checkpoint-4" / "manifest.json").rename(torn / "checkpoint-4" / ".withdrawn.tmp")
+    (torn / "checkpoint-4" / "adapter_config.json").unlink()
     (torn / "checkpoint-5").write_text("a file of the user")
     code, *_ = forks.run(*words(checkpoints["untied"], torn, "lora", steps=6), at=1, do="SIGKILL")
     assert code == 137 and (torn / "run.json").exists()
@@ -418,9 +417,12 @@ def test_a_result_is_not_deleted_for_a_file_beside_it(run, tmp_path):
 
 
 def test_what_a_torn_checkpoint_left_is_not_made_part_of_the_next_one(run, torn):
-    (torn / "checkpoint-6" / "stale.safetensors").write_text("old")
+    (torn / "checkpoint-6" / UNFINISHED / "stale.safetensors").write_text("old")
+    (torn / "checkpoint-6" / "stale.safetensors").write_text("another's")
     assert run(torn)[0] == 0
-    assert not (torn / "checkpoint-6" / "stale.safetensors").exists()
+    assert not (torn / "checkpoint-6" / UNFINISHED).exists()
+    assert (torn / "checkpoint-6" / "stale.safetensors").read_text() == "another's"
+    assert "stale.safetensors" not in read_manifest(torn / "checkpoint-6")["files"]
 
 
 @pytest.mark.parametrize("changes", [{"eval_strategy": "steps"}, {"save_strategy": "best"}])
@@ -465,11 +467,11 @@ def test_runs_that_log_nothing(run, forks, checkpoints, tmp_path):
 
 def make_checkpoints(root, complete=(), torn=()):
     for step in (*complete, *torn):
-        (root / f"checkpoint-{step}").mkdir()
-        (root / f"checkpoint-{step}" / "weights").write_text("x")
-        mark(root / f"checkpoint-{step}")
+        unfinished = begin_result(root / f"checkpoint-{step}")
+        (unfinished / "weights").write_text("x")
         if step in complete:
-            write_manifest(root / f"checkpoint-{step}", step=step)
+            write_manifest(unfinished, step=step)
+            publish_result(root / f"checkpoint-{step}")
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """How every entry script shows the user's mistakes and exits."""
 
 import argparse
+import contextlib
+import io
 import os
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn, TextIO
 from unicodedata import category
 
 from tuning.errors import MachineError, SettingsError
@@ -58,7 +60,9 @@ def run_entry(main: Callable[[], int | None], *, mistakes: tuple[type[Exception]
     """
     speaks = int(os.environ.get("LOCAL_RANK", "0")) == 0
     try:
-        sys.exit(main() or 0)
+        with _outlive_readers():
+            code = main() or 0
+        sys.exit(code)
     except MachineError as error:
         code, lines, shown = FAILURE, [f"error: {error}"], speaks or not error.agreed
     except KeyboardInterrupt:
@@ -70,3 +74,40 @@ def run_entry(main: Callable[[], int | None], *, mistakes: tuple[type[Exception]
     if shown:
         print("\n".join(map(_escape, lines)), file=sys.stderr)
     sys.exit(code)
+
+
+class _LastingStream:
+    """Output that may lose its reader: a closed pipe, a terminal that is gone, a full disk. Work goes on without."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return self._try(lambda: self._stream.write(text)) or len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, function: Callable[[], int | None]) -> int | None:
+        try:
+            return function()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            return None
+
+
+@contextlib.contextmanager
+def _outlive_readers() -> Iterator[None]:
+    """Inside, nothing that is printed can end the program, be it unknown to the terminal or read by nobody."""
+    streams = sys.stdout, sys.stderr
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = map(_LastingStream, streams)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stdout, sys.stderr = streams

@@ -53,27 +53,33 @@ def find_fault(directory: Path, names: Iterable[str] | None = None) -> str | Non
 
 
 def write_manifest(directory: Path, **facts: Any) -> None:
-    """Write the list of a directory's files with sizes and hashes, after they are on disk. facts go with it."""
+    """Write the list of a directory's files with sizes and hashes, after they are on disk. facts go with it.
+
+    Hidden files (the owner's mark) are not of it.
+    """
     files = {}
     umask = os.umask(0)
     os.umask(umask)
-    for path in sorted(path for path in directory.iterdir() if path.is_file() and path.name != MANIFEST_FILE):
+    for path in sorted(path for path in directory.rglob("[!.]*") if path.is_file() and path.name != MANIFEST_FILE):
         with contextlib.suppress(OSError):  # some file systems have no modes
             path.chmod(0o666 & ~umask)  # safetensors writes for the owner alone
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": _hash(path)}
+        files[path.relative_to(directory).as_posix()] = {"bytes": path.stat().st_size, "sha256": _hash(path)}
     fsync_directory(directory)
     manifest = {**facts, "files": files}
     write_json(directory / MANIFEST_FILE, {**manifest, "sha256": _hash_json(manifest)})
     fsync_directory(directory.parent)
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
+def read_manifest(directory: Path, name: str = MANIFEST_FILE) -> dict[str, Any]:
     """Raises: FileNotFoundError: there is none. ValueError: it is not as it was written."""
-    manifest = json.loads((directory / MANIFEST_FILE).read_text(encoding="utf-8"))
+    try:
+        manifest = json.loads((directory / name).read_text(encoding="utf-8"))
+    except RecursionError:
+        manifest = None
     if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _hash_json(manifest):
-        raise ValueError(f"{directory / MANIFEST_FILE}: damaged")
+        raise ValueError(f"{directory / name}: damaged")
     return manifest
 
 

@@ -11,12 +11,14 @@ from tuning.checkpoint.ownership import (
     delete_checkpoint,
     delete_run,
     find_foreign,
+    finish_interrupted,
     is_leftover,
     is_ours,
     is_run,
     list_checkpoints,
     lock,
     step_of,
+    withdraw,
 )
 from tuning.checkpoint.run_record import METRICS_FILE, RUN_FILE
 from tuning.errors import SettingsError
@@ -56,8 +58,8 @@ def check_run_directory(arguments: Arguments) -> None:
         )
     if foreign := find_foreign(directory):
         raise SettingsError(
-            f"--output_dir {directory}: {foreign.name} in it was not written by this program; move it, or choose "
-            "another directory"
+            f"--output_dir {directory}: {foreign.name} in it was not written by this program (no {MANIFEST_FILE} of "
+            "its own names it); move it, or choose another directory"
         )
     if not (run.overwrite_output_dir or run.dry_run or resumes):
         raise SettingsError(
@@ -76,6 +78,7 @@ def check_result_directory(out: Path, inputs: list[Path], *, overwrite: bool, ma
     if holder := next((path for path in inputs if lies_in(path, out)), None):
         raise SettingsError(f"{out}: {holder} is an input; choose another directory")
     _check_writable(out, "OUT")
+    finish_interrupted(out)
     if out.exists() and (not out.is_dir() or not all(map(is_leftover, out.iterdir()))):
         if not overwrite:
             raise SettingsError(f"{out}: exists and is not empty; choose another directory, or use --overwrite")
@@ -119,7 +122,7 @@ def prepare_output_directory(directory: Path, checkpoint: Path | None) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         lock(directory)
         if checkpoint is not None:
-            (directory / MANIFEST_FILE).unlink(missing_ok=True)  # what is there is about to be replaced
+            withdraw(directory)  # what is there is about to be replaced
             metrics = checkpoint / METRICS_FILE
             replace_file(directory / METRICS_FILE, metrics.read_bytes() if metrics.exists() else b"")
     except OSError as error:

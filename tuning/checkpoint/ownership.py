@@ -1,7 +1,11 @@
-"""What in a directory is of this program, and the only place that deletes any of it.
+"""What in a directory is of this program, and the only place that writes results into one or deletes any of it.
 
-Ours are: a run whose run.json says so, files that a manifest of ours names, and checkpoints and results that carry the
-owner's mark, which is written before anything else. All other files stay. Symbolic links are never followed.
+Ours are: a run whose run.json says so, and files that a manifest of ours names. All other files stay. Symbolic links
+are never followed. A result is written in .unfinished.tmp and moved when it is whole:
+
+    .unfinished.tmp/   what is being written, with the owner's mark; its manifest is written last
+    .withdrawn.tmp     the manifest of what is being replaced or deleted, so that its files are still known as ours
+    config.json        moved last and deleted first: without it nothing loads the directory
 """
 
 import contextlib
@@ -13,16 +17,18 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from tuning.checkpoint.files import write_json
+from tuning.checkpoint.files import fsync_directory, write_json
 from tuning.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from tuning.checkpoint.run_record import METRICS_FILE, PROGRAM, RUN_FILE
-from tuning.errors import SettingsError
+from tuning.distributed.processes import say
+from tuning.errors import SettingsError, explain_failed_write
 
-OWNER_FILE = "written_by.json"
 PLAN_FILE = "plan.json"  # of a dry run; a run may begin beside it
-_RECORDS = (RUN_FILE, METRICS_FILE, MANIFEST_FILE, PLAN_FILE, OWNER_FILE, "dropped.jsonl", "loss.png")
-_CONFIGURATIONS = ("config.json", "adapter_config.json", "generation_config.json")
-_UNFINISHED = ".unfinished.tmp"
+_RECORDS = (RUN_FILE, METRICS_FILE, MANIFEST_FILE, PLAN_FILE, "dropped.jsonl", "loss.png")
+_CONFIGURATIONS = ("config.json", "adapter_config.json")  # what loaders look for first
+UNFINISHED = ".unfinished.tmp"
+_WITHDRAWN = ".withdrawn.tmp"
+_MARK = ".written_by.json"
 _OLD_KEYS = {"status", "settings", "versions"}  # of run.json before it named its program
 _locks: dict[Path, int] = {}  # file descriptors, open as long as the process writes there
 
@@ -40,10 +46,10 @@ def is_run(directory: Path) -> bool:
 
 
 def is_ours(directory: Path) -> bool:
-    """Whether a directory is a checkpoint or a result that this program wrote, or began to write."""
+    """Whether a directory is a checkpoint or a result that this program wrote, or began to write or to delete."""
     if directory.is_symlink() or not directory.is_dir():
         return False
-    return (directory / OWNER_FILE).is_file() or _names_in_manifest(directory) is not None
+    return bool(_own_names(directory)) or _is_begun(directory / UNFINISHED)
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
@@ -58,78 +64,127 @@ def step_of(checkpoint: Path) -> int:
 
 
 def find_foreign(directory: Path) -> Path | None:
-    """What a run would write over or delete here, though another made it; None if there is nothing of that kind."""
+    """What a run cannot write beside: another's weights, configuration or link in the place of its own, or None."""
     for path in list_checkpoints(directory):
-        if not is_ours(path):
+        if path.is_symlink():
             return path
-    return next((path for path in _list_result(directory) if path not in _list_own_result(directory)), None)
+    unfinished = directory / UNFINISHED
+    if os.path.lexists(unfinished) and not _is_begun(unfinished):
+        return unfinished
+    own = _own_names(directory)
+    return next((path for path in _list_result(directory) if path.name not in own), None)
 
 
 def is_leftover(path: Path) -> bool:
     """Whether a path is what an interrupted write of ours left."""
     if path.is_symlink():
         return False
-    if path.name == _UNFINISHED:
-        return is_ours(path)
+    if path.name == UNFINISHED:
+        return _is_begun(path)
+    if path.name == _WITHDRAWN:
+        return bool(_own_names(path.parent))
     named = re.fullmatch(r"\.(.+)\.tmp", path.name)
-    return bool(named) and path.is_file() and named is not None and named.group(1) in (*_RECORDS, *_CONFIGURATIONS)
-
-
-def mark(directory: Path) -> None:
-    """Write the owner's mark, before anything else is written there."""
-    directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / OWNER_FILE, {"program": PROGRAM})
+    return bool(named) and path.is_file() and named is not None and named.group(1) in _RECORDS
 
 
 def delete_run(directory: Path) -> None:
     """Delete a run of ours but for run.json, which the next one replaces, and all that is not ours."""
-    ours = [directory / name for name in _RECORDS if name != RUN_FILE]
-    for path in [*_list_own_result(directory), *ours, *filter(is_leftover, directory.iterdir())]:
-        _delete(path)
-    for path in filter(is_ours, list_checkpoints(directory)):
+    for path in list_checkpoints(directory):
         delete_checkpoint(path)
+    _delete_result(directory)
+    records = [directory / name for name in _RECORDS if name != RUN_FILE]
+    for path in [*records, *filter(is_leftover, directory.iterdir())]:
+        path.unlink(missing_ok=True)
 
 
 def delete_checkpoint(directory: Path) -> None:
-    """Delete a checkpoint of ours, its manifest first: an interrupted deletion leaves nothing that looks complete."""
-    if not is_ours(directory):
-        return
-    with contextlib.suppress(OSError):
-        mark(directory)  # older ones are told by their manifest alone
-        (directory / MANIFEST_FILE).unlink(missing_ok=True)
-        shutil.rmtree(directory, ignore_errors=True)
+    """Delete a checkpoint of ours, however far it was written or deleted; what others put into it stays."""
+    if is_ours(directory):
+        with contextlib.suppress(OSError):
+            _delete_result(directory)
+    if directory.is_dir() and not directory.is_symlink():
+        with contextlib.suppress(OSError):  # it holds what others put there
+            directory.rmdir()
+
+
+def withdraw(directory: Path) -> None:
+    """Take the manifest off a result that is about to be replaced or deleted: it is not complete any more."""
+    if _names_in(directory / MANIFEST_FILE):
+        _delete_withdrawn(directory, but=_names_in(directory / MANIFEST_FILE))
+        (directory / MANIFEST_FILE).replace(directory / _WITHDRAWN)
+
+
+def begin_result(directory: Path) -> Path:
+    """Make the directory, UNFINISHED in the other, in which a result is written until it is whole.
+
+    Raises: SettingsError: another's file has its name.
+    """
+    unfinished = directory / UNFINISHED
+    if os.path.lexists(unfinished) and not _is_begun(unfinished):
+        raise SettingsError(f"{unfinished}: was not written by this program; move it")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    write_json(unfinished / _MARK, {"program": PROGRAM})
+    return unfinished
+
+
+def publish_result(directory: Path) -> None:
+    """Move a result from where begin_result had it written, its manifest included, to the place of the earlier one.
+
+    What others put there under the same name gets another name. An interrupted move goes on when this is called again.
+    """
+    unfinished = directory / UNFINISHED
+    new = _names_in(unfinished / MANIFEST_FILE) - {MANIFEST_FILE}
+    withdraw(directory)
+    old = _names_in(directory / _WITHDRAWN)
+    for name in filter(_CONFIGURATIONS.__contains__, old):
+        (directory / name).unlink(missing_ok=True)
+    for name in sorted(new, key=_CONFIGURATIONS.__contains__):
+        if name in _CONFIGURATIONS:
+            _delete_withdrawn(directory, but=new)
+        if (unfinished / name).exists():  # else it was moved before an interruption
+            target = directory / name
+            if os.path.lexists(target) and name not in old:
+                _keep(target)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (unfinished / name).replace(target)
+    _delete_withdrawn(directory, but=new)
+    fsync_directory(directory)
+    (unfinished / MANIFEST_FILE).replace(directory / MANIFEST_FILE)
+    fsync_directory(directory)
+    shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def finish_interrupted(out: Path) -> None:
+    """Publish a whole result whose move was interrupted."""
+    if _is_begun(out / UNFINISHED) and _names_in(out / UNFINISHED / MANIFEST_FILE):
+        say(f"{out}: was written before, and interrupted at the very end; it is complete now")
+        publish_result(out)
 
 
 @contextlib.contextmanager
-def new_result(out: Path) -> Iterator[Path]:
-    """A directory inside OUT to write a result into; its files take the place of OUT's earlier result at the end.
+def new_result(out: Path, then: str = "run the command again") -> Iterator[Path]:
+    """A directory to write a result into, its manifest last; then it takes the place of OUT's earlier result.
 
     Until then OUT holds no model that could be loaded, or the earlier one. After an error it is as it was before.
+    then: what to do after a failed write, when its cause is gone.
+
+    Raises: MachineError: it could not be written.
     """
     existed = out.exists()
-    try:
+    with explain_failed_write(out, then):
         out.mkdir(parents=True, exist_ok=True)
         lock(out)
-        unfinished = out / _UNFINISHED
-        if is_ours(unfinished):
-            shutil.rmtree(unfinished)
-        mark(unfinished)
-    except OSError as error:
-        raise SettingsError(f"{out}: cannot be written to: {error.strerror}") from None
-    try:
-        yield unfinished
-        for name in _names_in_manifest(out) or ():
-            _delete(out / name)
-        files = sorted(unfinished.rglob("*"), key=lambda path: path.name == MANIFEST_FILE)  # the manifest last
-        for path in filter(Path.is_file, files):
-            target = out / path.relative_to(unfinished)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, target)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        if not existed:
-            with contextlib.suppress(OSError):  # it holds the result
-                out.rmdir()
+        unfinished = begin_result(out)
+        try:
+            yield unfinished
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            if not existed:
+                with contextlib.suppress(OSError):
+                    out.rmdir()
+            raise
+        publish_result(out)
 
 
 def lock(directory: Path) -> None:
@@ -151,32 +206,65 @@ def lock(directory: Path) -> None:
     _locks[directory] = descriptor
 
 
-def _names_in_manifest(directory: Path) -> list[str] | None:
-    """Names of the files of a result or checkpoint, the manifest first; None if it has none of ours."""
-    if (directory / MANIFEST_FILE).is_symlink():
-        return None
+def _is_begun(path: Path) -> bool:
+    """Whether a directory is one of begin_result's, be it that it was interrupted before its mark was written."""
+    if path.is_symlink() or not path.is_dir():
+        return False
+    return (path / _MARK).is_file() or {each.name for each in path.iterdir()} <= {f".{_MARK}.tmp"}
+
+
+def _own_names(directory: Path) -> set[str]:
+    """Names of the files of a result or checkpoint, and of one that it replaces; its manifests included."""
+    return _names_in(directory / MANIFEST_FILE) | _names_in(directory / _WITHDRAWN)
+
+
+def _names_in(manifest: Path) -> set[str]:
+    """Names that a manifest of ours has and its own, relative to its directory; empty if it is none."""
+    if manifest.is_symlink():
+        return set()
     try:
-        files = read_manifest(directory)["files"]
+        names = read_manifest(manifest.parent, manifest.name)["files"]
     except (OSError, ValueError, KeyError):
-        return None
-    return [MANIFEST_FILE, *(name for name in files if Path(name).name == name)]
+        return set()
+    return {manifest.name, *(name for name in names if _lies_within(manifest.parent, name))}
+
+
+def _lies_within(directory: Path, name: str) -> bool:
+    """Whether a relative name stays in the directory, without a link on the way to it."""
+    path = Path(name)
+    inside = not path.is_absolute() and ".." not in path.parts and path.parts != ()
+    return inside and not any((directory / parent).is_symlink() for parent in [*path.parents][:-1])
 
 
 def _list_result(directory: Path) -> list[Path]:
     """Weights and configurations in a directory."""
-    patterns = ("*.safetensors", "*.safetensors.index.json", *_CONFIGURATIONS)
+    patterns = ("*.safetensors", "*.safetensors.index.json", *_CONFIGURATIONS, "generation_config.json")
     return [path for pattern in patterns for path in sorted(directory.glob(pattern))]
 
 
-def _list_own_result(directory: Path) -> list[Path]:
-    named = _names_in_manifest(directory)
-    # A save that was interrupted left the mark and no manifest; nothing of another's was here when it began.
-    begun = named is None and (directory / OWNER_FILE).is_file() and not (directory / MANIFEST_FILE).exists()
-    return [path for path in _list_result(directory) if begun or path.name in (named or ())]
+def _delete_result(directory: Path) -> None:
+    """Delete the files of a result, so that none is loaded on the way, and what was begun in its place."""
+    if _is_begun(directory / UNFINISHED):
+        shutil.rmtree(directory / UNFINISHED)
+    withdraw(directory)
+    _delete_withdrawn(directory, but=set())
 
 
-def _delete(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def _delete_withdrawn(directory: Path, *, but: set[str]) -> None:
+    """Delete the files of a withdrawn manifest, configurations first, and it at the end; not those in but."""
+    old = _names_in(directory / _WITHDRAWN)
+    for name in sorted(old - but - {_WITHDRAWN}, key=lambda name: name not in _CONFIGURATIONS):
+        (directory / name).unlink(missing_ok=True)
+        for parent in [*Path(name).parents][:-1]:
+            with contextlib.suppress(OSError):  # absent, or not empty
+                (directory / parent).rmdir()
+    if old:
+        (directory / _WITHDRAWN).unlink(missing_ok=True)
+
+
+def _keep(path: Path) -> None:
+    """Give another's file a name at which nothing stands."""
+    names = (path.with_name(f"{path.name}.kept{number or ''}") for number in range(10**6))
+    kept = next(name for name in names if not os.path.lexists(name))
+    path.rename(kept)
+    say(f"{path}: was not written by this program; it is {kept.name} now")

@@ -11,9 +11,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from tuning.checkpoint.adapter import adapter_config, adapter_state
 from tuning.checkpoint.base import BaseModel
 from tuning.checkpoint.files import write_json
-from tuning.checkpoint.manifest import MANIFEST_FILE, write_manifest
+from tuning.checkpoint.manifest import write_manifest
 from tuning.checkpoint.older_readers import add_old_names
-from tuning.checkpoint.ownership import mark
 from tuning.checkpoint.run_record import RunFacts
 from tuning.distributed.processes import is_rank_0
 from tuning.distributed.sharding import gather_tensor
@@ -58,8 +57,6 @@ class ResultWriter:
 
     def write(self, directory: Path, collected: dict[str, torch.Tensor]) -> None:
         """Write adapter or model, tokenizer with chat template and generation config."""
-        mark(directory)
-        (directory / MANIFEST_FILE).unlink(missing_ok=True)
         self._tokenizer.save_pretrained(directory)
         add_old_names(directory)
         if hasattr(self._model.model, "peft_config"):

@@ -62,7 +62,7 @@ class RankZeroWork:
     def __init__(self) -> None:
         self._error: Exception | None = None
 
-    def do(self, function: Callable[[], None]) -> None:
+    def do(self, function: Callable[[], object]) -> None:
         """Do a part, on rank 0."""
         if not is_rank_0() or self._error is not None:
             return

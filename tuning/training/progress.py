@@ -1,5 +1,6 @@
 """While it trains: one live line (or log lines where there is no terminal), loss.png, and sample answers."""
 
+import gc
 import json
 import time
 from datetime import timedelta
@@ -17,6 +18,8 @@ from tuning.errors import explain_failed_write
 from tuning.messages import RESUME_HINT
 
 LOSS_PLOT_FILE = "loss.png"
+_SECONDS_BETWEEN_PLOTS = 60
+_MAX_POINTS = 2_000  # of a curve; the picture is 960 pixels wide
 
 
 class ProgressCallback(TrainerCallback):
@@ -28,6 +31,7 @@ class ProgressCallback(TrainerCallback):
         self._live: Progress | None = None
         self._began = (0.0, 0)  # time (s) and step
         self._task = TaskID(0)
+        self._next_plot = time.monotonic() + _SECONDS_BETWEEN_PLOTS
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the clock; open the live line, on a terminal."""
@@ -64,8 +68,12 @@ class ProgressCallback(TrainerCallback):
         return timedelta(seconds=round(per_step_s * (state.max_steps - state.global_step)))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Draw the losses so far."""
-        draw_losses(self._output_dir)
+        """Draw the losses so far, from time to time."""
+        began = time.monotonic()
+        if began >= self._next_plot:
+            draw_losses(self._output_dir)
+            now = time.monotonic()
+            self._next_plot = now + max(_SECONDS_BETWEEN_PLOTS, 100 * (now - began))  # at most 1 % of the time
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Close the live line and draw the losses."""
@@ -94,16 +102,24 @@ def draw_losses(output_dir: Path) -> None:
     """
     if not (output_dir / METRICS_FILE).exists():
         return
-    lines = (output_dir / METRICS_FILE).read_text(encoding="utf-8").splitlines()
-    entries = [json.loads(line) for line in lines]
+    points: dict[str, list[tuple[int, float]]] = {"loss": [], "eval_loss": []}
+    with open(output_dir / METRICS_FILE, encoding="utf-8") as lines:
+        for entry in map(json.loads, lines):
+            for key in points.keys() & entry.keys():
+                points[key].append((entry["step"], entry[key]))
+    with explain_failed_write(output_dir / LOSS_PLOT_FILE, RESUME_HINT):
+        _plot(points, output_dir / LOSS_PLOT_FILE)
+    gc.collect()  # a figure is a circle of references to several MB
+
+
+def _plot(points: dict[str, list[tuple[int, float]]], path: Path) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel="step", ylabel="loss per supervised token")
     for key, label, style in (("loss", "training", "-"), ("eval_loss", "evaluation", "o-")):
-        points = [(entry["step"], entry[key]) for entry in entries if key in entry]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label)
+        shown = points[key][:: len(points[key]) // _MAX_POINTS + 1]
+        if shown:
+            axes.plot(*zip(*shown, strict=True), style, label=label)
     axes.grid(alpha=0.3)
     axes.legend()
-    with explain_failed_write(output_dir / LOSS_PLOT_FILE, RESUME_HINT):
-        figure.savefig(output_dir / LOSS_PLOT_FILE, dpi=120)
+    figure.savefig(path, dpi=120)

@@ -9,12 +9,12 @@ from typing import Any
 
 from tuning.checkpoint.base import BaseModel
 from tuning.checkpoint.output_directory import check_run_directory, prepare_output_directory, write_plan
+from tuning.checkpoint.ownership import new_result
 from tuning.checkpoint.result import ResultWriter
 from tuning.checkpoint.resume import StartingPoint
 from tuning.checkpoint.run_record import RunFacts, RunRecord, describe_environment
 from tuning.distributed.processes import CONSOLE, check_agreement, is_rank_0, leave_processes, on_rank_0, say
 from tuning.distributed.startup import check_shared
-from tuning.errors import explain_failed_write
 from tuning.machine import describe_device
 from tuning.messages import RESUME_HINT
 from tuning.planning.plan import Plan
@@ -116,10 +116,10 @@ def run_training(
     state = writer.collect()
 
     def write_result() -> None:
-        with explain_failed_write(record.directory, RESUME_HINT):
-            writer.write(record.directory, state)
+        with new_result(record.directory, RESUME_HINT) as unfinished:
+            writer.write(unfinished, state)
+            writer.seal(unfinished, step=record.results["steps"])
             record.write("finished")
-            writer.seal(record.directory, step=record.results["steps"])
 
     on_rank_0(write_result)
     trainer.close()

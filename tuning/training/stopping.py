@@ -1,5 +1,6 @@
-"""SIGTERM and SIGINT: stop at the end of the step, on all processes of the run at the same one."""
+"""SIGTERM, SIGINT and SIGHUP: stop at the end of the step, on all processes of the run at the same one."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRequest:
@@ -29,7 +30,8 @@ class StopRequest:
             # Its own gloo group on the CPU: asking does not wait for the GPU, nor interleave with other collectives.
             self._group = dist.new_group(backend="gloo")
         if threading.current_thread() is threading.main_thread():
-            self._handlers = {number: signal.signal(number, self._note) for number in _SIGNALS}
+            heard = [number for number in _SIGNALS if not _is_ignored_hangup(number)]
+            self._handlers = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -38,13 +40,14 @@ class StopRequest:
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self._signal = number
-        for each in _SIGNALS:
+        for each in self._handlers:
             signal.signal(each, signal.SIG_DFL)  # in the kernel's hands: it works inside a long operation, too
         if os.environ.get("RANK", "0") == "0":
             show_cursor = "\x1b[?25h" if os.isatty(2) else ""  # nobody could after a second signal
             name = signal.Signals(number).name
             line = f"{show_cursor}{name}: saving at the end of this step; a second signal stops at once\n"
-            os.write(2, line.encode())
+            with contextlib.suppress(OSError):  # the terminal may be what went
+                os.write(2, line.encode())
 
     def agreed(self) -> int:
         """The signal to stop for, the same on all ranks, or 0. With several ranks the answer lags one call behind."""
@@ -56,3 +59,8 @@ class StopRequest:
             return 0
         previous[0].wait()
         return int(previous[1].item())
+
+
+def _is_ignored_hangup(number: int) -> bool:
+    """Under nohup a run is to outlive its terminal."""
+    return number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN

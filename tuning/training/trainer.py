@@ -18,7 +18,7 @@ from transformers import DefaultFlowCallback, PrinterCallback, Trainer, TrainerC
 from transformers.trainer_callback import ProgressCallback
 
 from tuning.checkpoint.output_directory import rotate_checkpoints
-from tuning.checkpoint.ownership import delete_checkpoint
+from tuning.checkpoint.ownership import UNFINISHED, begin_result, delete_checkpoint, publish_result
 from tuning.checkpoint.result import ResultWriter
 from tuning.checkpoint.resume import check_best
 from tuning.checkpoint.run_record import METRICS_FILE, append_metrics
@@ -343,19 +343,21 @@ class StepTrainer(Trainer):
         counters = self._count()
         self.check_weights()
         directory, work = self._checkpoint_directory(), RankZeroWork()
+        unfinished = directory / UNFINISHED
 
-        def write(function: Callable[[], None]) -> None:
+        def write(function: Callable[[], object]) -> None:
             work.do(lambda: _write_into(directory, function))
 
-        write(lambda: delete_checkpoint(directory))  # what a crash left there
+        write(lambda: begin_result(directory))
         result = self.writer.collect()
-        write(lambda: self.writer.write(directory, result))
+        write(lambda: self.writer.write(unfinished, result))
         if not self.args.save_only_model:
             assert self.optimizer is not None
             schedules = describe_schedules(self.optimizer, self.lr_scheduler, self.accelerator.scaler)
             state = {**schedules, "evaluation_due": self.evaluation_due, **counters}
-            save_training_state(directory, self.model, self.optimizer, state, write=write)
-        write(lambda: self._seal(directory))
+            save_training_state(unfinished, self.model, self.optimizer, state, write=write)
+        write(lambda: self._seal(unfinished))
+        write(lambda: publish_result(directory))
         work.do(lambda: self._rotate(directory))
         work.finish()
         self._exclude_time(started)
@@ -522,7 +524,7 @@ def _adapt_arguments(args: Any) -> None:
     args._n_gpu = min(args.n_gpu, 1)
 
 
-def _write_into(directory: Path, function: Callable[[], None]) -> None:
+def _write_into(directory: Path, function: Callable[[], object]) -> None:
     try:
         with explain_failed_write(directory, f"{RESUME_HINT}; earlier checkpoints are untouched"):
             function()
