@@ -11,17 +11,16 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import GenerationConfig
 
 from data_utils.sources import DataError, printable, read_lines
 from data_utils.template import ChatTemplate
 from data_utils.tokenizer import load_tokenizer
 from inference.generate import generate_answers, stream_answer
-from tuning.checkpoint.adapter import find_trained_quantization, load_lora
+from tuning.checkpoint.adapter import check_adapter_fits, find_trained_quantization, load_lora
 from tuning.checkpoint.merge import find_base, tokenizer_source
 from tuning.entry import OneLineParser, add_trust_flags, run_entry
-from tuning.errors import SettingsError
-from tuning.model.loading import Trust, load_model
+from tuning.errors import SettingsError, explain_bad_files, read_json_object
+from tuning.model.loading import Trust, load_generation_config, load_model
 from tuning.model.training_model import TrainingModel
 
 HELP = """\
@@ -59,12 +58,13 @@ class Chat:
         if (path / "adapter_config.json").is_file():
             base = find_base(path, args.base, None)
             self.tokenizer = load_tokenizer(str(tokenizer_source(path, base)), trust_remote_code=args.trust_remote_code)
+            check_adapter_fits(path, base, trust_remote_code=args.trust_remote_code)
             model = load_model(
                 str(base), dtype=dtype, quantization=find_trained_quantization(path), device=device, **options
             )
             training_model = TrainingModel(*load_lora(model, path))
-            if (path / "generation_config.json").is_file():  # where the adapter was trained to stop
-                model.generation_config = GenerationConfig.from_pretrained(path)
+            if (generation_config := load_generation_config(str(path))) is not None:
+                model.generation_config = generation_config  # where the adapter was trained to stop
         else:
             self.tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
             training_model = TrainingModel(load_model(args.model, dtype=dtype, device=device, **options))
@@ -205,7 +205,8 @@ def _trained_system_message(path: Path) -> str | None:
     run = path / "run.json"
     if not run.is_file():
         return None
-    message = json.loads(run.read_text(encoding="utf-8"))["settings"]["data"]["system_message"]
+    with explain_bad_files(f"{run}: is not as it was written"):
+        message = read_json_object(run)["settings"]["data"]["system_message"]
     return None if message is None else str(message)
 
 

@@ -12,6 +12,7 @@ import torch
 from data_utils.sources import DataError
 from data_utils.tokenizer import load_tokenizer
 from tuning.checkpoint import merge
+from tuning.checkpoint.adapter import check_adapter_fits
 from tuning.checkpoint.manifest import write_manifest
 from tuning.checkpoint.output_directory import check_result_directory
 from tuning.checkpoint.ownership import new_result
@@ -40,6 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     if other and not args.no_verify:
         trained_on = merge.find_base(adapter, None, args.cache_dir)
         merge.check_same_origin(base, trained_on, trust=trust)
+    check_adapter_fits(adapter, base, trust_remote_code=args.trust_remote_code)
     check_result_directory(out, [adapter, base, trained_on], overwrite=args.overwrite, mark="onto")
     tokenizer = load_tokenizer(str(merge.tokenizer_source(adapter, base)), trust_remote_code=args.trust_remote_code)
     dtype = merge.read_dtype(base, trust=trust) if args.dtype == "auto" else DTYPES[args.dtype]

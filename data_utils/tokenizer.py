@@ -52,8 +52,9 @@ def load_tokenizer(
         raise DataError(f"{path}: no such checkpoint directory, and not a hub name (owner/name)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot load a tokenizer: {str(error).strip().splitlines()[0]}") from None
+    except Exception as error:  # whatever the files may hold
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"{path}: cannot load a tokenizer: {line}") from error
     if not tokenizer.is_fast:
         raise DataError(f"{path}: only fast tokenizers are supported; convert it to a tokenizer.json first")
     if chat_template is not None:

@@ -208,17 +208,6 @@ def test_a_plain_peft_adapter_merges_with_its_bases_tokenizer(checkpoints, tmp_p
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").eos_token == "<|endoftext|>"
 
 
-def test_adapters_with_other_rows_in_each_matrix_are_refused(checkpoints, tmp_path):
-    from peft import LoraConfig, get_peft_model
-
-    base = load_model(str(checkpoints["untied"]), dtype=torch.float32)
-    rows = {"embed_tokens": [1, 2], "lm_head": [3, 4]}
-    model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], trainable_token_indices=rows))
-    model.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match="trains other token rows in each matrix"):
-        load_lora(load_model(str(checkpoints["untied"]), dtype=torch.float32), tmp_path / "adapter")
-
-
 def test_a_template_that_writes_eos_keeps_its_eos(checkpoints):
     _, template = runs.example_rows(checkpoints["untied"])
     tokenizer, model = template.tokenizer, load_model(str(checkpoints["untied"]), dtype=torch.float32)

@@ -1,9 +1,14 @@
 """Errors that users see as one line."""
 
 import contextlib
+import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import torch
 
 
 class SettingsError(ValueError):
@@ -40,3 +45,41 @@ def explain_failed_write(path: Path, then: str) -> Iterator[None]:
         full = any(words in why for words in ("No space left", "File too large", "quota"))
         remedy = "make room" if full else "make it writable"
         raise MachineError(f"{path}: could not be written: {why}; {remedy}, then {then}") from error
+
+
+@contextlib.contextmanager
+def explain_bad_files(what: str) -> Iterator[None]:
+    """Turn what a library raises at files that others wrote, whatever it is, into one line.
+
+    what: the line's beginning: the place, and what was tried there.
+
+    Raises: SettingsError.
+    """
+    try:
+        yield
+    except (SettingsError, MachineError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        raise SettingsError(f"{what}: {kind}{line}") from error
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that others may have written. Raises: SettingsError: it holds no object, or odd numbers."""
+
+    def parse(text: str) -> float:
+        if not math.isfinite(value := float(text)):
+            raise ValueError(f"{text} is not a number that can be used")
+        return value
+
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"), parse_float=parse, parse_constant=parse)
+    except json.JSONDecodeError as error:
+        raise SettingsError(f"{path}:{error.lineno}: invalid JSON: {error.msg}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise SettingsError(f"{path}: cannot be read: {why}") from None
+    if not isinstance(values, dict):
+        raise SettingsError(f"{path}: expected a JSON object")
+    return values

@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tuning.checkpoint.adapter import (
     check_adapter_base,
@@ -20,12 +20,15 @@ from tuning.checkpoint.adapter import (
 from tuning.checkpoint.manifest import MANIFEST_FILE
 from tuning.checkpoint.older_readers import add_old_names
 from tuning.checkpoint.result import gather_state, save_full_model
-from tuning.errors import SettingsError
+from tuning.errors import SettingsError, explain_bad_files
+from tuning.messages import first_line
 from tuning.model.loading import (
     Trust,
     find_quantization,
     hide_gptqmodel,
     identify_checkpoint,
+    load_config,
+    load_generation_config,
     load_model,
     local_directory,
 )
@@ -136,7 +139,7 @@ def load_base(base: Path, quantization: Quantization | None, *, trust: Trust) ->
 
 def read_dtype(base: Path, *, trust: Trust) -> torch.dtype:
     """The dtype a checkpoint says its weights have; float32 where it says none."""
-    dtype = AutoConfig.from_pretrained(base, trust_remote_code=trust.trust_remote_code).dtype
+    dtype = load_config(str(base), trust_remote_code=trust.trust_remote_code).dtype
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
@@ -147,7 +150,9 @@ def compute_expected_logits(
     read_adapter(adapter)  # a damaged file is one line here, and a traceback in peft
     model = load_base(base, quantization, trust=trust)
     hide_gptqmodel()
-    return compute_logits(PeftModel.from_pretrained(model, str(adapter)).eval(), probes)
+    with explain_bad_files(f"{adapter}: peft cannot load it"):
+        peft_model = PeftModel.from_pretrained(model, str(adapter))
+    return compute_logits(peft_model.eval(), probes)
 
 
 def merge_adapter(adapter: Path, base: Path, quantization: Quantization | None, *, trust: Trust) -> PreTrainedModel:
@@ -163,8 +168,8 @@ def merge_weights(training_model: TrainingModel) -> PreTrainedModel:
         if isinstance(module, LoraLayer):
             try:
                 module.merge(safe_merge=True)
-            except ValueError as error:  # not finite
-                raise SettingsError(f"the adapter cannot be merged: {error}") from None
+            except Exception as error:  # not finite, or a kind that peft cannot merge
+                raise SettingsError(f"the adapter cannot be merged: {first_line(error)}") from None
     model = peft_model.unload()
     if rows is not None:
         rows.write_into(model)
@@ -188,8 +193,8 @@ def save_merged(
         raise SettingsError(f"{out}: cannot be made: {error.strerror}") from None
     # A plain peft adapter brings none of these along; then they are the base's.
     source = adapter if (adapter / "generation_config.json").is_file() else base
-    if (source / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(str(source))
+    if (generation_config := load_generation_config(str(source))) is not None:
+        model.generation_config = generation_config
         model.config.get_text_config().eos_token_id = next(iter(list_eos_ids(model.generation_config)), None)
     _describe_tying(model)
     state = gather_state(model.state_dict(keep_vars=True), dtype)

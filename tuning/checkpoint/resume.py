@@ -10,7 +10,7 @@ from tuning.checkpoint.manifest import MANIFEST_FILE, find_fault, read_manifest
 from tuning.checkpoint.ownership import list_checkpoints, step_of
 from tuning.checkpoint.run_record import RunFacts
 from tuning.checkpoint.training_state import STATE_FILE
-from tuning.errors import SettingsError
+from tuning.errors import SettingsError, read_json_object
 from tuning.settings.options import Arguments, RunArguments, describe_trajectory_settings
 
 
@@ -37,7 +37,7 @@ def describe_facts(
     chosen = describe_trajectory_settings(arguments)
     if base.adapter is not None:  # rank, scale and dropout are its own, weights the checkpoint's
         config = base.adapter.directory / "adapter_config.json"
-        chosen["lora_weight_path"] = json.loads(config.read_text(encoding="utf-8"))
+        chosen["lora_weight_path"] = read_json_object(config)
     trajectory = {
         **chosen,
         "base model": base.fingerprint[:12],

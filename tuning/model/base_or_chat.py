@@ -1,7 +1,5 @@
 """Base or chat: whether a checkpoint has learnt the chat template's control tokens."""
 
-import contextlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +8,14 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from tuning.errors import SettingsError
+from tuning.model.loading import load_config, load_generation_config
 from tuning.model.stop_token import list_eos_ids
 from tuning.model.token_rows import find_module_name, is_tied
+from tuning.model.untrusted import read_weight_map
 
 # Tensors of a checkpoint that hold the two matrices, by the ends of their names; the model's own names come first.
 _EMBEDDING = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
@@ -57,10 +57,8 @@ def judge_base_or_chat(
     of its matrices. vocabulary_size: ids from here on belong to no token (padding of the matrix). allow_pickle: read
     .bin files where there are no safetensors.
     """
-    config = AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
-    generation = None
-    with contextlib.suppress(OSError):  # there may be none
-        generation = GenerationConfig.from_pretrained(path, cache_dir=cache_dir)
+    config = load_config(path, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+    generation = load_generation_config(path, cache_dir)
     declared = {token_id for each in (generation, config) for token_id in list_eos_ids(each)}
     chatml = getattr(generation, "chat_format", None) == "chatml"
     ends = stop_id in declared or chatml
@@ -123,7 +121,7 @@ def _find_matrix(
     for file_name, open_matrix in kinds:
         index, file = _find_file(path, f"{file_name}.index.json", cache_dir), None
         if index is not None:
-            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            shards = read_weight_map(index)
             name = _choose_name(shards, names)
             file = _find_file(path, shards[name], cache_dir) if name else None
         else:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from tuning.errors import SettingsError
-from tuning.model.lora import SavedAdapter, add_lora, attach_lora
+from tuning.model.lora import add_lora
+from tuning.model.saved_adapter import SavedAdapter, attach_lora
 from tuning.model.training_model import TrainingModel
 from tuning.settings.options import LoraArguments
 

@@ -2,15 +2,16 @@
 
 import contextlib
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from tuning.errors import SettingsError
-from tuning.messages import first_line
+from tuning.errors import SettingsError, explain_bad_files, read_json_object
 from tuning.model.quantization import (
     Quantization,
     prepare_loading,
@@ -53,8 +54,12 @@ def load_model(
         raise SettingsError(
             f"{path}: is an adapter, not a model; merge it first, or train it further with --lora_weight_path"
         )
-    try:
-        config = AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+    # Code that comes with a model may not work on the meta device: its error is the caller's to judge.
+    judged = (
+        contextlib.nullcontext() if meta and trust_remote_code else explain_bad_files(f"{path}: cannot load a model")
+    )
+    with judged, _say_where(path):
+        config = load_config(path, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
         own = read_quantization(config)
         if not trust_remote_code:
             check_no_kernel(path, config)
@@ -66,8 +71,8 @@ def load_model(
             vars(config).pop("quantization_config", None)
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, dtype=one_dtype, trust_remote_code=trust_remote_code)
-            with contextlib.suppress(OSError):  # there may be none
-                model.generation_config = GenerationConfig.from_pretrained(path, cache_dir=cache_dir)
+            if (generation_config := load_generation_config(path, cache_dir)) is not None:
+                model.generation_config = generation_config
             if kept := own or quantization:
                 quantize_meta_model(model, kept, one_dtype)
             return model
@@ -82,14 +87,18 @@ def load_model(
                 output_loading_info=True,
                 **options,
             )
-    except SettingsError as error:
-        said_where = str(error).startswith(path)
-        raise SettingsError(str(error) if said_where else f"{path}: {error}") from None
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"{path}: cannot load a model: {first_line(error)}") from None
     if info["missing_keys"] or info["mismatched_keys"]:
         lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
         raise SettingsError(f"{path}: {len(lacking)} weights are missing or of another shape, the first: {lacking[0]}")
+    if unknown := sorted(map(str, info["unexpected_keys"])):
+        raise SettingsError(
+            f"{path}: its files hold {len(unknown)} tensors that a {type(model).__name__} does not have, the first: "
+            f"{unknown[0]}; they would be lost: name the right architecture in config.json, or take them out of the "
+            "files"
+        )
+    if own is None:
+        _check_dtypes(local_directory(path, cache_dir))
+    _check_finite(path, model)
     if getattr(config.get_text_config(), "output_router_logits", False):
         raise SettingsError(f"{path}: output_router_logits asks for a loss on the router, which is not supported yet")
     if own or quantization:
@@ -106,13 +115,59 @@ def find_quantization(path: str, *, cache_dir: str | None, trust_remote_code: bo
     Raises: SettingsError: in a way that is not supported.
     """
     try:
-        config = AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError):
+        config = load_config(path, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+    except SettingsError:
         return None
-    try:
+    with _say_where(path):
         return read_quantization(config)
+
+
+def load_config(path: str, *, cache_dir: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
+    """A checkpoint's configuration. Raises: SettingsError: there is none, or it is none of a model."""
+    if (file := Path(path) / "config.json").is_file():
+        read_json_object(file)
+    with explain_bad_files(f"{path}: cannot load a model"):
+        return AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+
+
+def load_generation_config(path: str, cache_dir: str | None = None) -> GenerationConfig | None:
+    """A checkpoint's generation_config.json; None where it has none. Raises: SettingsError: it is none."""
+    if (file := Path(path) / "generation_config.json").is_file():
+        read_json_object(file)
+    elif Path(path).is_dir():
+        return None
+    with explain_bad_files(f"{path}: generation_config.json"):
+        try:
+            return GenerationConfig.from_pretrained(path, cache_dir=cache_dir)
+        except OSError:  # of a hub name
+            return None
+
+
+@contextlib.contextmanager
+def _say_where(path: str) -> Iterator[None]:
+    """Let an error begin with the checkpoint's path."""
+    try:
+        yield
     except SettingsError as error:
-        raise SettingsError(f"{path}: {error}") from None
+        raise SettingsError(str(error) if str(error).startswith(path) else f"{path}: {error}") from None
+
+
+def _check_dtypes(directory: Path) -> None:
+    """Raises: SettingsError: weights that are whole numbers, which loading turned into others in silence."""
+    for file in sorted(directory.glob("model*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                dtype = opened.get_slice(name).get_dtype()
+                if name.endswith(".weight") and dtype.startswith(("I", "U", "BOOL")):
+                    raise SettingsError(f"{file}: {name} has the dtype {dtype}, so it is no weight; copy it again")
+
+
+def _check_finite(path: str, model: PreTrainedModel) -> None:
+    """Raises: SettingsError: a weight is NaN or infinite. One pass over the weights, at 0.05 s a GB."""
+    weights = {name: p.detach() for name, p in model.named_parameters() if p.is_floating_point() and p.numel()}
+    extremes = {name: torch.stack(torch.aminmax(weight)).isfinite().all() for name, weight in weights.items()}
+    if broken := next((name for name, finite in extremes.items() if not finite), None):
+        raise SettingsError(f"{path}: {broken} has values that are not finite, so it is damaged; copy it again")
 
 
 def hide_gptqmodel() -> None:

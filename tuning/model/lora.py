@@ -1,14 +1,10 @@
-"""LoRA: which layers it adapts, and the adapters of a model, fresh or saved ones."""
+"""LoRA: which layers it adapts, and fresh adapters for a model."""
 
-import copy
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners import tuners_utils
-from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -16,19 +12,10 @@ from tuning.errors import SettingsError
 from tuning.messages import first_line
 from tuning.model.loading import hide_gptqmodel
 from tuning.model.lora_linear import fuse_lora_forward
-from tuning.model.token_rows import PEFT_SUFFIX, TokenRows, find_module_name, is_tied
+from tuning.model.token_rows import TokenRows, find_module_name, is_tied
 
 _ROUTERS = ("gate", "router", "shared_expert_gate")
 _PASSED_BY = ("dt_proj",)  # Mamba multiplies by its weight without calling the layer: an adapter there does nothing
-
-
-@dataclass(frozen=True)
-class SavedAdapter:
-    """An adapter directory that was read (checkpoint.adapter.read_adapter)."""
-
-    directory: Path
-    config: LoraConfig
-    state: dict[str, Tensor]
 
 
 def find_lora_targets(model: PreTrainedModel) -> list[str]:
@@ -85,7 +72,7 @@ def check_lora_targets(model: PreTrainedModel, targets: list[str]) -> None:
             kind = type(layers[matched[0]]).__name__
             raise SettingsError(f"--lora_target_modules {target}: {matched[0]} is a {kind}, not a linear layer")
         if any(layers[name] is output for name in matched):
-            hint = "the output layer; --train_embeddings full trains it, and loads everywhere"
+            hint = "the output layer; --train_embeddings full trains it"
             raise SettingsError(f"--lora_target_modules {target}: {hint}")
 
 
@@ -155,45 +142,3 @@ def _trains_one_matrix(peft_model: PeftModel) -> bool:
         for module in (model.get_input_embeddings(), model.get_output_embeddings())
     ]
     return weights[0] is weights[1]
-
-
-def attach_lora(model: PreTrainedModel, adapter: SavedAdapter) -> tuple[PeftModel, TokenRows | None]:
-    """Give a model the adapters (and trained rows) of a saved adapter, ready to train further.
-
-    Raises: SettingsError: it does not fit the model.
-    """
-    directory, config, state = adapter.directory, copy.deepcopy(adapter.config), adapter.state
-    row_state = {name: value for name, value in state.items() if name.endswith(PEFT_SUFFIX)}
-    rows = None
-    if config.trainable_token_indices is not None:
-        indices = config.trainable_token_indices
-        by_matrix = [indices] if isinstance(indices, list) else list(indices.values())
-        if any(ids != by_matrix[0] for ids in by_matrix) or len(by_matrix) != 2 - is_tied(model):
-            raise SettingsError(
-                f"{directory}: trains other token rows in each matrix, or those of one only, which is not supported"
-            )
-        rows = TokenRows(model, by_matrix[0])
-        config.trainable_token_indices = None
-    config.inference_mode = False
-    hide_gptqmodel()
-    peft_model = get_peft_model(model, config)
-    assert isinstance(peft_model, PeftModel)
-    if model.get_input_embeddings().weight.is_meta:  # no storage to load values into
-        fuse_lora_forward(peft_model)
-        return peft_model, rows
-    try:
-        if rows is not None:
-            rows.load_peft_state(row_state)
-        result = set_peft_model_state_dict(peft_model, {n: v for n, v in state.items() if n not in row_state})
-    except (KeyError, RuntimeError) as error:
-        raise SettingsError(f"{directory}: the adapter does not fit this model: {first_line(error)}") from None
-    fuse_lora_forward(peft_model)
-    if is_tied(model) and isinstance(model.get_output_embeddings(), LoraLayer):
-        raise SettingsError(
-            f"{directory}: adapts the output layer, which shares its matrix with the embedding: it could not be merged"
-        )
-    absent = [key for key in result.missing_keys if "lora_" in key or "modules_to_save" in key]
-    if result.unexpected_keys or absent:
-        odd = [*result.unexpected_keys, *absent][0]
-        raise SettingsError(f"{directory}: the adapter does not fit this model: {odd}")
-    return peft_model, rows

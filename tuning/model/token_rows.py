@@ -91,11 +91,13 @@ class TokenRows(nn.Module):
                 if (rows := getattr(self, part)) is not None:
                     module.weight[self.token_ids] = rows.to(module.weight.dtype)
 
-    def load_peft_state(self, state: dict[str, Tensor]) -> None:
-        """Take rows from a saved adapter. Raises: KeyError, RuntimeError: other rows than these."""
-        with torch.no_grad():
-            for name, parameter in self.state_in_peft_format().items():
-                parameter.copy_(state[name])
+    @torch.no_grad()
+    def load(self, part: str, token_ids: list[int], values: Tensor) -> None:
+        """Take rows of "embedding" or "output". Shapes: values [len(token_ids), H]."""
+        parameter = getattr(self, part)
+        if not parameter.is_meta:
+            places = self.row_of_token[torch.tensor(token_ids, device=self.row_of_token.device)]
+            parameter[places] = values.to(parameter)
 
 
 def is_tied(model: PreTrainedModel) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers.utils import cached_file
 
-from tuning.errors import SettingsError
+from tuning.errors import SettingsError, read_json_object
 
 _COPIED = (
     "config.json",
@@ -58,7 +58,7 @@ def copy_without_code(source: Path, copy: Path) -> None:
     copy.mkdir()
     for name in _COPIED:
         if (source / name).is_file():
-            values = json.loads((source / name).read_text(encoding="utf-8"))
+            values = read_json_object(source / name)
             (copy / name).write_text(json.dumps(_without_code(values), ensure_ascii=False), encoding="utf-8")
     for file in [*source.glob("*.safetensors"), *source.glob("*.safetensors.index.json")]:
         (copy / file.name).symlink_to(file.resolve())
@@ -82,7 +82,12 @@ def _find(path: str, name: str, cache_dir: str | None) -> Path | None:
 
 def _read_shards(index: Path) -> list[str]:
     """Raises: SettingsError: not a list of weights files."""
-    try:
-        return sorted(set(map(str, json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise SettingsError(f"{index}: is not a list of weights files; copy it again") from None
+    return sorted(set(read_weight_map(index).values()))
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """File of each tensor, by the index of a checkpoint in several files. Raises: SettingsError: it is no such list."""
+    files = read_json_object(index).get("weight_map")
+    if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
+        raise SettingsError(f"{index}: is not a list of weights files; copy it again")
+    return files
