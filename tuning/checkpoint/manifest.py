@@ -73,13 +73,13 @@ def write_manifest(directory: Path, **facts: Any) -> None:
 
 
 def read_manifest(directory: Path, name: str = MANIFEST_FILE) -> dict[str, Any]:
-    """Raises: FileNotFoundError: there is none. ValueError: it is not as it was written."""
+    """Raises: FileNotFoundError: there is none. SettingsError: it is not as it was written."""
     try:
         manifest = json.loads((directory / name).read_text(encoding="utf-8"))
-    except RecursionError:
+    except (ValueError, RecursionError):
         manifest = None
     if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _hash_json(manifest):
-        raise ValueError(f"{directory / name}: damaged")
+        raise SettingsError(f"{directory / name}: is damaged; copy it again")
     return manifest
 
 

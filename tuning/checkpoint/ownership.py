@@ -171,7 +171,7 @@ def new_result(out: Path, then: str = "run the command again") -> Iterator[Path]
 
     Raises: MachineError: it could not be written.
     """
-    existed = out.exists()
+    absent = [path for path in (out, *out.parents) if not path.exists()]
     with explain_failed_write(out, then):
         out.mkdir(parents=True, exist_ok=True)
         lock(out)
@@ -180,9 +180,9 @@ def new_result(out: Path, then: str = "run the command again") -> Iterator[Path]
             yield unfinished
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
-            if not existed:
+            for path in absent:
                 with contextlib.suppress(OSError):
-                    out.rmdir()
+                    path.rmdir()
             raise
         publish_result(out)
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils import cached_file
 
 from tuning.errors import SettingsError, explain_bad_files, read_json_object
+from tuning.messages import first_line
 from tuning.model.quantization import (
     Quantization,
     prepare_loading,
@@ -54,29 +55,26 @@ def load_model(
         raise SettingsError(
             f"{path}: is an adapter, not a model; merge it first, or train it further with --lora_weight_path"
         )
-    # Code that comes with a model may not work on the meta device: its error is the caller's to judge.
-    judged = (
-        contextlib.nullcontext() if meta and trust_remote_code else explain_bad_files(f"{path}: cannot load a model")
-    )
-    with judged, _say_where(path):
+    with _say_where(path):
         config = load_config(path, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
-        own = read_quantization(config)
-        if not trust_remote_code:
-            check_no_kernel(path, config)
-        if not allow_pickle and not meta:
-            check_no_pickle(path, config, cache_dir)
-        said = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+        with explain_bad_files(f"{path}/config.json"):
+            own = read_quantization(config)
+            said = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+            if not trust_remote_code:
+                check_no_kernel(path, config)
+            if not allow_pickle and not meta:
+                check_no_pickle(path, config, cache_dir)
         one_dtype = said if isinstance(dtype, str) else dtype
         if meta:
-            vars(config).pop("quantization_config", None)
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, dtype=one_dtype, trust_remote_code=trust_remote_code)
-            if (generation_config := load_generation_config(path, cache_dir)) is not None:
-                model.generation_config = generation_config
+            model = _build_on_meta(path, config, one_dtype, cache_dir, trust_remote_code=trust_remote_code)
             if kept := own or quantization:
                 quantize_meta_model(model, kept, one_dtype)
             return model
-        with prepare_loading(config, own, quantization, one_dtype, device or torch.device("cpu")) as options:
+        device = device or torch.device("cpu")
+        with (
+            explain_bad_files(f"{path}: cannot load a model"),
+            prepare_loading(config, own, quantization, one_dtype, device) as options,
+        ):
             model, info = AutoModelForCausalLM.from_pretrained(
                 path,
                 config=config,
@@ -106,6 +104,21 @@ def load_model(
             replace_quantized_layers(model)
         except SettingsError as error:
             raise SettingsError(f"{path}: {error}") from None
+    return model
+
+
+def _build_on_meta(
+    path: str, config: PretrainedConfig, dtype: torch.dtype, cache_dir: str | None, *, trust_remote_code: bool
+) -> PreTrainedModel:
+    """A model without values. Errors other than OSError and ValueError are not explained: the caller may go without."""
+    vars(config).pop("quantization_config", None)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{path}: cannot load a model: {first_line(error)}") from None
+    if (generation_config := load_generation_config(path, cache_dir)) is not None:
+        model.generation_config = generation_config
     return model
 
 
