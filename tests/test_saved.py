@@ -2,19 +2,23 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import merge_lora
 from tests import runs
-from tests.conftest import CONVERSATIONS, run_python
+from tests.conftest import CONVERSATIONS, ROOT, run_python
+from tests.test_cli import flags
 from tuning.checkpoint.adapter import load_lora
+from tuning.checkpoint.manifest import find_fault
 from tuning.checkpoint.output_directory import MANIFEST_FILE
 from tuning.checkpoint.result import ResultWriter
 from tuning.checkpoint.run_record import RunFacts
@@ -196,8 +200,6 @@ def test_another_base_a_changed_file_and_a_run_are_refused(results, checkpoints,
 
 
 def test_a_plain_peft_adapter_merges_with_its_bases_tokenizer(checkpoints, tmp_path):
-    from peft import LoraConfig, get_peft_model
-
     model = get_peft_model(
         load_model(str(checkpoints["tied"]), dtype=torch.float32), LoraConfig(target_modules=["q_proj"])
     )
@@ -232,3 +234,102 @@ def test_sampling_values_without_sampling_do_not_stop_the_save(checkpoints, tmp_
 
 if __name__ == "__main__":
     _worker(*map(Path, sys.argv[1:]))
+
+
+def test_an_adapter_of_a_hub_model_names_it_and_its_revision(checkpoints, tmp_path):
+    """Whoever gets the adapter has no snapshot of ours; and the hub's model may have moved on."""
+    commits = {"old": "0" * 39 + "1", "new": "0" * 39 + "2"}
+    hub = tmp_path / "hub" / "models--acme--tiny-chat"
+    shutil.copytree(checkpoints["untied"], hub / "snapshots" / commits["old"])
+    shutil.copytree(checkpoints["other"], hub / "snapshots" / commits["new"])
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text(commits["old"])
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
+    out, merged = tmp_path / "adapter", tmp_path / "merged"
+    run_python("finetune.py", *flags("acme/tiny-chat", CONVERSATIONS, out, "--use_lora"), **environment)
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("acme/tiny-chat", commits["old"])
+    (hub / "refs" / "main").write_text(commits["new"])
+    done = run_python("merge_lora.py", out, merged, **environment)
+    assert "merge verified" in done.stdout
+    assert torch.equal(load_embedding(merged), load_embedding(checkpoints["untied"]))
+    done = run_python("chat.py", out, "--prompt", "Hi", "--max_new_tokens", "2", **environment)
+    for name in ("old", "new"):
+        shutil.rmtree(hub / "snapshots" / commits[name])
+    done = run_python("merge_lora.py", out, tmp_path / "m", check=False, **environment)
+    assert done.returncode == 2 and "acme/tiny-chat: no such model (the adapter's base model)" in done.stderr
+
+
+def load_embedding(directory):
+    return load_file(directory / "model.safetensors")["model.embed_tokens.weight"][:100]  # no control token
+
+
+def test_a_merge_keeps_named_templates_and_takes_nothing_of_the_run(checkpoints, tmp_path):
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    write_result(checkpoints["untied"], "lora", adapter)
+    (adapter / "additional_chat_templates").mkdir()
+    (adapter / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+    for name in ("trainer_state.json", "training_state.json", "optimizer.pt", "training_args.bin", "metrics.jsonl"):
+        (adapter / name).write_text("{}")
+    merge_lora.main([str(adapter), str(merged)])
+    assert (merged / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ messages }}"
+    assert {path.name for path in merged.iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "chat_template.jinja", "additional_chat_templates", "manifest.json",
+    }  # fmt: skip
+    assert "additional_chat_templates/tool_use.jinja" in json.loads((merged / "manifest.json").read_text())["files"]
+    assert set(AutoTokenizer.from_pretrained(merged).chat_template) == {"default", "tool_use"}
+
+
+def test_matrices_trained_apart_are_not_said_to_be_tied(checkpoints, tmp_path):
+    """Of a tied base, with an adapter that trained both matrices, each its own."""
+    base = load_model(str(checkpoints["tied"]), dtype=torch.float32)
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    model = get_peft_model(base, config)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name or "lora_B" in name:
+            parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    merge_lora.main([str(tmp_path / "adapter"), str(tmp_path / "merged")])
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is False
+    ids = torch.tensor([[5, 6, 7, 8]])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        assert torch.allclose(merged(ids).logits, model.eval()(ids).logits, atol=1e-4)
+
+
+def test_an_adapter_that_changes_nothing_is_merged_with_a_word_about_it(checkpoints, tmp_path, capsys):
+    base = load_model(str(checkpoints["tied"]), dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "adapter")
+    merge_lora.main([str(tmp_path / "adapter"), str(tmp_path / "merged")])
+    assert "every lora_B is zero, so the adapter changes nothing: it is untrained" in capsys.readouterr().out
+
+
+def test_a_killed_merge_leaves_no_model_and_can_be_run_again(forks, results, tmp_path):
+    out = tmp_path / "merged"
+    words = [results["lora", "untied"][0], out]
+    for at in (1, 4, 9):
+        assert forks.run(*words, module="merge_lora", at=at, do="SIGKILL")[0] == 137
+        assert not (out / "config.json").exists()
+    code, _, stderr = forks.run("--prompt", "Hi", out, module="chat")
+    assert code == 2 and stderr.startswith("error: ")
+    code, stdout, stderr = forks.run(*words, module="merge_lora")
+    assert code == 0 and "merge verified" in stdout, stderr
+    assert find_fault(out) is None and not (out / ".unfinished.tmp").exists()
+
+
+def test_two_merges_do_not_write_into_one_directory(results, tmp_path):
+    out = tmp_path / "merged"
+    out.mkdir()
+    program = "import sys, pathlib; from tuning.checkpoint.ownership import lock; lock(pathlib.Path(sys.argv[1]))"
+    holding = subprocess.Popen(
+        [sys.executable, "-c", f"{program}; print('held', flush=True); input()", str(out)],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert holding.stdout.readline() == "held\n"
+    with pytest.raises(ValueError, match="another process is writing there"):
+        merge_lora.main([str(results["lora", "untied"][0]), str(out)])
+    holding.communicate("\n")
+    assert [*out.iterdir()] == []

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -31,7 +31,8 @@ T = TypeVar("T")
 class BaseModel:
     """What a run starts from, as far as configuration and a few rows tell.
 
-    path, fingerprint: which checkpoint it is. load_dtype, compute_dtype: of its weights, and of the computation.
+    path, fingerprint, name, revision: which checkpoint it is (identify_checkpoint). load_dtype, compute_dtype: of its
+    weights, and of the computation.
     quantization: of its linear layers in training. adapter: of --lora_weight_path. evidence: base or chat.
     meta_model: on the meta device, with what trains of it, on rank 0; None where it cannot be built, unknown says why.
     process_bytes: memory of this process before.
@@ -39,6 +40,8 @@ class BaseModel:
 
     path: str
     fingerprint: str
+    name: str
+    revision: str | None
     load_dtype: torch.dtype
     compute_dtype: torch.dtype
     quantization: Quantization | None
@@ -49,9 +52,9 @@ class BaseModel:
     process_bytes: int
 
     @property
-    def identity(self) -> dict[str, str]:
+    def identity(self) -> dict[str, Any]:
         """For manifests and run.json."""
-        return {"path": self.path, "fingerprint": self.fingerprint}
+        return {"path": self.path, "fingerprint": self.fingerprint, "name": self.name, "revision": self.revision}
 
 
 def inspect_base(arguments: Arguments, tokens: TokensInUse) -> BaseModel:

@@ -83,7 +83,7 @@ def find_base(adapter: Path, base: str | None, cache_dir: str | None, *, other: 
     if not named:
         raise SettingsError(f"{adapter}: does not say which base model it belongs to; name it with --base")
     try:
-        directory = local_directory(named, cache_dir)
+        directory = local_directory(named, cache_dir, None if base else config.revision)
     except (OSError, ValueError):
         raise SettingsError(f"{named}: no such model (the adapter's base model); name it with --base") from None
     if not (directory / "config.json").is_file():

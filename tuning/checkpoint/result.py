@@ -61,7 +61,7 @@ class ResultWriter:
         add_old_names(directory)
         if hasattr(self._model.model, "peft_config"):
             config = adapter_config(self._model.model, self._model.token_rows)
-            config.base_model_name_or_path = self._base["path"]
+            config.base_model_name_or_path, config.revision = self._base["name"], self._base["revision"]
             # Whole tied matrices are one tensor under two names; peft asks for both when it loads.
             state = {name: tensor.clone().contiguous() for name, tensor in collected.items()}
             save_file(state, directory / "adapter_model.safetensors", metadata={"format": "pt"})

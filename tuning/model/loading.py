@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -206,8 +207,11 @@ def choose_dtypes(
     return (compute if use_lora or pure_bf16 or deepspeed else torch.float32), compute
 
 
-def identify_checkpoint(path: str, cache_dir: str | None = None) -> dict[str, str]:
-    """{"path": absolute directory, "fingerprint": hash that tells one base model from another}.
+def identify_checkpoint(path: str, cache_dir: str | None = None) -> dict[str, Any]:
+    """Which checkpoint it is, for whoever looks for it later, on another machine too.
+
+    path: absolute directory. fingerprint: hash that tells one base model from another. name: of the hub, with its
+    revision (commit), or the directory again, with None.
 
     The hash covers names, sizes and samples of the weights files: a 100 GB checkpoint takes no time.
     """
@@ -220,13 +224,15 @@ def identify_checkpoint(path: str, cache_dir: str | None = None) -> dict[str, st
             for position in range(0, size, max(1, size // 16)):
                 stream.seek(position)
                 digest.update(stream.read(4096))
-    return {"path": str(directory), "fingerprint": digest.hexdigest()}
+    is_local = Path(path).is_dir()
+    name, revision = (str(directory), None) if is_local else (path, directory.name)  # snapshots/COMMIT
+    return {"path": str(directory), "fingerprint": digest.hexdigest(), "name": name, "revision": revision}
 
 
-def local_directory(path: str, cache_dir: str | None = None) -> Path:
+def local_directory(path: str, cache_dir: str | None = None, revision: str | None = None) -> Path:
     """The directory of a checkpoint; of a hub name, its downloaded snapshot."""
     if Path(path).is_dir():
         return Path(path).resolve()
-    config = cached_file(path, "config.json", cache_dir=cache_dir)
+    config = cached_file(path, "config.json", cache_dir=cache_dir, revision=revision)
     assert config is not None
     return Path(config).parent
