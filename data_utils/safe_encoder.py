@@ -18,7 +18,6 @@ import secrets
 from collections.abc import Iterator
 from typing import Any
 
-import jinja2
 from jinja2 import nodes
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -294,7 +293,7 @@ def _render_delimiters(tokenizer: PreTrainedTokenizerBase) -> str:
         asked = tokenizer.apply_chat_template([question], tokenize=False)
         answered = [question, {"role": "assistant", "content": PROBE}]
         return asked + tokenizer.apply_chat_template(answered, tokenize=False).rpartition(PROBE)[2]
-    except jinja2.TemplateError as error:
+    except Exception as error:  # whatever the template may do
         raise DataError(f"the chat template cannot render a question and its answer: {error}") from None
 
 

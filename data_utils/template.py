@@ -94,18 +94,29 @@ class ChatTemplate:
     def render(self, messages: list[Message], *, add_generation_prompt: bool = False, **variables: Any) -> str:
         """The chat template's text; variables: tools and what else the template takes.
 
-        Raises: jinja2.TemplateError, TypeError and others: the template refuses the messages.
+        Raises: jinja2.TemplateError: the template refuses the messages, or fails at them in whatever way.
         """
-        text = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **variables
-        )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **variables
+            )
+        except jinja2.TemplateError:
+            raise
+        except Exception as error:
+            raise jinja2.TemplateError(f"{type(error).__name__}: {error}") from error
         assert isinstance(text, str)
         return text
 
     def encode_prompt(self, messages: list[Message]) -> list[int]:
-        """Ids that inference feeds to have these messages answered; control-token texts in them stay plain text."""
+        """Ids that inference feeds to have these messages answered; control-token texts in them stay plain text.
+
+        Raises: DataError: the template refuses them.
+        """
         messages = self.escape_messages(self.with_system_message(messages))
-        return self.encoder.encode(self.render(messages, add_generation_prompt=True))
+        try:
+            return self.encoder.encode(self.render(messages, add_generation_prompt=True))
+        except jinja2.TemplateError as error:
+            raise DataError(f"the chat template refuses this prompt: {error}") from None
 
     def encode_conversation(self, conversation: Conversation) -> list[Row]:
         """Rows of a conversation, whole turns, of any length; none where no turn is supervised.

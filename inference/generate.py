@@ -1,5 +1,6 @@
 """Answers: streaming one, or many in left-padded batches."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from tuning.errors import explain_bad_files
 from tuning.model.stop_token import list_eos_ids
 
 
@@ -71,7 +73,9 @@ def generate_answers(
         for row, prompt in enumerate(batch):
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
-        output = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=True, **options)
+        inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+        with _explain():
+            output = model.generate(**inputs, **_complete(model, tokenizer, options))
         for new in output[:, width:].tolist():
             end = next((position for position, token_id in enumerate(new) if token_id in stops), None)
             text = tokenizer.decode(new if end is None else new[:end], skip_special_tokens=True)
@@ -89,9 +93,21 @@ def stream_answer(
     """Answer one prompt, piece by piece. Ctrl-C ends the answer, not the program."""
     ids = torch.tensor([prompt], device=next(model.parameters()).device)
     streamer = TextPieces(tokenizer, write)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "streamer": streamer}
     try:
-        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, streamer=streamer, **options)
+        with _explain():
+            model.generate(**inputs, **_complete(model, tokenizer, options))
     except KeyboardInterrupt:
         return Answer(streamer.text, "interrupt")
     stopped = bool(streamer.ids) and streamer.ids[-1] in list_eos_ids(model.generation_config)
     return Answer(streamer.text, "stop" if stopped else "length")
+
+
+def _explain() -> contextlib.AbstractContextManager[None]:
+    return explain_bad_files("no answer can be generated with these settings and those of generation_config.json")
+
+
+def _complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> dict[str, Any]:
+    """The options, with the tokenizer where the model's own settings stop at texts."""
+    stops_at_texts = model.generation_config is not None and model.generation_config.stop_strings
+    return {"use_cache": True, **options, **({"tokenizer": tokenizer} if stops_at_texts else {})}

@@ -7,6 +7,8 @@ import json
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import CONVERSATIONS
 from tests.test_cli import flags
@@ -73,6 +75,9 @@ def assert_works_or_one_line(files, run_script, entry):
     lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
     assert code in (1, 2) and len(lines) == 1, (entry, code, stderr)
     assert len(lines[0]) < 2000
+    if code == 1:  # training began; its run.json says how it ended
+        assert json.loads((files / "out" / "run" / "run.json").read_text())["status"].startswith("failed: ")
+        shutil.rmtree(files / "out")
     assert sorted(files.rglob("*")) == before, "something was written"
     return code
 
@@ -83,6 +88,78 @@ def test_a_file_that_holds_something_else(files, run_script, file, text):
     (files / file).write_bytes(TEXTS[text])
     for entry in READERS[file.split("/")[0]]:
         assert_works_or_one_line(files, run_script, entry)
+
+
+TEMPLATES = {
+    "raises": "{{ raise_exception('no') }}",
+    "divides by zero": "{{ 1 / 0 }}",
+    "undefined": "{{ x.y.z }}",
+    "a long loop": "{% for i in range(10**9) %}{{ i }}{% endfor %}",
+    "no end": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "no template": "{% if %}",
+    "writes nothing": "{{ '' }}",
+    "writes one text": "{{ 'x' * 20000 }}",
+    "adds a number": "{{ messages + 1 }}",
+    "a method": "{{ messages[0]['content'].foo() }}",
+    "a format": "{{ '%d' % 'x' }}",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_that_cannot_be_used(files, run_script, name):
+    for directory in ("model", "adapter"):
+        (files / directory / "chat_template.jinja").write_text(TEMPLATES[name])
+        for entry in READERS[directory]:
+            code = assert_works_or_one_line(files, run_script, entry)
+            assert code == 2 or entry == "merge", "which renders questions, no answers"
+
+
+def break_weights(change):
+    def apply(files):
+        path = files / "model" / "model.safetensors"
+        save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+    return apply
+
+
+def change_one(name, function):
+    return break_weights(lambda state: {**state, name: function(state[name])})
+
+
+LAYER = "model.layers.1.mlp.up_proj.weight"
+WEIGHTS = {
+    "one is missing": (break_weights(lambda state: {n: t for n, t in state.items() if n != LAYER}), "missing"),
+    "one too many": (
+        break_weights(lambda state: {**state, "v_head.weight": torch.ones(2)}),
+        "v_head.weight; they would",
+    ),
+    "another shape": (change_one(LAYER, lambda tensor: tensor[:, :-1].contiguous()), "of another shape"),
+    "whole numbers": (change_one(LAYER, lambda tensor: tensor.long()), "has the dtype I64"),
+    "not finite": (change_one(LAYER, lambda tensor: tensor.index_fill(0, torch.tensor([3]), torch.nan)), "not finite"),
+    "cut": (lambda f: cut(f / "model" / "model.safetensors"), "cannot"),
+}
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_that_are_not_the_models(files, run_script, name):
+    """None is trained, merged, answered with or quantised."""
+    damage, text = WEIGHTS[name]
+    damage(files)
+    for entry in ("finetune", "merge", "chat", "quantise"):
+        assert assert_works_or_one_line(files, run_script, entry) == 2, entry
+    code, _, stderr = run_script(*entries(files)["chat"])
+    assert code == 2 and text in stderr, stderr
+
+
+GENERATION = {
+    "eos_token_id": [1021, 1020], "pad_token_id": 1021, "bos_token_id": 1021, "do_sample": True, "temperature": 0.7,
+    "top_k": 20, "top_p": 0.8, "min_p": 0.1, "repetition_penalty": 1.05, "max_length": 100, "num_beams": 1,
+    "suppress_tokens": [5], "no_repeat_ngram_size": 3, "stop_strings": ["x"], "num_return_sequences": 1,
+}  # fmt: skip
 
 
 def paths(values, prefix=()):
@@ -104,7 +181,7 @@ def paths(values, prefix=()):
     ],
 )
 def test_every_value_of_a_file_may_be_another(files, run_script, file):
-    content = json.loads((files / file).read_text())
+    content = GENERATION if "generation" in file else json.loads((files / file).read_text())
     for path in paths(content):
         for value in VALUES:
             changed = json.loads(json.dumps(content))

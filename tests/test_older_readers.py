@@ -21,6 +21,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from tests.conftest import CONVERSATIONS, ROOT
@@ -37,6 +39,7 @@ ROPES = {
     "phi3-partial": (
         Phi3ForCausalLM, Phi3Config, {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
     ),
+    "qwen3-moe": (Qwen3MoeForCausalLM, Qwen3MoeConfig, {"rope_type": "default", "rope_theta": 1e6}),
 }  # fmt: skip
 READER = """
 import json, os, sys, torch, transformers
@@ -68,6 +71,8 @@ def build(tokenizer, root):
             pad_token_id=tokenizer.pad_token_id, bos_token_id=None, initializer_range=0.2, max_position_embeddings=1024,
         )  # fmt: skip
         settings |= {"rope_parameters": rope} if rope else {}
+        if name == "qwen3-moe":
+            settings |= {"num_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2}
         directories[name] = root / name
         model(config(**settings)).save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)

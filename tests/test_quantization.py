@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import chat
 import merge_lora
@@ -454,6 +454,28 @@ def test_inputs_that_cannot_be_quantised(checkpoints, gptq, trained, tmp_path, w
     few = write_json([{"prompt": "a", "completion": "b"}] * 4)
     with pytest.raises(SettingsError, match="4 rows; at least 5 are needed"):
         quantize.main([str(checkpoints["untied"]), str(tmp_path / "out"), *words, "--data", str(few)])
+
+
+def test_a_mixture_of_experts_is_not_quantised(tokenizer, tmp_path):
+    """transformers keeps experts as 3-D parameters, and could not load packed ones again."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = Qwen3MoeConfig(vocab_size=len(tokenizer), num_experts=4, moe_intermediate_size=32, head_dim=16, **sizes)
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(SettingsError, match=r"a mixture of experts: .*could not load them again once they are quant"):
+        quantize.main([str(tmp_path / "model"), str(tmp_path / "out"), "--data", str(CONVERSATIONS)])
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_not_finite_are_not_quantised(checkpoints, tmp_path):
+    shutil.copytree(checkpoints["untied"], tmp_path / "model")
+    state = load_file(tmp_path / "model" / "model.safetensors")
+    state["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(state, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SettingsError, match=r"up_proj.weight has values that are not finite, so it is damaged"):
+        words = ["--data", str(CONVERSATIONS), "--group_size", "32"]
+        quantize.main([str(tmp_path / "model"), str(tmp_path / "out"), *words])
+    assert not (tmp_path / "out").exists()
 
 
 # ---- what is chosen and refused ----

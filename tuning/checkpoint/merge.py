@@ -40,6 +40,7 @@ from tuning.model.training_model import TrainingModel
 # Largest difference of float32 logits that rounding explains, relative to the largest logit.
 TOLERANCE = 1e-4
 
+_PROBE_TOKENS = 2048  # of a template that writes pages around a question, the last ones
 _QUESTIONS = ["Who are you?", "请用一句话介绍你自己。", "def fibonacci(n):", "1 + 1 = ?", "Write a short poem 🙂"]
 
 
@@ -286,9 +287,13 @@ def compare_logits(expected: list[Tensor], actual: list[Tensor]) -> Comparison:
 
 def build_probes(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids of prompts in several languages, rendered with the chat template."""
-    return [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
-        )
-        for question in _QUESTIONS
-    ]
+    with explain_bad_files(f"{tokenizer.name_or_path}: the chat template cannot render a question"):
+        probes = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
+            )
+            for question in _QUESTIONS
+        ]
+        if not all(probes):
+            raise ValueError("it writes nothing")
+        return [ids[-_PROBE_TOKENS:] for ids in probes]

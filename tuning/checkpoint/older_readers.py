@@ -1,12 +1,14 @@
 """Old names beside new ones in a result's files, so that transformers 4 and what reads its names load it right.
 
 transformers 5 renamed entries of config.json and tokenizer_config.json. Version 4 does not know the new names and
-takes its defaults in silence: rope_theta 10000, no scaling. Version 5 reads both.
+takes its defaults in silence: rope_theta 10000, no scaling, 128 experts. Version 5 reads both.
 """
 
 import json
 from pathlib import Path
 from typing import Any
+
+from transformers import CONFIG_MAPPING
 
 from tuning.checkpoint.files import write_json
 
@@ -24,7 +26,7 @@ def add_old_names(directory: Path) -> None:
 
 
 def _complete_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration, and those inside it (text_config), with rope_theta, rope_scaling and torch_dtype."""
+    """The configuration, and those inside it (text_config), with their old names, too."""
     inner = {name for name, value in config.items() if name.endswith("_config") and isinstance(value, dict)}
     completed = {
         name: _complete_config(value) if name in inner - {"quantization_config"} else value
@@ -32,6 +34,9 @@ def _complete_config(config: dict[str, Any]) -> dict[str, Any]:
     }
     if "dtype" in config:
         completed["torch_dtype"] = config["dtype"]
+    for old, new in _find_renamed(config.get("model_type")).items():
+        if new in config:
+            completed[old] = config[new]
     rope = config.get("rope_parameters")
     if not isinstance(rope, dict):
         return completed
@@ -45,6 +50,11 @@ def _complete_config(config: dict[str, Any]) -> dict[str, Any]:
     scaling = {name: value for name, value in whole.items() if name not in ("rope_theta", "partial_rotary_factor")}
     completed["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
     return completed
+
+
+def _find_renamed(model_type: Any) -> dict[str, str]:
+    """Other names that a kind of model has for entries of its configuration, of which one was the old name."""
+    return dict(CONFIG_MAPPING[model_type].attribute_map) if model_type in CONFIG_MAPPING else {}
 
 
 def _complete_tokenizer(config: dict[str, Any]) -> dict[str, Any]:

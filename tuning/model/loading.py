@@ -84,6 +84,7 @@ def load_model(
                 trust_remote_code=trust_remote_code,
                 use_safetensors=None if allow_pickle else True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
                 **options,
             )
     if info["missing_keys"] or info["mismatched_keys"]:
@@ -141,7 +142,12 @@ def load_config(path: str, *, cache_dir: str | None = None, trust_remote_code: b
     if (file := Path(path) / "config.json").is_file():
         read_json_object(file)
     with explain_bad_files(f"{path}: cannot load a model"):
-        return AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+    _check_ids(f"{path}/config.json", config)
+    for name, value in vars(config.get_text_config()).items():
+        if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, int | float) and not 0 <= value <= 1:
+            raise SettingsError(f"{path}/config.json: {name} {value}: expected a probability, from 0 to 1")
+    return config
 
 
 def load_generation_config(path: str, cache_dir: str | None = None) -> GenerationConfig | None:
@@ -152,9 +158,19 @@ def load_generation_config(path: str, cache_dir: str | None = None) -> Generatio
         return None
     with explain_bad_files(f"{path}: generation_config.json"):
         try:
-            return GenerationConfig.from_pretrained(path, cache_dir=cache_dir)
+            config = GenerationConfig.from_pretrained(path, cache_dir=cache_dir)
         except OSError:  # of a hub name
             return None
+    _check_ids(f"{path}/generation_config.json", config)
+    return config
+
+
+def _check_ids(where: str, config: PretrainedConfig | GenerationConfig) -> None:
+    for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
+        value = getattr(config, name, None)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(each) is int and abs(each) < 2**31 for each in ids):
+            raise SettingsError(f"{where}: {name}: expected a token id, or a list of them")
 
 
 @contextlib.contextmanager

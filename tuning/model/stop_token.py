@@ -5,7 +5,8 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from tuning.errors import SettingsError
+from tuning.errors import SettingsError, explain_bad_files
+from tuning.messages import first_line
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
@@ -37,7 +38,9 @@ def align_stop_token(
     try:
         config.validate(strict=True)
     except ValueError as error:
-        raise SettingsError(f"the checkpoint's generation_config.json cannot be saved again: {error}") from None
+        raise SettingsError(
+            f"the checkpoint's generation_config.json cannot be saved again: {first_line(error)}"
+        ) from None
     model.generation_config = config
     return config
 
@@ -48,7 +51,8 @@ def _render_probe(tokenizer: PreTrainedTokenizerBase) -> str:
         {"role": "assistant", "content": "A"},
         {"role": "user", "content": "Q"},
     ]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    with explain_bad_files("the chat template cannot render two questions and an answer"):
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
 def list_eos_ids(config: Any) -> list[int]:
