@@ -66,7 +66,7 @@ def run_arm(checkpoint: Path, out: Path, engine: str, steps: int, kind: str, lay
     )
     assert describe_engine(trainer) == EXPECTED[engine], describe_engine(trainer)
     tokenizer = load_tokenizer(str(checkpoint))
-    base = SimpleNamespace(identity={"path": str(checkpoint), "fingerprint": ""}, compute_dtype=torch.float32)
+    base = SimpleNamespace(identity={"name": str(checkpoint), "revision": None}, compute_dtype=torch.float32)
     writer = ResultWriter(model, tokenizer, model.causal_lm.generation_config, base=base, facts=None)
     gathered = []
     checkpoint_module.gather_tensor = lambda tensor: gathered.append(tensor) or gather_tensor(tensor)
