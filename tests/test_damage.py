@@ -26,13 +26,28 @@ TEXTS = {
 }
 VALUES = [None, "x", -1, 0, 10**30, 0.5, True, [], {}, ["x"], {"x": 1}, float("inf"), float("nan")]
 MODEL = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"]
-ADAPTER = ["adapter_config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "manifest.json"]
+ADAPTER = [
+    "adapter_config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "manifest.json",
+    "run.json",
+]
+
+
+JSON = [
+    *("model/config.json", "model/generation_config.json", "model/tokenizer_config.json"),
+    *("adapter/adapter_config.json", "adapter/run.json"),
+]
 
 
 @pytest.fixture(scope="module")
 def sound(checkpoints, tmp_path_factory):
     root = tmp_path_factory.mktemp("sound")
     write_result(checkpoints["untied"], "lora", root / "adapter")
+    run = {"program": "finetune.py", "settings": {"data": {"system_message": "You are terse."}}}
+    (root / "adapter" / "run.json").write_text(json.dumps(run))
     shutil.copytree(checkpoints["untied"], root / "model")
     return root
 
@@ -170,16 +185,7 @@ def paths(values, prefix=()):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "file",
-    [
-        "model/config.json",
-        "model/generation_config.json",
-        "model/tokenizer_config.json",
-        "adapter/adapter_config.json",
-        "adapter/run.json",
-    ],
-)
+@pytest.mark.parametrize("file", JSON)
 def test_every_value_of_a_file_may_be_another(files, run_script, file):
     content = GENERATION if "generation" in file else json.loads((files / file).read_text())
     for path in paths(content):
