@@ -140,6 +140,7 @@ def _wait(children: list[int], request: dict) -> list[int]:
 def _run(request: dict, rank: int, port: int) -> None:
     """In the child: become the module."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run under nohup
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{request['log']}/{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     if request["processes"] > 1:

@@ -95,9 +95,10 @@ for _ in map_in_order(lambda item: time.sleep(60), iter(range(4)), 2):
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_no_worker_outlives_the_program(sign):
-    # A shell's background job ignores SIGINT, and so would what it starts.
+    # A shell's background job ignores SIGINT, nohup SIGHUP, and so would what they start.
     def restore():
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
     program = subprocess.Popen(
         [sys.executable, "-c", SCRIPT], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
