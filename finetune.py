@@ -1,201 +1,76 @@
 """Fine-tune a chat model on conversations: python finetune.py --model_name_or_path M --data_path D --output_dir O.
 
-Reads top to bottom: settings -> data -> plan -> where to start -> model -> training -> result. `--help` lists every
-option.
+`--help` lists the options that matter, `--help-all` every one. From Python: finetune.run({"model_name_or_path": ...}).
+What a run does stands in commands/finetune.py.
 """
 
+import json
+import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from data_utils.cache import RowCache, default_root
-from data_utils.dataset import DROPPED_FILE, DataOptions, TokenizedRows
+from commands.paths import check_data, find_missing_paths
+from data_utils.report import DataErrors
 from data_utils.sources import DataError
-from data_utils.steps import StepDataset
-from data_utils.template import ChatTemplate
-from data_utils.tokenizer import load_tokenizer
-from data_utils.training_data import TrainingData, read_training_data
-from inference.samples import SampleCallback
-from tuning.checkpoint.base import inspect_base
-from tuning.checkpoint.result import ResultWriter
-from tuning.checkpoint.resume import describe_facts, find_starting_point
-from tuning.distributed.processes import check_agreement, is_rank_0, leave_processes, on_all_ranks, on_rank_0, say
-from tuning.distributed.startup import join_mpi, start_processes
-from tuning.entry import run_entry
-from tuning.model.build import TokensInUse
-from tuning.planning.plan import check_plan, plan_run
-from tuning.planning.survey import survey_steps
-from tuning.settings.command_line import parse_arguments
-from tuning.settings.options import Arguments
-from tuning.training.prepare import prepare_model
-from tuning.training.run import begin_run, check_run, describe_run, finish_dry_run, run_training, say_summary
-from tuning.training.schedule import describe_warmup
-from tuning.training.trainer import StepTrainer
+from tuning.checkpoint.output_directory import PLAN_FILE
+from tuning.checkpoint.run_record import RUN_FILE
+from tuning.console import say
+from tuning.distributed.mpi import join_mpi
+from tuning.entry import MISTAKE, run_entry, show_mistakes
+from tuning.settings.command_line import read_mapping, read_settings
+from tuning.settings.options import Settings
+from tuning.settings.other_tools import translate_file
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one fine-tuning. Returns: exit code. Raises: DataError, SettingsError: the user's mistakes."""
-    # ---- settings ----
     began = time.perf_counter()
-    join_mpi()
-    arguments = parse_arguments(argv)
-    start_processes(arguments)
-    environment = check_run(arguments)
-    run = arguments.run
-
-    # ---- data ----
-    data = on_all_ranks(lambda: read_data(arguments))
-    check_agreement(data.fingerprints)
-
-    # ---- plan ----
-    tokens = describe_tokens(data)
-    base = inspect_base(arguments, tokens)
-    plan = on_rank_0(
-        lambda: plan_run(
-            base,
-            lambda budget, packed: survey_steps(build_steps(arguments, data.rows, budget, packed=packed), run),
-            run,
-            model_max_length=arguments.data.model_max_length,
-            longest=data.longest,
-        )
-    )
-    if warning := describe_warmup(run, plan.survey.num_steps):
-        say(warning)
-    if run.dry_run:
-        return finish_dry_run(run, plan, data.account)
-
-    # ---- where to start ----
-    facts = describe_facts(arguments, base, environment, data.account, plan.survey.max_tokens)
-    start = on_rank_0(lambda: find_starting_point(run, facts))
-    for note in start.notes:
-        say(note)
-    if start.finished:
-        leave_processes()
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["--translate"] and len(words) == 2:
+        print(translate_file(Path(words[1])), end="")
         return 0
-
-    # ---- model ----
-    say(plan.describe_memory())
-    if warning := check_plan(plan, run):
-        say(warning)
-    model = prepare_model(
-        arguments, base, data.tokenizer, tokens, longest=data.longest, checkpointing=plan.checkpointing
-    )
-
-    # ---- training ----
-    packed, budget = model.padded_because is None, plan.survey.max_tokens
-    steps = build_steps(arguments, data.rows, budget, packed=packed, rows_per_step=start.rows_per_step)
-    eval_steps = build_eval_steps(arguments, data.eval_rows, budget, packed=packed)
-    facts = facts.with_step(steps.rows_per_step)
-    record = describe_run(arguments, base, model, plan, facts, environment, start, data)
-    writer = ResultWriter(model.training_model, data.tokenizer, model.generation_config, base=base, facts=facts)
-    dropped = data.rows.directory / DROPPED_FILE if data.account.dropped else None
-    trainer = StepTrainer(
-        model.training_model,
-        run,
-        train_dataset=steps,
-        eval_dataset=eval_steps,
-        writer=writer,
-        on_begin=lambda: begin_run(record, start, dropped),
-        loraplus_lr_ratio=arguments.lora.loraplus_lr_ratio,
-    )
-    if data.samples and is_rank_0():
-        trainer.add_callback(SampleCallback(model.training_model, data.tokenizer, data.samples, run, say))
-
-    # ---- result ----
-    code = run_training(trainer, record, writer, start, began=began)
-    if code == 0:
-        say_summary(record, Path(__file__).parent, use_lora=arguments.lora.use_lora)
-    return code
+    join_mpi()
+    return _train(read_settings(words, find_missing_paths), began)
 
 
-def read_data(arguments: Arguments) -> TrainingData:
-    """Tokenise the files, or find them tokenised. Raises: DataError, SettingsError."""
-    model, data, run = arguments.model, arguments.data, arguments.run
-    if data.lazy_preprocess:
-        say("--lazy_preprocess: conversations are always tokenised first here; it has no effect")
-    tokenizer = load_tokenizer(
-        model.model_name_or_path,
-        system_message=data.system_message,
-        chat_template=data.chat_template,
-        chat_template_kwargs=data.chat_template_kwargs,
-        cache_dir=model.cache_dir,
-        trust_remote_code=model.trust_remote_code,
-    )
-    template = ChatTemplate(tokenizer, system_message=data.system_message, label_mask=data.label_mask)
-    options = DataOptions(
-        max_length=data.model_max_length,
-        on_long=data.on_long,
-        data_format=data.data_format,
-        supervise=data.supervise,
-        on_bad_row=data.on_bad_row,
-        seed=run.order_seed,
-    )
-    return read_training_data(
-        tokenizer,
-        template,
-        options,
-        paths=data.data_path,
-        eval_paths=data.eval_data_path,
-        prompts_path=run.sample_prompts,
-        cache=RowCache(None if data.no_cache else default_root(model.cache_dir)),
-        say=say,
-    )
+def run(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Fine-tune from Python. settings: by the names of the options, as in a YAML file.
 
+    Returns: what OUTPUT/run.json says of the run (of a dry run: plan.json).
 
-def describe_tokens(data: TrainingData) -> TokensInUse:
-    """What the model must know of the template and the data."""
-    template = data.template
-    return TokensInUse(
-        stop_id=template.stop_id,
-        stop=template.stop,
-        template_ids=template.encoder.template_ids,
-        largest_id=data.largest_token_id,
-        vocabulary_size=len(data.tokenizer),
-    )
-
-
-def build_steps(
-    arguments: Arguments, rows: TokenizedRows, max_tokens: int, *, packed: bool, rows_per_step: int | None = None
-) -> StepDataset:
-    """This rank's micro-batches of every training step.
-
-    rows_per_step: conversations of a step over all ranks, of the checkpoint on resume; None: per-device batch size x
-    accumulation x ranks.
+    Raises: DataError, SettingsError: mistakes, a line each. MachineError: what the machine could not do.
     """
-    run = arguments.run
-    batch, accumulation = run.per_device_train_batch_size, run.gradient_accumulation_steps
-    return StepDataset(
-        rows,
-        rows_per_step=rows_per_step or batch * accumulation * run.world_size,
-        max_tokens=max_tokens,
-        packed=packed,
-        seed=run.order_seed,
-        rank=run.process_index,
-        num_ranks=run.world_size,
-    )
+    found = read_mapping(settings, find_missing_paths)
+    _train(found, time.perf_counter())
+    file = PLAN_FILE if found.run.dry_run else RUN_FILE
+    record: dict[str, Any] = json.loads(Path(found.run.output_dir, file).read_text(encoding="utf-8"))
+    return record
 
 
-def build_eval_steps(
-    arguments: Arguments, rows: TokenizedRows | None, limit: int, *, packed: bool
-) -> StepDataset | None:
-    """This rank's share of the evaluation, in the order of the file.
+def _train(settings: Settings, began: float) -> int:
+    say(f"starting: {settings.describe()}")
+    shown: list[str] = []
+    try:
+        check_data(settings)
+    except DataErrors as error:
+        shown = error.messages
+        show_mistakes(error)
+    from commands import finetune  # torch and transformers, once nothing is left to say without them
 
-    limit: tokens of a micro-batch of training, whose memory was planned; the batch layout does not change the loss.
-    """
-    if rows is None:
-        return None
-    run = arguments.run
-    batch = run.per_device_eval_batch_size
-    budget = batch * arguments.data.model_max_length
-    return StepDataset(
-        rows,
-        rows_per_step=batch * run.world_size,
-        max_tokens=max(int(rows.lengths.max()), min(budget, limit)),
-        packed=packed,
-        seed=None,
-        rank=run.process_index,
-        num_ranks=run.world_size,
-    )
+    try:
+        return finetune.run(settings, began=began)
+    except DataErrors as error:  # these, and those that take a tokenizer to find
+        if rest := [message for message in error.messages if message not in shown]:
+            raise DataErrors(rest) from None
+        return MISTAKE
+
+
+def run_script() -> None:
+    """The command, with its mistakes in one line each and its exit code."""
+    run_entry(main, mistakes=(DataError,), interrupted="interrupted before training began or after it ended")
 
 
 if __name__ == "__main__":
-    run_entry(main, mistakes=(DataError,), interrupted="interrupted before training began or after it ended")
+    run_script()

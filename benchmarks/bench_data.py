@@ -261,7 +261,8 @@ def run_trl(args: argparse.Namespace) -> dict[str, float]:
 
 def run_check(args: argparse.Namespace) -> dict[str, float]:
     """A large generated file: checked, tokenised, counted."""
-    from data_utils.dataset import DataOptions, build_rows
+    from data_utils.conversations import DataOptions
+    from data_utils.dataset import build_rows
     from data_utils.sources import find_sources
 
     template = load_template(args.tokenizer)

@@ -162,7 +162,8 @@ def prepare_rows(args: argparse.Namespace) -> None:
 
 def load_steps(args: argparse.Namespace, *, packed: bool = True):
     """The rows, and the steps that they make."""
-    from data_utils.dataset import DataOptions, load_rows
+    from data_utils.conversations import DataOptions
+    from data_utils.dataset import load_rows
     from data_utils.steps import StepDataset
     from data_utils.template import ChatTemplate
     from data_utils.tokenizer import load_tokenizer
@@ -245,7 +246,7 @@ def run_ours(args: argparse.Namespace, *, packed: bool = True) -> Figures:
     from tuning.model.packing import enable_packing
     from tuning.model.training_model import TrainingModel
     from tuning.planning.operations import count_operations
-    from tuning.settings.options import RunArguments
+    from tuning.settings.arguments import RunArguments
     from tuning.training.trainer import StepTrainer
 
     _, steps = load_steps(args, packed=packed)

@@ -241,7 +241,7 @@ def run_ours(model: Any, method: str, length: int, *, lean: bool) -> tuple[list[
     from data_utils.template import Row
     from tuning.model.packing import enable_packing
     from tuning.model.training_model import TrainingModel, enable_gradient_checkpointing
-    from tuning.settings.options import RunArguments
+    from tuning.settings.arguments import RunArguments
     from tuning.training.trainer import StepTrainer
 
     device, dtype = model.device, model.dtype

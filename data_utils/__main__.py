@@ -6,15 +6,16 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from data_utils.dataset import DataOptions, TokenizedRows, build_rows, read_conversations
-from data_utils.report import Account, Statistics, hash_conversation
+from data_utils.conversations import DataOptions, read_conversations, read_names
+from data_utils.report import Account, Statistics, group_problems, hash_conversation
 from data_utils.schema import FORMATS, Conversation, parse_record
-from data_utils.show import as_html, as_json, as_text
 from data_utils.sources import DataError, find_sources, printable, read_records
-from data_utils.template import LABEL_MASKS, ChatTemplate, Row
-from data_utils.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:  # transformers and pyarrow take seconds to import: only where tokens are asked for
+    from data_utils.rows import Row
+    from data_utils.template import ChatTemplate
 
 
 class _Parser(argparse.ArgumentParser):
@@ -59,22 +60,31 @@ def _build_parser() -> argparse.ArgumentParser:
     show.add_argument("--html", type=Path, help="write a page instead")
     show.set_defaults(command=_show)
 
-    check.add_argument("--model_max_length", type=int, help="tokens a row may have (default: no limit)")
-    check.add_argument("--on_long", choices=["drop_turns", "drop", "error"], default="drop_turns")
     for command in (check, show):
+        command.add_argument("--model_max_length", type=int, help="tokens a row may have (default: no limit)")
+        command.add_argument("--on_long", choices=["drop_turns", "drop", "error"], default="drop_turns")
+        command.add_argument("--on_bad_row", choices=["error", "skip"], default="error", help="skip: no problem")
+        command.add_argument(
+            "--map", nargs="+", default=[], help="what the rows call our keys: role=speaker content=text"
+        )
         command.add_argument("--data_format", choices=list(FORMATS), help="default: told by each row's keys")
         command.add_argument("--supervise", choices=["all", "last"], default="all", help="assistant turns to train")
         command.add_argument("--system_message", help="system turn for conversations without one")
-        command.add_argument("--chat_template", help="file with a chat template to use")
+        command.add_argument("--chat_template", help="file with a chat template to use, or chatml-tools")
         command.add_argument("--chat_template_kwargs", help="defaults for the template, as JSON")
-        command.add_argument("--label_mask", choices=LABEL_MASKS, default="assistant", help="which tokens are trained")
+        command.add_argument(
+            "--label_mask", choices=["assistant", "qwen"], default="assistant", help="which tokens are trained"
+        )
         command.add_argument("--data_seed", type=int, default=42, help="of samples")
         command.add_argument("--cache_dir", help="where hub downloads are kept")
         command.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the checkpoint")
     return parser
 
 
-def _load_template(args: argparse.Namespace) -> ChatTemplate:
+def _load_template(args: argparse.Namespace) -> "ChatTemplate":
+    from data_utils.template import ChatTemplate
+    from data_utils.tokenizer import load_tokenizer
+
     tokenizer = load_tokenizer(
         args.model,
         system_message=args.system_message,
@@ -92,8 +102,9 @@ def _options(args: argparse.Namespace) -> DataOptions:
         on_long=args.on_long,
         data_format=args.data_format,
         supervise=args.supervise,
-        on_bad_row="skip",
+        on_bad_row="skip",  # all problems are shown
         seed=args.data_seed,
+        names=read_names([pair for word in args.map for pair in word.split(",")]),
     )
 
 
@@ -101,8 +112,8 @@ def _options(args: argparse.Namespace) -> DataOptions:
 
 
 def _check(args: argparse.Namespace) -> int:
-    if args.model_max_length is not None and args.model_max_length < 2:
-        raise DataError(f"--model_max_length {args.model_max_length}: must be at least 2")
+    find_sources([*args.data, *(args.eval_data_path or [])])  # what does not exist is said before a tokenizer loads
+    _check_length(args)
     template = _load_template(args) if args.model else None
     account, seen = _account_for(args.data, args, template)
     problems = list(account.problems)
@@ -118,14 +129,27 @@ def _check(args: argparse.Namespace) -> int:
         found = {"problems": problems, "account": account.to_json(), "overlap": overlap}
         print(printable(json.dumps(found, ensure_ascii=False, indent=2)))
     else:
-        print("\n".join([*problems, *lines, f"problems: {len(problems):,}"]))
-    return 1 if problems else 0
+        if template is None:
+            lines.append("without --model no token was counted and no chat template tried: rows may still be refused")
+        print("\n".join([*group_problems(problems), *lines, f"problems: {len(problems):,}"]))
+    return 1 if problems and args.on_bad_row == "error" else 0
 
 
-def _account_for(paths: list[str], args: argparse.Namespace, template: ChatTemplate | None) -> tuple[Account, set[int]]:
+def _check_length(args: argparse.Namespace) -> None:
+    if args.model_max_length is not None and args.model_max_length < 2:
+        raise DataError(f"--model_max_length {args.model_max_length}: must be at least 2")
+    if args.model_max_length is not None and not args.model:
+        raise DataError("--model_max_length: has no effect without --model, whose tokens it counts")
+
+
+def _account_for(
+    paths: list[str], args: argparse.Namespace, template: "ChatTemplate | None"
+) -> tuple[Account, set[int]]:
     """The account of data files, and the hashes of their conversations."""
     sources, options = find_sources(paths), _options(args)
     if template is not None:
+        from data_utils.dataset import TokenizedRows, build_rows
+
         with tempfile.TemporaryDirectory() as directory:
             account = build_rows(sources, template, options, Path(directory), may_be_empty=True)
             rows = TokenizedRows.from_directory(Path(directory))
@@ -148,13 +172,17 @@ def _account_for(paths: list[str], args: argparse.Namespace, template: ChatTempl
 
 
 def _show(args: argparse.Namespace) -> int:
+    find_sources(args.data)
+    _check_length(args)
     template = _load_template(args)
+    from data_utils.show import as_html, as_json, as_text
+
     pages = []
     for conversation, rows in _conversations(args, template):
         named = [(f"{conversation.id}#{n}" if len(rows) > 1 else conversation.id, row) for n, row in enumerate(rows, 1)]
         for row_id, row in named:
             if args.html:
-                pages.append((row_id, row))
+                pages.append((row_id, conversation.where, row))
             elif args.json:
                 print(as_json(row_id, row, template))
             else:
@@ -170,28 +198,44 @@ def _show(args: argparse.Namespace) -> int:
     return 0
 
 
-def _conversations(args: argparse.Namespace, template: ChatTemplate) -> Iterator[tuple[Conversation, list[Row]]]:
-    """The conversations that were asked for, with their rows by the definition.
+def _conversations(args: argparse.Namespace, template: "ChatTemplate") -> Iterator[tuple[Conversation, list["Row"]]]:
+    """The conversations that were asked for, with their rows by the definition, cut to length.
 
-    Raises: DataError: the first bad row among those before the last one shown, or none that was asked for.
+    Raises: DataError: the first bad row among those before the last one shown (unless they are skipped), or none that
+        was asked for.
     """
+    from data_utils.rows import cut_row
+
     if args.num < 1 or (args.index or 0) < 0:
         raise DataError("--num: at least 1; --index: counts from 0")
+    options = _options(args)
     number = found = 0
     for source in find_sources(args.data):
         for record in read_records(source, seed=args.data_seed):
-            if isinstance(record, DataError):
-                raise record
-            conversation = parse_record(
-                record, name=source.name, data_format=args.data_format, supervise=args.supervise
-            )
             chosen = number < args.num or args.all
-            if args.index is not None or args.id is not None:
-                chosen = number == args.index or (args.id is not None and conversation.id == args.id)
+            try:
+                if isinstance(record, DataError):
+                    raise record
+                conversation = parse_record(
+                    record,
+                    name=source.name,
+                    data_format=options.data_format,
+                    supervise=options.supervise,
+                    names=dict(options.names),
+                )
+                if args.index is not None or args.id is not None:
+                    chosen = number == args.index or (args.id is not None and conversation.id == args.id)
+                rows = template.encode_conversation(conversation) if chosen else []
+            except DataError as error:
+                if args.on_bad_row == "error":
+                    raise
+                print(f"skipped: {error}", file=sys.stderr)
+                continue
             number += 1
             if chosen:
                 found += 1
-                yield conversation, template.encode_conversation(conversation)
+                limit = options.max_length
+                yield conversation, rows if limit is None else [part for row in rows for part in cut_row(row, limit)]
             if not args.all and args.id is None and number > (args.num - 1 if args.index is None else args.index):
                 return
     if not found:

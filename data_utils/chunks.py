@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
+from data_utils.conversations import DataOptions
 from data_utils.render_cache import RowEncoder
 from data_utils.report import Account, hash_conversation
 from data_utils.rows import EncodedRow, cut_to_length, to_arrow
@@ -13,26 +14,6 @@ from data_utils.schema import Conversation
 from data_utils.sources import DataError
 
 TOO_LONG = "; --on_long drop_turns or drop goes on without them"
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """How data files become rows.
-
-    max_length: most tokens of a row; None: no limit.
-    on_long: what happens to a longer row: "drop_turns" from its end, "drop" the row, or "error".
-    data_format: a key of schema.FORMATS; None tells it by the row's keys.
-    supervise: "all" assistant turns or the "last".
-    on_bad_row: "error" (all bad rows at once, when the files have been read) or "skip".
-    seed: of samples (`file#N`).
-    """
-
-    max_length: int | None = None
-    on_long: str = "drop_turns"
-    data_format: str | None = None
-    supervise: str = "all"
-    on_bad_row: str = "error"
-    seed: int = 0
 
 
 @dataclass

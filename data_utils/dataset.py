@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import itertools
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,13 +12,14 @@ import numpy as np
 import pyarrow as pa
 
 from data_utils.cache import RowCache
-from data_utils.chunks import TOO_LONG, DataOptions, EncodedChunk, encode_chunk
+from data_utils.chunks import TOO_LONG, EncodedChunk, encode_chunk
+from data_utils.conversations import DataOptions, read_conversations
 from data_utils.render_cache import RowEncoder
 from data_utils.report import Account, DataErrors, Statistics
 from data_utils.rows import DROPPED_FILE, ROWS_FILE, SCHEMA, TokenizedRows
 from data_utils.safe_encoder import TiktokenDiffers
-from data_utils.schema import Conversation, parse_record
-from data_utils.sources import DataError, Source, find_sources, hash_file, printable, read_records
+from data_utils.schema import Conversation
+from data_utils.sources import DataError, Source, find_sources, hash_file
 from data_utils.template import ChatTemplate
 from data_utils.worker_pool import WorkerDied, count_workers, map_in_order
 
@@ -103,6 +105,7 @@ def _write_rows(
             account.add(chunk.account)
             statistics.add(chunk.hashes, chunk.lengths)
             dropped.writelines(chunk.dropped)
+            dropped.writelines(map(_describe_skipped, chunk.account.problems))
             if chunk.rows is not None:
                 writer.write_batch(chunk.rows)
                 for name in ("input_ids", "starts", "ends", "weights"):
@@ -111,6 +114,12 @@ def _write_rows(
     account.fingerprint = digest.hexdigest()
     statistics.finish(options.max_length)
     return account
+
+
+def _describe_skipped(problem: str) -> str:
+    """A line of dropped.jsonl for a row that cannot be read or trained. problem: `file:line: ...`."""
+    where, _, reason = problem.partition(": ")
+    return json.dumps({"id": None, "where": where, "reason": reason}, ensure_ascii=False) + "\n"
 
 
 Chunk = tuple[list[Conversation], list[str]]  # conversations, and the problems that were met while they were read
@@ -156,22 +165,6 @@ def _encode_one(chunk: Chunk, encoder: RowEncoder, options: DataOptions) -> Enco
     encoded.account.problems[:0] = problems
     encoded.account.num_problems += len(problems)
     return encoded
-
-
-def read_conversations(source: Source, options: DataOptions, account: Account) -> Iterator[Conversation]:
-    """Yield the conversations of a file. account gets what cannot be read, and the file when it ends."""
-    before = account.conversations
-    for record in read_records(source, seed=options.seed):
-        try:
-            if isinstance(record, DataError):
-                raise record
-            account.conversations += 1
-            yield parse_record(record, name=source.name, data_format=options.data_format, supervise=options.supervise)
-        except DataError as error:
-            account.refuse(str(error))
-    account.files.append(
-        {"path": printable(str(source)), "sha256": "", "conversations": account.conversations - before}
-    )
 
 
 def count_overlap(rows: TokenizedRows, others: TokenizedRows) -> int:

@@ -1,6 +1,7 @@
 """The account of a data set: where every conversation went, and what there is to know before training on it."""
 
 import hashlib
+import re
 from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,16 +14,39 @@ _SUMMED = (
     "conversations", "conversations_trained", "rows", "split", "shortened", "turns", "turns_trained", "stopped",
     "tokens", "supervised_tokens", "control_texts", "num_problems",
 )  # fmt: skip
+_PLACE = re.compile(r"(?P<file>.+?):(?P<line>\d+)(:\d+)?: ")  # file:line: or file:line:column:
 SHOWN = 3  # places that are named; the rest is counted
 _KEPT = 100  # problems, and names of keys, that are written into files
 
 
 class DataErrors(DataError):
-    """Several mistakes, one a line."""
+    """Several mistakes: a line for each cause."""
 
     def __init__(self, messages: Sequence[str], *, limit: int = 100):
-        more = [f"and {len(messages) - limit:,} more"] if len(messages) > limit else []
-        ValueError.__init__(self, "\n".join([*messages[:limit], *more]))
+        self.messages = list(messages)
+        lines = group_problems(messages)
+        more = [f"and {len(lines) - limit:,} more"] if len(lines) > limit else []
+        ValueError.__init__(self, "\n".join([*lines[:limit], *more]))
+
+
+def group_problems(messages: Sequence[str]) -> list[str]:
+    """A line for each cause in a file: the first message, how many rows have it, and in which lines the next are."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    firsts: dict[tuple[str, str], str] = {}
+    for message in messages:
+        place = _PLACE.match(message)
+        # Indices, lengths and quoted passages differ from row to row, the cause does not.
+        cause = re.sub(r"'[^']{20,}'|\d+(,\d+)*", "#", message[place.end() :] if place else message)
+        key = (place["file"] if place else "", cause)
+        firsts.setdefault(key, message)
+        groups.setdefault(key, []).append(place["line"] if place else "")
+    lines = []
+    for key, found in groups.items():
+        others = [line for line in found[1 : SHOWN + 1] if line]
+        more = f" and {len(found) - 1 - len(others):,} more" if len(found) - 1 > len(others) else ""
+        also = f" ({len(found):,} rows: also in lines {', '.join(others)}{more})" if others else ""
+        lines.append(firsts[key] + also)
+    return lines
 
 
 @dataclass
@@ -111,10 +135,13 @@ class Account:
 
     def describe(self) -> list[str]:
         """Lines for the log."""
-        lines = [
-            f"{self.conversations:,} conversations: {self.conversations_trained:,} trained, as {self.rows:,} rows with "
-            f"{self.turns_trained:,} supervised turns; {self.tokens:,} tokens, {self.supervised_tokens:,} supervised"
-        ]
+        turns = f"with {self.turns_trained:,} supervised turns"
+        if self.rows or not self.conversations_trained:
+            made = f"{self.conversations_trained:,} trained, as {self.rows:,} rows {turns}; {self.tokens:,} tokens, "
+            made += f"{self.supervised_tokens:,} supervised"
+        else:  # no tokenizer made rows of them
+            made = f"{self.conversations_trained:,} {turns}"
+        lines = [f"{self.conversations:,} conversations: {made}"]
         if self.lengths:
             named = ", ".join(f"{name} {value:,}" for name, value in self.lengths.items())
             lines.append(f"tokens a row: {named}")

@@ -1,5 +1,7 @@
 """Training rows: token ids and labels of one row, and many of them in a memory-mapped Arrow file."""
 
+import copy
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +10,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+
+from data_utils.sources import DataError
 
 IGNORE_INDEX = -100
 ROWS_FILE, DROPPED_FILE = "rows.arrow", "dropped.jsonl"
@@ -39,6 +43,11 @@ class Row:
     ends: list[int]
     weights: list[float] = field(default_factory=list)
     pieces: list[tuple[int, str]] = field(default_factory=list)
+
+    @property
+    def is_plain_text(self) -> bool:
+        """Whether every token is trained."""
+        return IGNORE_INDEX not in self.labels
 
     @property
     def num_supervised(self) -> int:
@@ -87,6 +96,26 @@ def cut_to_length(row: EncodedRow, max_length: int) -> EncodedRow | None:
     return EncodedRow(row.input_ids[: ends[-1]], spans, ends)
 
 
+def cut_row(row: Row, max_length: int) -> list[Row]:
+    """A row as it is trained with at most max_length tokens: without turns from its end; plain text in pieces."""
+    length = len(row.input_ids)
+    if length <= max_length:
+        return [row]
+    if row.is_plain_text:
+        starts = range(0, length, max_length)
+        parts = [(start, min(start + max_length, length)) for start in starts if start + 1 < length]
+    else:
+        parts = [(0, max((end for end in row.ends if end <= max_length), default=0))]
+    return [_cut_out(row, start, end) for start, end in parts if end]
+
+
+def _cut_out(row: Row, start: int, end: int) -> Row:
+    ends = [each - start for each in row.ends if start < each <= end]
+    pieces = [(min(stop, end) - start, why) for stop, why in row.pieces if stop > start]
+    pieces = pieces[: next((i for i, (stop, _) in enumerate(pieces, 1) if stop == end - start), len(pieces))]
+    return Row(row.input_ids[start:end], row.labels[start:end], ends, row.weights[: len(ends)], pieces)
+
+
 def to_arrow(rows: Sequence[tuple[str, int, EncodedRow]]) -> pa.RecordBatch:
     """Convert (row id, hash of the conversation, row) to a record batch with SCHEMA."""
     encoded = [row for _, _, row in rows]
@@ -120,6 +149,7 @@ class TokenizedRows:
     directory: Path
 
     def __init__(self, table: pa.Table):
+        self._chosen: NDArray[np.int64] | None = None
         batches = table.to_batches() or [pa.RecordBatch.from_pylist([], schema=SCHEMA)]
         self._batches = [_Columns(batch) for batch in batches]
         self._first = np.cumsum([0, *(len(batch.num_targets) for batch in self._batches)])
@@ -139,6 +169,30 @@ class TokenizedRows:
         """Hold (row id, row) in memory."""
         encoded = [(row_id, 0, encode_row(row)) for row_id, row in rows]
         return cls(pa.Table.from_batches([to_arrow(encoded)]))
+
+    def select(self, indices: NDArray[np.int64]) -> "TokenizedRows":
+        """These rows alone, in this order; the files are the same."""
+        chosen = copy.copy(self)
+        chosen._chosen = indices if self._chosen is None else self._chosen[indices]
+        chosen.lengths, chosen.num_targets = self.lengths[indices], self.num_targets[indices]
+        return chosen
+
+    def split(self, share: float, seed: int) -> "tuple[TokenizedRows, TokenizedRows]":
+        """The rows without, and with, a share of the conversations; equal conversations are on the same side.
+
+        Which ones is decided by the conversations and the seed alone, not by their order.
+
+        Raises: DataError: fewer than two different conversations.
+        """
+        hashes = self.conversations()
+        different = np.unique(hashes)
+        if len(different) < 2:
+            raise DataError(f"--eval_share {share}: {len(different)} different conversations cannot be divided")
+        keys = [hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8).digest() for number in different.tolist()]
+        count = min(max(1, round(share * len(different))), len(different) - 1)
+        held_back = different[sorted(range(len(keys)), key=keys.__getitem__)[:count]]
+        is_held_back = np.isin(hashes, held_back)
+        return self.select(np.flatnonzero(~is_held_back)), self.select(np.flatnonzero(is_held_back))
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -166,11 +220,13 @@ class TokenizedRows:
 
     def conversations(self) -> NDArray[np.int64]:
         """Return the hash of every row's conversation."""
-        return np.concatenate([batch.conversations for batch in self._batches])
+        hashes = np.concatenate([batch.conversations for batch in self._batches])
+        return hashes if self._chosen is None else hashes[self._chosen]
 
     def _find(self, index: int) -> "tuple[_Columns, int]":
         if not 0 <= index < len(self):
             raise IndexError(index)
+        index = index if self._chosen is None else int(self._chosen[index])
         number = int(np.searchsorted(self._first, index, side="right")) - 1
         return self._batches[number], index - int(self._first[number])
 

@@ -11,6 +11,7 @@ A row with the keys of several formats is read by the first of them in this list
 `messages` in one row contradict. Keys of a row that nothing reads are named in the account.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,7 +72,12 @@ class Conversation:
 
 
 def parse_record(
-    record: Record, *, name: str = "", data_format: str | None = None, supervise: str = "all"
+    record: Record,
+    *,
+    name: str = "",
+    data_format: str | None = None,
+    supervise: str = "all",
+    names: Mapping[str, str] | None = None,
 ) -> Conversation:
     """Check one record and turn it into a Conversation.
 
@@ -79,6 +85,7 @@ def parse_record(
 
     data_format: a key of FORMATS; None tells it by the row's keys.
     supervise: "all" assistant turns, or only the "last".
+    names: what the row and its turns call our keys.
 
     Raises: DataError: names `file:line: field: what is wrong` and the way out.
     """
@@ -87,6 +94,8 @@ def parse_record(
         raise DataError(
             f"{where}: a row must be an object with 'conversations' or 'messages', not {describe_kind(row)}"
         )
+    if names:
+        row = rename_keys(row, names, where)
     row_format = data_format or _tell_format(row, where)
     if missing := [key for key in FORMATS[row_format] if key not in row]:
         raise DataError(f"{where}: no '{missing[0]}' in the row, which {row_format} rows have")
@@ -125,6 +134,26 @@ def parse_record(
     tools = tuple(parse_tools(row["tools"], f"{where}: tools")) if row.get("tools") not in (None, "", []) else ()
     places = tuple(at.removeprefix(f"{where}: ") for *_, at in turns)
     return Conversation(row_id, messages, where, weights, tools, kwargs, places=places, unread=unread)
+
+
+def rename_keys(row: dict[str, Any], names: Mapping[str, str], where: str) -> dict[str, Any]:
+    """The row with our keys. names: our key or role -> what the row, or a turn of it, calls it."""
+    ours = {theirs: own for own, theirs in names.items()}
+
+    def rename(value: dict[str, Any], *, deep: bool) -> dict[str, Any]:
+        found = {}
+        for key, inner in value.items():
+            if deep and isinstance(inner, list):
+                inner = [rename(each, deep=False) if isinstance(each, dict) else each for each in inner]
+            name = ours.get(key, key)
+            if name in ("role", "from") and isinstance(inner, str):
+                inner = ours.get(inner, inner)
+            if name in found:
+                raise DataError(f"{where}: both '{name}' and '{key}', which --map says is the same; keep one")
+            found[name] = inner
+        return found
+
+    return rename(row, deep=True)
 
 
 _READ_BY = {"alpaca": ("input", "history"), "query": ("history",)}

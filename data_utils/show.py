@@ -15,9 +15,20 @@ _PAGE = """<!doctype html>
 body {{ font: 14px/1.5 sans-serif; max-width: 60em; margin: 2em auto; color: #333 }}
 pre {{ white-space: pre-wrap; background: #f6f6f6; padding: 1em; border-radius: 4px }}
 .control {{ color: #888; border: 1px dotted #aaa }} .trained {{ background: #c8eac8 }}
+.place {{ color: #888; font-weight: normal }} input {{ font: inherit; width: 20em }}
 </style></head><body>
-<p><span class="trained">trained</span> <span class="control">control token</span> context. Hover to see why.</p>
+<p>{totals}</p>
+<p><span class="trained">trained</span> <span class="control">control token</span> context. Hover to see why.
+<input id="filter" placeholder="show rows that contain ..."> <span id="shown"></span></p>
 {rows}
+<script>
+const rows = [...document.querySelectorAll("section")];
+document.getElementById("filter").addEventListener("input", (event) => {{
+  const wanted = event.target.value.toLowerCase();
+  for (const row of rows) row.hidden = !row.textContent.toLowerCase().includes(wanted);
+  document.getElementById("shown").textContent = rows.filter((row) => !row.hidden).length + " rows";
+}});
+</script>
 </body></html>
 """
 
@@ -53,10 +64,10 @@ def as_json(row_id: str | None, row: Row, template: ChatTemplate) -> str:
     return printable(json.dumps(found, ensure_ascii=False))
 
 
-def as_html(rows: Sequence[tuple[str | None, Row]], template: ChatTemplate, *, ids: bool) -> str:
-    """One self-contained page."""
+def as_html(rows: Sequence[tuple[str | None, str, Row]], template: ChatTemplate, *, ids: bool) -> str:
+    """One self-contained page. rows: (id, `file:line`, row)."""
     parts = []
-    for row_id, row in rows:
+    for row_id, where, row in rows:
         body, position = "", 0
         reasons = _reasons(row)
         for trained, pieces in _stretches(row, template):
@@ -67,8 +78,11 @@ def as_html(rows: Sequence[tuple[str | None, Row]], template: ChatTemplate, *, i
                 position += len(piece_ids)
             why = next((reason for start, end, reason in reasons if start < position <= end), "")
             body += f'<span{" class=trained" if trained else ""} title="{html.escape(why)}">{inner}</span>'
-        parts.append(f"<h3>{html.escape(_headline(row_id, row))}</h3>\n<pre>{body}</pre>")
-    return _PAGE.format(rows="\n".join(parts))
+        title = f'{html.escape(_headline(row_id, row))} <span class="place">{html.escape(where)}</span>'
+        parts.append(f"<section><h3>{title}</h3>\n<pre>{body}</pre></section>")
+    tokens, supervised = sum(len(row.input_ids) for *_, row in rows), sum(row.num_supervised for *_, row in rows)
+    totals = f"{len(rows):,} rows, {tokens:,} tokens, {supervised:,} supervised"
+    return _PAGE.format(totals=totals, rows="\n".join(parts))
 
 
 def _headline(row_id: str | None, row: Row) -> str:

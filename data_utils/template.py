@@ -385,7 +385,14 @@ class ChatTemplate:
             (self.writes_results, any(m["role"] == "tool" for m in conversation.messages), "results of tools"),
         ):
             if has and not can:
-                raise DataError(f"{conversation.where}: the chat template cannot express {what}; use one that can")
+                raise DataError(
+                    f"{conversation.where}: the chat template cannot express {what}; {self._way_to_tools()}"
+                )
+
+    def _way_to_tools(self) -> str:
+        if all(text in self.encoder.control_ids for text in ("<|im_start|>", "<|im_end|>")):
+            return "--chat_template chatml-tools can"
+        return "name one that can: --chat_template FILE"
 
     def _writes(self, messages: list[Message], *marks: str, without: str | None = None, **variables: Any) -> bool:
         try:

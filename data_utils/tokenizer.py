@@ -7,6 +7,7 @@ import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
+from data_utils.model_path import explain_missing_model, find_template
 from data_utils.sources import DataError
 
 DEFAULT_SYSTEM_MESSAGE = "You are a helpful assistant."
@@ -37,7 +38,7 @@ def load_tokenizer(
     """Load a tokenizer; one without a chat template gets plain ChatML, which is saved with the result.
 
     system_message: default system turn of that plain ChatML template ("You are a helpful assistant." if None).
-    chat_template: file with a template to use instead of the tokenizer's own.
+    chat_template: file with a template to use instead of the tokenizer's own, or the name of one of templates/.
     chat_template_kwargs: JSON object of defaults for the template's variables. They become part of the template, so
         that every server that loads the result has them.
 
@@ -46,10 +47,8 @@ def load_tokenizer(
     directory = Path(path)
     if directory.is_dir() and not any((directory / name).is_file() for name in _TOKENIZER_FILES):
         raise DataError(f"{path}: no tokenizer in this directory (tokenizer.json); is it a checkpoint?")
-    # `output/run` beside a directory `output` is a path mistyped, not a hub name to look up on the network.
-    looks_local = path.count("/") != 1 or path[:1] in "./~" or directory.parent.is_dir()
-    if not directory.is_dir() and looks_local:
-        raise DataError(f"{path}: no such checkpoint directory, and not a hub name (owner/name)")
+    if mistake := explain_missing_model(path):
+        raise DataError(mistake)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever the files may hold
@@ -87,7 +86,7 @@ def load_tokenizer(
 
 def _read_template(path: str) -> str:
     try:
-        template = Path(path).read_text(encoding="utf-8")
+        template = find_template(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--chat_template {path}: cannot be read: {error}") from None
     try:

@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from data_utils.cache import RowCache
-from data_utils.dataset import DataOptions, TokenizedRows, count_overlap, load_rows
+from data_utils.conversations import DataOptions
+from data_utils.dataset import TokenizedRows, count_overlap, load_rows
 from data_utils.report import Account
 from data_utils.sources import read_lines
 from data_utils.template import ChatTemplate
@@ -16,6 +18,7 @@ from data_utils.template import ChatTemplate
 class TrainingData:
     """What is trained and evaluated on, and how it was rendered.
 
+    eval_account: None where the evaluation's rows are a share of the training data; account is of both then.
     samples: (text, token ids) of prompts to answer. cache: keeps the rows' files, which may be temporary.
     """
 
@@ -52,13 +55,15 @@ def read_training_data(
     *,
     paths: list[str],
     eval_paths: list[str] | None,
+    eval_share: float | None,
     prompts_path: str | None,
     cache: RowCache,
     say: Callable[[str], None],
 ) -> TrainingData:
     """Tokenise the files, or find them tokenised, and account for every row.
 
-    prompts_path: a file with a prompt a line. say: takes lines for the log.
+    eval_share: of the conversations, held back in place of eval_paths. prompts_path: a file with a prompt a line.
+    say: takes lines for the log.
 
     Raises: DataError: mistakes in the data.
     """
@@ -70,6 +75,13 @@ def read_training_data(
         say("evaluation data: " + "\n      ".join(eval_account.describe()))
         if overlap := count_overlap(rows, eval_rows):
             say(f"evaluation data: {overlap:,} conversations are in the training data, too")
+    if eval_share is not None:
+        rows, eval_rows = rows.split(eval_share, options.seed)
+        different = len(np.unique(eval_rows.conversations()))
+        say(
+            f"evaluation data: {different:,} conversations ({len(eval_rows):,} rows) are held back (--eval_share "
+            f"{eval_share:g}); {len(rows):,} rows are trained"
+        )
     prompts = read_lines(prompts_path) if prompts_path else []
     samples = [(line, template.encode_prompt([{"role": "user", "content": line}])) for line in prompts]
     return TrainingData(tokenizer, template, rows, account, eval_rows, eval_account, samples, cache)

@@ -23,6 +23,15 @@ ROLES = {
     "tool_response": "tool",
     "function": "tool",
 }
+# What others call a role, too loosely to take it without a word.
+_MEANT = {
+    **dict.fromkeys(
+        ("bot", "model", "ai", "chatbot", "agent", "chatgpt", "gpt4", "gpt-4", "output", "answer"), "assistant"
+    ),
+    **dict.fromkeys(("customer", "client", "prompter", "person", "input", "question", "instruction"), "user"),
+    **{name.lower(): role for name, role in ROLES.items()},
+}
+_FROM = {"assistant": "gpt", "user": "human", "system": "system", "tool": "observation"}
 _CALL_ROLES = ("function_call", "tool_call")  # their text is a call, or a list of calls, as JSON
 _TURN_KEY_PAIRS = (("from", "value"), ("role", "content"))
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -68,7 +77,9 @@ def _parse_turn(turn: dict[str, Any], at: str, role_key: str, content_key: str) 
             raise DataError(f"{at}: no '{key}' in the turn")
     named = turn[role_key]
     if not isinstance(named, str) or named not in ROLES:
-        raise DataError(f"{at}.{role_key}: {named!r} is not a role ({', '.join(ROLES)})")
+        meant = _MEANT.get(named.lower()) if isinstance(named, str) else None
+        hint = f"; did you mean {meant if role_key == 'role' else _FROM[meant]}?" if meant else ""
+        raise DataError(f"{at}.{role_key}: {named!r} is not a role ({', '.join(ROLES)}){hint}")
     role = ROLES[named]
     known = {role_key, content_key} | _TURN_KEYS | (_RESULT_KEYS if role == "tool" else set())
     check_keys(turn, known, at, "a turn")

@@ -10,7 +10,7 @@ from data_utils.sources import printable
 from inference.generate import generate_answers
 from tuning.checkpoint.run_record import METRICS_FILE, append_metrics
 from tuning.model.training_model import TrainingModel
-from tuning.settings.options import RunArguments
+from tuning.settings.arguments import RunArguments
 
 
 class SampleCallback(TrainerCallback):

@@ -17,7 +17,7 @@ from tests import runs
 from tests.conftest import ROOT
 from tuning.checkpoint import result as checkpoint_module
 from tuning.checkpoint.result import ResultWriter
-from tuning.distributed.processes import is_rank_0
+from tuning.console import is_rank_0
 from tuning.distributed.sharding import SHARDED, gather_tensor
 
 OPTIONS = {

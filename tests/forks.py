@@ -100,7 +100,7 @@ def serve() -> None:
     import peft.tuners.lora  # noqa: F401
     import torch.profiler  # noqa: F401
 
-    import finetune  # noqa: F401 (imports all other libraries)
+    import commands.finetune  # noqa: F401 (imports all other libraries)
 
     gc.collect()
     gc.freeze()  # children need not search what was imported

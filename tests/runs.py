@@ -6,7 +6,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM
 
-from data_utils.dataset import DataOptions, TokenizedRows, load_rows
+from data_utils.conversations import DataOptions
+from data_utils.dataset import TokenizedRows, load_rows
 from data_utils.steps import StepDataset
 from data_utils.template import ChatTemplate
 from data_utils.tokenizer import load_tokenizer
@@ -19,7 +20,8 @@ from tuning.model.lora import add_lora
 from tuning.model.packing import enable_packing
 from tuning.model.quantization import Quantization
 from tuning.model.training_model import TrainingModel
-from tuning.settings.options import Arguments, DataArguments, LoraArguments, ModelArguments, RunArguments
+from tuning.settings.arguments import Arguments, RunArguments
+from tuning.settings.options import DataArguments, LoraArguments, ModelArguments
 from tuning.training.trainer import StepTrainer
 
 MAX_LENGTH = 160

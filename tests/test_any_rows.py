@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from data_utils import dataset
 from data_utils.cache import RowCache
-from data_utils.chunks import DataOptions, encode_chunk
+from data_utils.chunks import encode_chunk
+from data_utils.conversations import DataOptions
 from data_utils.dataset import load_rows
 from data_utils.render_cache import RowEncoder
 from data_utils.rows import TokenizedRows

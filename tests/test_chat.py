@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import chat
+import commands.chat
 import merge_lora
 from data_utils.template import ChatTemplate
 from data_utils.tokenizer import load_tokenizer
@@ -60,7 +61,7 @@ def test_many_prompts_in_batches_are_answered_as_one_by_one(models, tmp_path, ca
 
 
 def make_chat(models, *more):
-    return chat.Chat(chat.build_parser().parse_args([str(models / "adapter"), *more]))
+    return commands.chat.Chat(chat.build_parser().parse_args([str(models / "adapter"), *more]))
 
 
 def test_history_is_part_of_the_next_prompt_and_text_stays_text(models):
@@ -88,7 +89,7 @@ def test_commands(models):
         assert "expected" in session.command(wrong)
     assert "not a setting" in session.command(":conf speed=3")
     before = dict(session.settings)
-    for name in chat.SETTINGS:
+    for name in commands.chat.SETTINGS:
         for value in ("nan", "inf", "-inf", "-1", "1e400", "1" * 5000, "²", "", "1e-300", "1e300"):
             assert "\n" not in session.command(f":conf {name}={value}")
             assert session.settings == before, (name, value)

@@ -13,19 +13,42 @@ from transformers.training_args import OptimizerNames
 from tests.conftest import run_python
 from tuning.distributed.startup import start_processes
 from tuning.errors import SettingsError
-from tuning.settings.command_line import parse_arguments
-from tuning.settings.options import GROUPS, RunArguments, describe_settings, describe_trajectory_settings, list_meanings
-from tuning.settings.transformers_options import MEANINGS
+from tuning.settings.arguments import describe_settings, describe_trajectory_settings, parse_arguments
+from tuning.settings.meaning import list_meanings
+from tuning.settings.options import GROUPS, OPTIMIZERS, SCHEDULES, RunOptions
+from tuning.settings.transformers_options import ON_BY_DEFAULT, REFUSED
 
 BASE = ["--model_name_or_path", "m", "--data_path", "d.json", "--output_dir", "/tmp/never-made", "--use_cpu", "True"]
 
 
 def test_every_setting_of_transformers_is_honoured_or_refused():
-    declared = {field.name for field in fields(RunArguments) if "meaning" in field.metadata}
-    missing = {field.name for field in fields(TrainingArguments)} - MEANINGS.keys() - declared
-    assert not missing, "decide in tuning/settings/transformers_options.py what these mean here"
-    assert not declared & MEANINGS.keys(), "each option is declared once"
-    assert all(meaning.refused is None or len(meaning.refused) > 10 for meaning in list_meanings(RunArguments).values())
+    theirs = {field.name: field for field in fields(TrainingArguments)}
+    ours = list_meanings(RunOptions)
+    renamed = {alias for meaning in ours.values() for alias in meaning.aliases}
+    missing = theirs.keys() - ours.keys() - REFUSED.keys() - renamed
+    assert not missing, "decide in tuning/settings/ what these mean here"
+    assert not ours.keys() & REFUSED.keys(), "each option is declared once"
+    assert all(len(reason) > 10 for reason in REFUSED.values())
+    assert {name for name in REFUSED if name in theirs and theirs[name].default is True} == ON_BY_DEFAULT
+
+
+OTHER_DEFAULTS = {"output_dir", "logging_steps", "logging_first_step"}
+
+
+def test_defaults_are_transformers_own_but_for_a_few():
+    theirs = {field.name: field.default for field in fields(TrainingArguments)}
+    for field in fields(RunOptions):
+        if field.name in theirs and field.name not in OTHER_DEFAULTS:
+            assert field.default == theirs[field.name], field.name
+
+
+def test_choices_are_transformers_own_but_for_those_that_do_not_work_here():
+    schedules, optimizers = ({each.value for each in kind} for kind in (SchedulerType, OptimizerNames))
+    assert schedules - {*SCHEDULES} == {"reduce_lr_on_plateau", "greedy"} and {*SCHEDULES} <= schedules
+    assert {*OPTIMIZERS} <= optimizers
+    assert all(
+        any(word in name for word in ("layerwise", "lomo", "schedule_free")) for name in optimizers - {*OPTIMIZERS}
+    )
 
 
 def test_the_original_scripts_flags_parse_to_what_they_meant():
@@ -66,7 +89,7 @@ EVALUATED = ["--eval_data_path", "e.json", "--eval_strategy", "steps", "--eval_s
         (["--use_loraa"], "did you mean --use_lora?"),
         (["--zzz"], "--zzz: unknown setting; see --help"),
         (["--lora_r", "many", "--use_lora"], "--lora_r: invalid int value: 'many'"),
-        (["--lora_bias", "some", "--use_lora"], "--lora_bias: invalid choice: 'some'"),
+        (["--lora_bias", "some", "--use_lora"], "--lora_bias some: must be none, all or lora_only"),
         (["stray"], "stray: belongs to no setting"),
         (["--bits", "8"], "--bits: has no effect without --q_lora"),
         (["--use_lora", "--quant_type", "fp4"], "--quant_type: has no effect without --q_lora"),
@@ -82,7 +105,10 @@ EVALUATED = ["--eval_data_path", "e.json", "--eval_strategy", "steps", "--eval_s
         (["--optim", "schedule_free_adamw"], "--optim schedule_free_adamw: not available yet"),
         (["--optim", "adamw_torch_8bit"], "--optim adamw_torch_8bit: its state cannot be saved"),
         (["--resume_from_checkpoint", "True"], "--resume_from_checkpoint True: say auto"),
-        ([*EVALUATED, "--load_best_model_at_end", "True", "--save_strategy", "epoch"], "Save strategy"),
+        (
+            [*EVALUATED, "--load_best_model_at_end", "True", "--save_strategy", "epoch"],
+            "(epoch) equal to --eval_strategy",
+        ),
         ([*EVALUATED, *BEST, "--save_only_model", "True"], "the best cannot be loaded; choose one"),
         (["--optim", "lomo"], "--optim lomo: steps inside the backward pass"),
         (["--save_strategy", "best"], "--save_strategy best: needs --eval_strategy"),
@@ -102,7 +128,7 @@ EVALUATED = ["--eval_data_path", "e.json", "--eval_strategy", "steps", "--eval_s
         (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size 0: must be at least 1"),
         (["--num_train_epochs", "0"], "--num_train_epochs 0.0: must be above 0"),
         (["--model_max_length", "1"], "--model_max_length 1: must be"),
-        (["--lr_scheduler_type", "cosin"], "cosin"),
+        (["--lr_scheduler_type", "cosin"], " or warmup_stable_decay; did you mean cosine?"),
         (["--lora-r", "8"], "--lora_r: has no effect without --use_lora"),
         (["--warmup-ratio", "1.0"], "--warmup_ratio 1.0: a share of the steps"),
         (["--lora_weight_path", "a", "--use_lora", "--lora_r", "8"], "--lora_r: has no effect with --lora_weight_path"),
@@ -110,7 +136,7 @@ EVALUATED = ["--eval_data_path", "e.json", "--eval_strategy", "steps", "--eval_s
         (["--use_lora", "--loraplus_lr_ratio", "-1"], "--loraplus_lr_ratio -1.0: must be above 0"),
         (["--learning_rate", "nan"], "--learning_rate nan: must be a finite number"),
         (["--fp16"], "--fp16: needs a GPU"),
-        (["--gradient_checkpointing", "maybe"], "--gradient_checkpointing maybe: say True, False or auto"),
+        (["--gradient_checkpointing", "maybe"], "--gradient_checkpointing maybe: must be True, False or auto"),
         (["--micro_batch_tokens", "many"], "--micro_batch_tokens many: say a number of tokens, or auto"),
         (["--device_memory_gib", "0"], "--device_memory_gib 0.0: must be above 0"),
         (["--do_train", "False"], "--do_train False: training is what"),
@@ -179,7 +205,7 @@ def test_building_the_arguments_reads_and_opens_nothing(monkeypatch):
     """In a fresh process with a process group to join: neither sockets nor files nor DeepSpeed."""
     code = """
 import socket, sys
-from tuning.settings.command_line import parse_arguments
+from tuning.settings.arguments import parse_arguments
 socket.socket = None
 before = set(sys.modules)
 arguments = parse_arguments(sys.argv[1:])

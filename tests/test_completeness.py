@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_utils.chunks import DataOptions, encode_chunk
+from data_utils.chunks import encode_chunk
 from data_utils.completeness import find_lost_answer, find_lost_context, find_lost_tool, stands_in
+from data_utils.conversations import DataOptions
 from data_utils.render_cache import RowEncoder
 from data_utils.schema import parse_record
 from data_utils.sources import DataError, Record

@@ -10,7 +10,8 @@ import pytest
 
 from data_utils import dataset
 from data_utils.cache import RowCache
-from data_utils.dataset import DataOptions, load_rows
+from data_utils.conversations import DataOptions
+from data_utils.dataset import load_rows
 from data_utils.rows import encode_row
 from data_utils.sources import DataError
 from data_utils.template import ChatTemplate
@@ -190,7 +191,7 @@ def test_long_rows_lose_turns_or_go_or_stop_the_run(template, write_json):
     assert len(rows) == 1 and list(account.dropped.values()) == [2] and account.shortened == 0
     with pytest.raises(DataError) as error:
         load("error")
-    assert str(error.value).count("do not fit in 60 tokens (--model_max_length)") == 2
+    assert str(error.value).count("do not fit in 60 tokens (--model_max_length)") == 1
     with pytest.raises(DataError, match="do not fit in 60 tokens"):
         load_rows([path], template, DataOptions(max_length=60, on_long="error", on_bad_row="skip"))
 
@@ -237,7 +238,7 @@ def test_bad_rows_are_listed_at_once_or_skipped(template, write_json):
     with pytest.raises(DataError) as error:
         load_rows([path], template)
     lines = str(error.value).splitlines()
-    assert [line.split(":")[1] for line in lines] == ["2", "4", "5"]
+    assert [line.split(":")[1] for line in lines] == ["2", "5"] and lines[0].endswith(" (2 rows: also in lines 4)")
     rows, account = load_rows([path], template, DataOptions(on_bad_row="skip"))
     assert len(rows) == 2 and len(account.problems) == 3 and "skipped: 3 bad rows, the first:" in account.describe()[-1]
 

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from tuning.errors import SettingsError
-from tuning.settings.command_line import parse_arguments
+from tuning.settings.arguments import parse_arguments
 from tuning.settings.deepspeed_json import read_deepspeed_config
 
 BASE = ["--model_name_or_path", "m", "--data_path", "d.json", "--output_dir", "/tmp/never-made", "--use_cpu", "True"]

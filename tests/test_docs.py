@@ -49,7 +49,7 @@ def test_the_tree_is_the_tree():
         folders[depth:] = [name]
         if name.endswith(".py"):
             named.add("".join(folders))
-    rooms = ("data_utils", "tuning", "inference")
+    rooms = ("data_utils", "tuning", "inference", "commands")
     modules = {path for room in rooms for path in (ROOT / room).rglob("*.py")} | set(ROOT.glob("*.py"))
     assert named == {path.relative_to(ROOT).as_posix() for path in modules if path.name != "__init__.py"}
 

@@ -6,16 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_python
 
-STANDARD_ONLY = {"sources", "turns", "schema", "layout"}
+STANDARD_ONLY = {"sources", "turns", "schema", "layout", "model_path", "conversations", "report"}
 OPTIONAL = {"deepspeed", "bitsandbytes", "gptqmodel", "mpi4py", "optimum", "tiktoken"}
-LEAVES = {"errors", "messages", "machine"}
+LEAVES = {"errors", "messages", "machine", "console"}
 # Folders of tuning/ and what each may import beside itself and the leaves.
 MAY_IMPORT = {
     "errors": set(),
     "messages": set(),
     "machine": set(),
+    "console": set(),
     "entry": set(),
     "settings": set(),
     "distributed": {"settings"},
@@ -24,11 +25,13 @@ MAY_IMPORT = {
     "checkpoint": {"settings", "distributed", "model"},
     "training": {"settings", "distributed", "model", "planning", "checkpoint"},
 }
-ENTRIES = {"finetune", "merge_lora", "quantize", "chat", "examples", "tests", "benchmarks"}
+SCRIPTS = {"finetune", "merge_lora", "quantize", "chat"}
+ENTRIES = {*SCRIPTS, "examples", "tests", "benchmarks"}
 PACKAGES = {
-    "data_utils": {"tuning", "inference", *ENTRIES},
-    "tuning": {"data_utils", "inference", *ENTRIES},
-    "inference": ENTRIES,
+    "data_utils": {"tuning", "inference", "commands", *ENTRIES},
+    "tuning": {"data_utils", "inference", "commands", *ENTRIES},
+    "inference": {"commands", *ENTRIES},
+    "commands": ENTRIES,
 }
 
 
@@ -96,9 +99,18 @@ def test_the_first_modules_need_only_the_standard_library(name):
         for i in imports(ROOT / "data_utils" / f"{name}.py", top_level_only=True)
         if i.partition(".")[0] not in sys.stdlib_module_names
     }
-    assert foreign <= {"data_utils.sources", "data_utils.turns"}
+    assert all(each.partition(".")[2] in STANDARD_ONLY for each in foreign)
 
 
 def test_finetune_stays_a_folder_of_launchers_beside_the_script():
     assert not (ROOT / "finetune" / "__init__.py").exists()
     assert not list(ROOT.glob("**/utils.py")) or all(".venv" in str(p) for p in ROOT.glob("**/utils.py"))
+
+
+@pytest.mark.parametrize("name", [*sorted(SCRIPTS), "data_utils.__main__"])
+def test_mistakes_are_told_before_torch_is_imported(name):
+    """What a script imports at its top answers --help, typos and wrong paths: none of it may take seconds."""
+    heavy = {"torch", "transformers", "peft", "numpy", "pyarrow", "matplotlib", "datasets"}
+    code = f"import {name}, sys; print(*sorted(sys.modules))"
+    loaded = {each.partition(".")[0] for each in run_python("-c", code).stdout.split()}
+    assert not loaded & heavy

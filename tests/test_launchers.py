@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import CONVERSATIONS, ROOT
 from tuning.checkpoint.manifest import find_fault
-from tuning.settings.command_line import parse_arguments
+from tuning.settings.arguments import parse_arguments
 from tuning.settings.deepspeed_json import read_deepspeed_config
 
 LAUNCHERS = sorted((ROOT / "finetune").glob("finetune_*.sh"))

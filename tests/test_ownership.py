@@ -26,7 +26,7 @@ from tuning.checkpoint.ownership import (
     publish_result,
 )
 from tuning.errors import SettingsError
-from tuning.settings.command_line import parse_arguments
+from tuning.settings.arguments import parse_arguments
 
 NAMES = [
     "model.safetensors", "adapter_model.safetensors", "model-00001-of-00002.safetensors", "config.json",

@@ -17,7 +17,7 @@ from tuning.training.progress import ProgressCallback, draw_losses
 
 
 class State:
-    global_step, max_steps = 3, 10
+    global_step, max_steps, epoch = 3, 10, 1.5
 
 
 LOGS = {"loss": 1.5, "learning_rate": 3e-4, "grad_norm": 0.25, "tokens_per_s": 1234.5}
@@ -32,8 +32,8 @@ def test_lines_where_there_is_no_terminal(tmp_path, monkeypatch):
     callback.on_log(None, State, None, logs=LOGS)
     callback.on_log(None, State, None, logs={"eval_loss": 0.5, "eval_perplexity": 1.65})
     assert out.getvalue().splitlines() == [
-        "step 3/10  loss 1.5000  lr 3.00e-04  grad norm 0.250  1,234 tokens/s  0:01:10 left",
-        "step 3/10  eval loss 0.5000  perplexity 1.650",
+        "step 3/10  epoch 1.50  loss 1.5000  lr 3.00e-04  grad norm 0.250  1,234 tokens/s  0:01:10 left",
+        "step 3/10  epoch 1.50  eval loss 0.5000  perplexity 1.650",
     ]
 
 

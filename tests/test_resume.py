@@ -13,8 +13,7 @@ from tuning.checkpoint.ownership import UNFINISHED, begin_result, list_checkpoin
 from tuning.checkpoint.resume import find_starting_point
 from tuning.checkpoint.run_record import RunFacts
 from tuning.errors import SettingsError
-from tuning.settings.command_line import parse_arguments
-from tuning.settings.options import describe_trajectory_settings
+from tuning.settings.arguments import describe_trajectory_settings, parse_arguments
 
 
 @pytest.fixture(scope="module")

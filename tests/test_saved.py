@@ -152,7 +152,8 @@ def test_a_wrong_merge_is_noticed_and_removed(results, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda out, tmp: [str(tmp / "absent"), str(tmp / "m")], "no adapter_config.json"),
+        (lambda out, tmp: [str(tmp / "absent"), str(tmp / "m")], "absent: no such directory"),
+        (lambda out, tmp: [str(tmp), str(tmp / "m")], "no adapter_config.json in it"),
         (lambda out, tmp: [str(out), str(out.parent)], "is an input; choose another directory"),
         (lambda out, tmp: [str(out), str(out), "--overwrite"], "is an input; choose another directory"),
         (lambda out, tmp: [str(out), str(out.parent), "--overwrite"], "is an input; choose another directory"),

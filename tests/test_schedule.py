@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from tuning.settings.options import RunArguments
-from tuning.training.schedule import Due, ScheduleCallback, describe_warmup, find_due
+from tuning.settings.arguments import RunArguments
+from tuning.training.announce import count_checkpoints, find_doubts, find_rates
+from tuning.training.schedule import Due, ScheduleCallback, find_due
 
 # 7 steps of 3 an epoch: epochs end after 3, 6 and, cut short, 7.
 QUIET = dict(
@@ -76,14 +77,42 @@ def test_a_stop_saves_and_leaves_the_evaluation_for_later():
             assert ordered == (calm._replace(evaluate=False, save=True, stop=True) if signal_number else calm)
 
 
-def test_a_warmup_longer_than_the_run_is_said(tmp_path):
-    def describe(num_steps, **settings):
-        return describe_warmup(RunArguments(output_dir=str(tmp_path), use_cpu=True, **settings), num_steps)
+def doubts(tmp_path, num_steps, **settings):
+    run = RunArguments(output_dir=str(tmp_path), use_cpu=True, **settings)
+    plan = SimpleNamespace(survey=SimpleNamespace(num_steps=num_steps))
+    return find_doubts(SimpleNamespace(run=run), plan, find_rates(run, num_steps))
 
-    assert describe(20, warmup_steps=500) == (
-        "schedule: the warm-up of 500 steps is no shorter than the run of 20; the learning rate only reaches 4% of "
+
+def test_a_warmup_longer_than_the_run_or_a_third_of_it_is_said(tmp_path):
+    assert doubts(tmp_path, 200, warmup_steps=5000) == [
+        "schedule: the warm-up of 5,000 steps is no shorter than the run of 200; the learning rate only reaches 4% of "
         "--learning_rate; lower --warmup_steps"
-    )
-    assert describe(20, warmup_steps=20) and describe(1, warmup_steps=1)
-    assert describe(20, warmup_steps=19) is None and describe(20) is None and describe(20, warmup_steps=0.5) is None
-    assert describe(20, warmup_steps=500, lr_scheduler_type="constant") is None
+    ]
+    assert doubts(tmp_path, 200, warmup_steps=100) == [
+        "schedule: the warm-up takes 100 of 200 steps; lower --warmup_steps"
+    ]
+    assert doubts(tmp_path, 200, warmup_steps=66) == [] == doubts(tmp_path, 200, warmup_steps=0.03)
+    assert doubts(tmp_path, 200, warmup_steps=5000, lr_scheduler_type="constant") == []
+
+
+def test_runs_that_teach_little_or_nothing_say_so(tmp_path):
+    (few,) = doubts(tmp_path, 12, learning_rate=1e-4)
+    assert few.startswith("schedule: 12 steps at 0.0001 teach little; raise --num_train_epochs, or lower")
+    assert doubts(tmp_path, 50) == []
+    (nothing,) = doubts(tmp_path, 1, warmup_steps=1)
+    assert nothing == "schedule: the learning rate is 0 at every step, so nothing is learnt; lower --warmup_steps"
+
+
+@pytest.mark.parametrize("changes", [
+    {"save_strategy": "steps", "save_steps": 2}, {"save_strategy": "steps", "save_steps": 100},
+    {"save_strategy": "epoch"}, {"save_strategy": "no"},
+])  # fmt: skip
+@pytest.mark.parametrize("num_steps", [1, 6, 7])
+def test_checkpoints_are_counted_as_they_are_written(changes, num_steps):
+    args, state = settings(1, changes)
+    state.max_steps = num_steps
+    written = 0
+    for step in range(1, num_steps + 1):
+        state.global_step = step
+        written += find_due(args, state, 3).save
+    assert count_checkpoints(args, num_steps, 3) == written

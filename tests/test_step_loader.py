@@ -5,7 +5,7 @@ import torch
 from torch.utils.data import Dataset
 
 from tests import runs
-from tuning.settings.options import RunArguments
+from tuning.settings.arguments import RunArguments
 from tuning.training.step_loader import StepSampler, build_loader, move_micro_batch
 
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from data_utils.dataset import DataOptions, load_rows
+from data_utils.conversations import DataOptions
+from data_utils.dataset import load_rows
 from data_utils.rows import cut_to_length, encode_row
 from data_utils.schema import Conversation, parse_record
 from data_utils.sources import DataError, Record

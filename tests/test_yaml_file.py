@@ -3,7 +3,7 @@ import yaml
 
 from tests.conftest import ROOT
 from tuning.errors import SettingsError
-from tuning.settings.command_line import parse_arguments
+from tuning.settings.arguments import parse_arguments
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 RECIPES = sorted((ROOT / "finetune" / "recipes").glob("*.yaml"))
@@ -51,7 +51,7 @@ seed: 7
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("learning_rat: 1", "run.yaml: learning_rat: unknown setting; did you mean learning_rate?"),
+        ("learning_rat: 1", "run.yaml:4: learning_rat: unknown setting; did you mean learning_rate?"),
         ("lora_r: 8", "--lora_r: has no effect without --use_lora"),
         ("a: [1", "run.yaml:4: invalid YAML"),
         ("seed: 1\nseed: 2", "run.yaml:5: invalid YAML: the key 'seed' stands twice"),

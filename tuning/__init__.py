@@ -1,11 +1,9 @@
-"""Model to checkpoint. Knows nothing of files of conversations."""
+"""Model to checkpoint. Knows nothing of files of conversations. Importing it costs no library."""
 
 import logging
 import os
 import sys
 import warnings
-
-import torch
 
 # Optional libraries announce at import what this machine lacks (kernels for other GPUs); nobody can act on it.
 for _name in ("torchao", "bitsandbytes", "torch.utils._pytree", "huggingface_hub"):
@@ -18,10 +16,5 @@ warnings.filterwarnings("ignore", message=".*base_model_name_or_path. was rename
 warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated", category=FutureWarning)
 # DeepSpeed calls functions of torch.distributed by their old names.
 warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed looks for GPUs at import, and says so
 if not sys.stderr.isatty():
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    import transformers.utils.logging
-
-    transformers.utils.logging.disable_progress_bar()
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers follows it

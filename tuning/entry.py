@@ -70,10 +70,17 @@ def run_entry(main: Callable[[], int | None], *, mistakes: tuple[type[Exception]
     except Exception as error:
         if not isinstance(error, (SettingsError, *mistakes)):
             raise
-        code, lines, shown = MISTAKE, [f"error: {line}" for line in str(error).split("\n")], speaks
+        if speaks:
+            show_mistakes(error)
+        sys.exit(MISTAKE)
     if shown:
         print("\n".join(map(_escape, lines)), file=sys.stderr)
     sys.exit(code)
+
+
+def show_mistakes(error: Exception) -> None:
+    """Print the user's mistakes, a line each."""
+    print("\n".join(_escape(f"error: {line}") for line in str(error).split("\n")), file=sys.stderr)
 
 
 class _LastingStream:

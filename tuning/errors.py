@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 
 class SettingsError(ValueError):
     """A setting that cannot work or would be ignored. The message names it and the way out."""
@@ -57,9 +55,11 @@ def explain_bad_files(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (SettingsError, MachineError, MemoryError, torch.OutOfMemoryError):
+    except (SettingsError, MachineError, MemoryError):
         raise
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be imported here
+            raise
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
         kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
         raise SettingsError(f"{what}: {kind}{line}") from error

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from tuning.checkpoint.adapter import check_adapter_base, find_trained_quantization, read_adapter
 from tuning.checkpoint.manifest import MANIFEST_FILE
-from tuning.distributed.processes import on_all_ranks, on_rank_0, say
+from tuning.console import say
+from tuning.distributed.processes import on_all_ranks, on_rank_0
 from tuning.distributed.sharding import check_quantized_sharding
 from tuning.errors import SettingsError
 from tuning.machine import process_memory
@@ -22,7 +23,7 @@ from tuning.model.quantization import Quantization, choose_quantization
 from tuning.model.saved_adapter import SavedAdapter, find_row_ids
 from tuning.model.token_rows import is_tied
 from tuning.model.training_model import TrainingModel
-from tuning.settings.options import Arguments
+from tuning.settings.arguments import Arguments
 
 T = TypeVar("T")
 

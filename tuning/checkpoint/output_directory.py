@@ -22,11 +22,12 @@ from tuning.checkpoint.ownership import (
 )
 from tuning.checkpoint.run_record import METRICS_FILE, RUN_FILE
 from tuning.errors import SettingsError
-from tuning.settings.options import Arguments
 
 
-def check_run_directory(arguments: Arguments) -> None:
+def check_run_directory(arguments: Any) -> None:
     """Refuse an --output_dir that holds anything but an earlier run that may be deleted or resumed.
+
+    arguments: Settings, or Arguments.
 
     Raises: SettingsError.
     """

@@ -20,7 +20,7 @@ from pathlib import Path
 from tuning.checkpoint.files import fsync_directory, write_json
 from tuning.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from tuning.checkpoint.run_record import METRICS_FILE, PROGRAM, RUN_FILE
-from tuning.distributed.processes import say
+from tuning.console import say
 from tuning.errors import SettingsError, explain_failed_write
 
 PLAN_FILE = "plan.json"  # of a dry run; a run may begin beside it

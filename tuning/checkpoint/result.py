@@ -14,7 +14,7 @@ from tuning.checkpoint.files import write_json
 from tuning.checkpoint.manifest import write_manifest
 from tuning.checkpoint.older_readers import add_old_names
 from tuning.checkpoint.run_record import RunFacts
-from tuning.distributed.processes import is_rank_0
+from tuning.console import is_rank_0
 from tuning.distributed.sharding import gather_tensor
 from tuning.model.training_model import TrainingModel
 

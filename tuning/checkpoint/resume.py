@@ -11,7 +11,7 @@ from tuning.checkpoint.ownership import list_checkpoints, step_of
 from tuning.checkpoint.run_record import RunFacts
 from tuning.checkpoint.training_state import STATE_FILE
 from tuning.errors import SettingsError, read_json_object
-from tuning.settings.options import Arguments, RunArguments, describe_trajectory_settings
+from tuning.settings.arguments import Arguments, RunArguments, describe_trajectory_settings
 
 
 @dataclass

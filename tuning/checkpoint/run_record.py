@@ -8,7 +8,9 @@ import platform
 import shlex
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,8 @@ class RunRecord:
 
     status: "planned" (nothing is written), "running", "finished", "stopped by SIGNAL", "failed: MESSAGE".
     facts: what its manifests say. values: what else is known when it begins. results: of StepTrainer.summarize.
+    sessions: of a run that was resumed there are several: {"began", "ended" (UTC; None: it was killed), "first_step",
+        "wall_s"}; the last one is this process's, which began at time.perf_counter() `began`.
     """
 
     directory: Path
@@ -55,12 +59,25 @@ class RunRecord:
     values: dict[str, Any]
     status: str = "planned"
     results: dict[str, Any] = field(default_factory=dict)
+    sessions: list[dict[str, Any]] = field(default_factory=list)
+    began: float = field(default_factory=time.perf_counter)
+
+    def begin_session(self, earlier: list[dict[str, Any]], first_step: int) -> None:
+        """This process goes on from earlier sessions with a step."""
+        passed = timedelta(seconds=time.perf_counter() - self.began)
+        session = {"began": _write_time(datetime.now(UTC) - passed), "ended": None, "first_step": first_step}
+        self.sessions = [*earlier, session]
 
     def write(self, status: str) -> None:
         """Write run.json with a new status. Raises: MachineError: the disk is full, say."""
         self.status = status
+        if self.sessions and status != "running":
+            wall_s = round(time.perf_counter() - self.began, 1)
+            self.sessions[-1] |= {"ended": _write_time(datetime.now(UTC)), "wall_s": wall_s}
+            self.results["wall_s"] = round(sum(each.get("wall_s") or 0 for each in self.sessions), 1)
         with explain_failed_write(self.directory / RUN_FILE, RESUME_HINT):
-            own = {"quantization": self.facts.quantization, "rows_per_step": self.facts.rows_per_step}
+            own: dict[str, Any] = {"quantization": self.facts.quantization, "rows_per_step": self.facts.rows_per_step}
+            own["sessions"] = self.sessions
             write_json(
                 self.directory / RUN_FILE, {"program": PROGRAM, **self.values, "status": status, **own, **self.results}
             )
@@ -70,6 +87,19 @@ class RunRecord:
         if self.status == "running":
             with contextlib.suppress(MachineError):
                 self.write(f"failed: {error}")
+
+
+def read_sessions(directory: Path) -> list[dict[str, Any]]:
+    """The sessions that a run's run.json tells of; none where it tells of none."""
+    try:
+        found = json.loads((directory / RUN_FILE).read_text(encoding="utf-8"))["sessions"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
+
+
+def _write_time(time_: datetime) -> str:
+    return time_.isoformat(timespec="seconds")
 
 
 def append_metrics(path: Path, metrics: dict[str, Any]) -> None:

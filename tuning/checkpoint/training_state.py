@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tuning.checkpoint.files import write_json
+from tuning.console import is_rank_0
 from tuning.distributed import zero_optimizer
-from tuning.distributed.processes import is_rank_0
 from tuning.distributed.sharding import assign, gather_tensor, master_dtype, reshard, scatter, shape_of
 from tuning.errors import SettingsError
 

@@ -1,34 +1,21 @@
 """What the processes of one run do together: agree, exchange values, and fail with the same error."""
 
-import os
 import socket
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-from rich.console import Console
 
+from tuning.console import is_rank_0
 from tuning.errors import MachineError, SettingsError
 
 T = TypeVar("T")
-CONSOLE = Console()
-
-
-def is_rank_0() -> bool:
-    """Whether this process writes files and talks to the user."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def leave_processes() -> None:
     """Close the process group: a process that exits with one open may abort. All ranks must call this."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def say(line: str) -> None:
-    """Print a line on rank 0."""
-    if is_rank_0():
-        CONSOLE.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def on_rank_0(function: Callable[[], T]) -> T:

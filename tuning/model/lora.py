@@ -1,5 +1,6 @@
 """LoRA: which layers it adapts, and fresh adapters for a model."""
 
+import re
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -55,25 +56,39 @@ def find_expert_parameters(model: PreTrainedModel) -> list[str]:
     return [name for name, p in model.named_parameters() if p.ndim == 3 and "expert" in name]
 
 
-def check_lora_targets(model: PreTrainedModel, targets: list[str]) -> None:
-    """Raises: SettingsError: a name that matches no linear layer, a router, or the output layer."""
+def check_lora_targets(model: PreTrainedModel, targets: list[str] | str) -> None:
+    """Check the names of layers, or the regular expression for them.
+
+    Raises: SettingsError: it matches no linear layer, a router, or the output layer; or is no regular expression.
+    """
     layers = dict(model.named_modules())
     output = model.get_output_embeddings()
-    for target in targets:
-        matched = [name for name in layers if name == target or name.endswith(f".{target}")]
-        if target.rpartition(".")[2] in _ROUTERS and find_expert_parameters(model):
+    for target in [targets] if isinstance(targets, str) else targets:
+        try:
+            matched = [name for name in layers if _matches(name, target, is_pattern=isinstance(targets, str))]
+        except re.error as error:
+            raise SettingsError(f"--lora_target_modules {target}: not a regular expression: {error}") from None
+        names = {name.rpartition(".")[2] for name in matched}
+        if names & {*_ROUTERS} and find_expert_parameters(model):
             raise SettingsError(f"--lora_target_modules {target}: a router; adapting it unbalances the experts")
-        if matched and (why := _why_peft_refuses(model, target.rpartition(".")[2])):
+        if why := next((why for name in sorted(names) if (why := _why_peft_refuses(model, name))), None):
             raise SettingsError(f"--lora_target_modules {target}: {why}")
         if not matched:
             linear = sorted({n.rpartition(".")[2] for n, m in layers.items() if isinstance(m, (nn.Linear, Conv1D))})
             raise SettingsError(f"--lora_target_modules {target}: no such layer; the model has {', '.join(linear)}")
-        if not all(isinstance(layers[name], (nn.Linear, Conv1D)) for name in matched):
-            kind = type(layers[matched[0]]).__name__
-            raise SettingsError(f"--lora_target_modules {target}: {matched[0]} is a {kind}, not a linear layer")
+        if other := next((name for name in matched if not isinstance(layers[name], (nn.Linear, Conv1D))), None):
+            kind = type(layers[other]).__name__
+            raise SettingsError(f"--lora_target_modules {target}: {other} is a {kind}, not a linear layer")
         if any(layers[name] is output for name in matched):
             hint = "the output layer; --train_embeddings full trains it"
             raise SettingsError(f"--lora_target_modules {target}: {hint}")
+
+
+def _matches(name: str, target: str, *, is_pattern: bool) -> bool:
+    """Whether a layer is meant, as peft decides it."""
+    if is_pattern:
+        return re.fullmatch(target, name) is not None
+    return name == target or name.endswith(f".{target}")
 
 
 def add_lora(
@@ -85,14 +100,14 @@ def add_lora(
     bias: str = "none",
     use_dora: bool = False,
     use_rslora: bool = False,
-    target_modules: list[str] | None = None,
+    target_modules: list[str] | str | None = None,
     embeddings: str = "off",
     token_ids: list[int] | None = None,
 ) -> tuple[PeftModel, TokenRows | None]:
     """Freeze a model and give it fresh LoRA adapters.
 
     embeddings: "off", "tokens" (rows of token_ids train) or "full" (both matrices train).
-    target_modules: layer names; None adapts every linear layer but the output.
+    target_modules: layer names, or a regular expression for whole names; None: every linear layer but the output.
 
     Raises: SettingsError: no such layer, or one that cannot be adapted.
     """

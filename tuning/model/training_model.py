@@ -127,6 +127,14 @@ def _describe_other_logits(name: str, evidence: str) -> str:
     )
 
 
+def trains_row(training_model: TrainingModel, token_id: int) -> bool:
+    """Whether the embedding's row of a token trains: with the whole matrix, or as one of the token rows."""
+    if training_model.token_rows is not None and token_id in training_model.token_rows.token_ids.tolist():
+        return True
+    embedding = training_model.causal_lm.get_input_embeddings()
+    return any(parameter.requires_grad for parameter in embedding.parameters())
+
+
 def check_positions(training_model: TrainingModel, longest: int) -> None:
     """Raises: SettingsError: a row is longer than a table of learned positions."""
     causal_lm = training_model.causal_lm

@@ -16,7 +16,7 @@ from tuning.model.training_model import TrainingModel, count_parameters, enable_
 from tuning.planning.memory import Memory, MicroBatchShape, estimate_memory
 from tuning.planning.operations import count_operations, measure_matmul_rate
 from tuning.planning.survey import Survey
-from tuning.settings.options import RunArguments
+from tuning.settings.arguments import RunArguments
 
 # Estimates were within 15 % of measurements (benchmarks/LOG.md): automatic choices stay below 0.9 of the limit, and
 # a run is refused only above 1.15 of it.
@@ -165,7 +165,7 @@ def make_plan(
             dtype=dtype,
             engine=settings.engine,
             num_processes=settings.world_size,
-            optimizer=str(settings.optim.value),
+            optimizer=settings.optimizer_name,
             device_type=device.type,
             process_bytes=base.process_bytes if device.type == "cpu" else 0,
             accumulates=accumulates,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tuning.planning.memory import MicroBatchShape
-from tuning.settings.options import RunArguments
+from tuning.settings.arguments import RunArguments
 
 _SURVEYED_STEPS = 1000  # enough to know how the data lies; a million conversations take minutes
 

@@ -1,117 +1,276 @@
-"""The command line and YAML files, read in one pass into settings, with mistakes in one line."""
+"""The command line and YAML files, read in one pass into settings. Needs neither torch nor transformers."""
 
 import argparse
 import dataclasses
 import difflib
+import functools
+import os
 import re
 import sys
-from collections.abc import Sequence
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import UnionType
 from typing import Any, NoReturn
 
-import torch
-from transformers import HfArgumentParser
-
 from tuning.errors import SettingsError
-from tuning.settings.checks import check_given, check_settings
-from tuning.settings.meaning import Meaning
-from tuning.settings.options import GROUPS, Arguments, list_meanings
-from tuning.settings.yaml_file import read_settings_file
+from tuning.settings.checks import check_number, check_settings
+from tuning.settings.help import print_help
+from tuning.settings.meaning import Meaning, list_meanings
+from tuning.settings.options import GROUPS, Settings
+from tuning.settings.other_tools import describe_foreign_file, explain_name
+from tuning.settings.transformers_options import LATER, OWN_LOOP, REFUSED, describe_refused
+from tuning.settings.yaml_file import as_words, read_settings_file
 
-_RETIRED = {"--group_by_length": "not needed; the conversations of a step are laid out by length already"}
 _MADE_VOID_BY = {
     "warmup_steps": ("lr_scheduler_type",),
     "lr_scheduler_kwargs": ("lr_scheduler_type",),
     "optim_args": ("optim",),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), ("optim",)),
 }
-_WARMUP_RATIO = "older name: share of the steps, as warmup_steps below 1"
+MEANINGS: dict[str, Meaning] = {name: meaning for group in GROUPS for name, meaning in list_meanings(group).items()}
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
-    """Parse and check a command line (sys.argv without the program's name if None): [FILE.yaml] --NAME VALUE ...
+Check = Callable[[Settings], Iterable[str]]
 
-    Raises: SettingsError: unknown, abbreviated, contradicting or void settings.
+
+def read_settings(argv: Sequence[str] | None = None, *checks: Check) -> Settings:
+    """Read and check a command line (sys.argv without the program's name if None): [FILE.yaml] --NAME VALUE ...
+
+    checks: further ones, which give a line for each mistake.
+
+    Raises: SettingsError: all mistakes, a line each. SystemExit: after --help.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     file = words.pop(0) if words and words[0].endswith((".yaml", ".yml")) else None
-    parser = _Parser()
-    in_file: dict[str, Any] = {}
-    if file:
-        try:
-            in_file = parser.read(read_settings_file(Path(file)))
-        except SettingsError as error:
-            message = str(error).replace("--", "")
-            raise SettingsError(message if message.startswith(file) else f"{file}: {message}") from None
-    flags = parser.read(words)
-    given = {**_without_outweighed(in_file, flags), **flags}
-    if missing := [f"--{name}" for name in parser.required if name not in given]:
-        raise SettingsError(f"required: {', '.join(missing)}")
-    check_given(given)
-    _rename_warmup_ratio(given)
-    values = given | _device_defaults(given)
-    try:
-        arguments = Arguments(*(_build(group, values) for group in GROUPS))
-    except (ValueError, TypeError, ImportError, OverflowError) as error:  # TrainingArguments' own checks
-        if isinstance(error, SettingsError):
-            raise
-        raise SettingsError(" ".join(str(error).split())) from None
-    if arguments.lora.q_lora and "use_lora" not in given:
-        arguments.lora.use_lora = True
-    check_settings(arguments, {name for name in given if name in flags or not _depends_on(name) & flags.keys()})
-    return arguments
+    if any(word in ("-h", "--help", "--help-all") for word in words):
+        print_help(everything="--help-all" in words)
+        sys.exit(0)
+    in_file = _read_file(file) if file else _Given()
+    return _combine(in_file, _read_words(words), checks)
 
 
-class _Parser(HfArgumentParser):
-    """Every option of GROUPS. What was not given is not in the result, so that it is known what was.
+def read_mapping(settings: Mapping[str, Any], *checks: Check) -> Settings:
+    """Read and check settings by name, as a YAML file would hold them. Raises: SettingsError, as read_settings."""
+    return _combine(_Given(), _read_items([(name, value, "") for name, value in settings.items()]), checks)
 
-    required: names that must be given.
+
+@dataclass
+class _Given:
+    """What a file or a command line gives: values by name, and a line for each mistake.
+
+    bad: names of options whose value, or whose name, is a mistake; what depends on them is not judged.
     """
 
-    def __init__(self) -> None:
-        self.required: list[str] = []
-        self._meanings = {name: meaning for group in GROUPS for name, meaning in list_meanings(group).items()}
-        super().__init__(GROUPS, allow_abbrev=False, prog="finetune.py")
-        self.add_argument("--warmup_ratio", "--warmup-ratio", type=float, help=_WARMUP_RATIO)
+    values: dict[str, Any] = field(default_factory=dict)
+    mistakes: list[str] = field(default_factory=list)
+    bad: set[str] = field(default_factory=set)
 
-    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
-        """As argparse's, without the default, which stands in the help."""
-        name = names[0].removeprefix("--")
-        options.pop("meaning", None)
-        names += tuple(f"--{alias}" for alias in self._meanings.get(name, Meaning()).aliases)
-        default = options.pop("default", None)
-        if options.pop("required", False):
-            self.required.append(name)
-        if default not in (None, argparse.SUPPRESS) and name in self._meanings:
-            options["help"] = f"{options.get('help') or ''} (default: {str(default).replace('%', '%%')})".strip()
-        return super().add_argument(*names, default=argparse.SUPPRESS, **options)
 
-    def read(self, words: list[str]) -> dict[str, Any]:
-        """The options that words give, by name. Raises: SettingsError."""
-        values, unknown = self.parse_known_args(words)
-        for word in unknown:
-            if word.startswith("--"):
-                raise SettingsError(self._describe_unknown(word.partition("=")[0]))
-        if unknown:
-            raise SettingsError(f"{unknown[0]}: belongs to no setting; see --help")
-        return vars(values)
+def _combine(in_file: _Given, flags: _Given, checks: Sequence[Check]) -> Settings:
+    given = {**_without_outweighed(in_file.values, flags.values), **flags.values}
+    bad = in_file.bad | flags.bad
+    mistakes = [*in_file.mistakes, *flags.mistakes]
+    judged = {name for name in given if name in flags.values or not _depends_on(name) & flags.values.keys()}
+    model, data, lora, run = (_build(group, given) for group in GROUPS)
+    settings = Settings(model, data, lora, run, frozenset(judged))
+    settings.run.output_dir = _resolve_directory(settings.run.output_dir)
+    if settings.lora.q_lora and "use_lora" not in given:
+        settings.lora.use_lora = True
+    for check in (check_settings, *checks):
+        mistakes += [line for line in check(settings) if not _flags_in(line) & bad]
+    missing = [name for name, default in _DEFAULTS.items() if default is dataclasses.MISSING and name not in given]
+    if missing := [f"--{name}" for name in missing if name not in bad]:
+        mistakes.append(f"required: {', '.join(missing)}")
+    if mistakes:
+        raise SettingsError("\n".join(dict.fromkeys(mistakes)))
+    return settings
 
-    def _describe_unknown(self, flag: str) -> str:
-        flag = flag.replace("-", "_").replace("__", "--", 1)
-        if flag in _RETIRED:
-            return f"{flag}: {_RETIRED[flag]}"
-        known = sorted(name for action in self._actions for name in action.option_strings if "-" not in name[2:])
-        guesses = [name for name in known if name.startswith(flag)] or difflib.get_close_matches(flag, known, n=1)
-        return f"{flag}: unknown setting" + (f"; did you mean {guesses[0]}?" if guesses else "; see --help")
 
-    def error(self, message: str) -> NoReturn:
-        # HfArgumentParser gives every flag a second spelling with dashes; one name is enough in a message.
-        raise SettingsError(re.sub(r"/--[a-z0-9_-]+", "", message).removeprefix("argument "))
+_DEFAULTS = {each.name: each.default for group in GROUPS for each in dataclasses.fields(group)}
 
 
 def _build(group: Any, values: dict[str, Any]) -> Any:
-    names = [field.name for field in dataclasses.fields(group) if field.init]
-    return group(**{name: values[name] for name in names if name in values})
+    """A group with its values; a required one that is missing is empty until the mistakes are told."""
+    names = [each.name for each in dataclasses.fields(group)]
+    empty = {name: "" for name in names if _DEFAULTS[name] is dataclasses.MISSING}
+    return group(**{**empty, **{name: values[name] for name in names if name in values}})
+
+
+# ---- words and files ----
+
+
+def _read_file(file: str) -> _Given:
+    try:
+        items = read_settings_file(Path(file))
+    except SettingsError as error:
+        return _Given(mistakes=[str(error)], bad=set(MEANINGS))
+    if foreign := describe_foreign_file(file, {name: value for name, value, _ in items}):
+        return _Given(mistakes=[foreign], bad=set(MEANINGS))
+    return _read_items([(name, value, f"{file}:{line}: ") for name, value, line in items])
+
+
+def _read_items(items: Sequence[tuple[str, Any, str]]) -> _Given:
+    """Settings of a file. items: name, value, and what a mistake in it begins with."""
+    given = _Given()
+    for name, value, place in items:
+        if value is not None:
+            words = as_words(value)
+            # One value is joined to its name, since it may begin with dashes.
+            _read_option(given, [f"--{name}={words[0]}"] if len(words) == 1 else [f"--{name}", *words], place, value)
+    return given
+
+
+def _read_words(words: Sequence[str]) -> _Given:
+    """Settings of a command line, option by option, so that one mistake hides no other."""
+    given = _Given()
+    starts = [i for i, word in enumerate(words) if re.match(r"--[A-Za-z_]", word)]
+    for stray in words[: starts[0] if starts else len(words)]:
+        given.mistakes.append(f"{stray}: belongs to no setting; see --help")
+    for start, end in zip(starts, [*starts[1:], len(words)], strict=False):
+        _read_option(given, list(words[start:end]))
+    return given
+
+
+def _read_option(given: _Given, words: list[str], place: str = "", value: Any = None) -> None:
+    flag, equals, rest = words[0].partition("=")
+    name = flag[2:].replace("-", "_")
+    shown = name if place else f"--{name}"
+
+    def refuse(line: str) -> None:
+        given.mistakes.append(f"{place}{line.replace(f'--{name}', shown)}")
+
+    if name not in _NAMES:
+        text = " ".join([*([rest] if equals else []), *words[1:]])
+        line, meant = _explain_unknown(name, text, value)
+        given.bad |= meant
+        if line:
+            refuse(line)
+        return
+    option = _NAMES[name]
+    try:
+        found, stray = _PARSER.parse_known_args([f"--{name}{equals}{rest}", *words[1:]])
+    except SettingsError as error:
+        given.bad.add(option)
+        refuse(str(error).replace(f"--{option}", f"--{name}"))
+        return
+    for word in stray:
+        refuse(f"{word}: belongs to no setting; see --help")
+    number = getattr(found, option)
+    if mistake := check_number(name, number, MEANINGS[option]):
+        given.bad.add(option)
+        refuse(mistake)
+    elif name == "warmup_ratio" and not 0 <= number < 1:
+        given.bad.add(option)
+        refuse(f"--warmup_ratio {number}: a share of the steps, at least 0 and below 1")
+    else:
+        given.values[option] = _NORMALISE[option](number) if option in _NORMALISE else number
+
+
+def _explain_unknown(name: str, text: str, value: Any) -> tuple[str | None, set[str]]:
+    """What to say of a name that is no option, and the options it may have meant."""
+    if name in REFUSED:
+        return describe_refused(name, text), set()
+    if explained := explain_name(name, value):
+        return explained
+    guesses = [known for known in sorted(_NAMES) if len(name) > 3 and known.startswith(name)]
+    guesses = guesses or difflib.get_close_matches(name, _NAMES, n=1, cutoff=0.8)
+    hint = f"did you mean --{guesses[0]}?" if guesses else "see --help"
+    return f"--{name}: unknown setting; {hint}", {_NAMES[guess] for guess in guesses[:1]}
+
+
+# ---- one option ----
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        # "argument --NAME: VALUE: must be ..." of the readers below, or argparse's own "argument --NAME: invalid ..."
+        line = message.removeprefix("argument ")
+        raise SettingsError(re.sub(r"^(--\w+): (?!invalid |expected )(.*?): ", r"\1 \2: ", line))
+
+
+def _build_parser() -> tuple[_Parser, dict[str, str]]:
+    """Argparse with every option, and the options by all their names."""
+    parser = _Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    names = {}
+    for group in GROUPS:
+        kinds = typing.get_type_hints(group)
+        for each in dataclasses.fields(group):
+            own = [each.name, *MEANINGS[each.name].aliases, *(["warmup_ratio"] if each.name == "warmup_steps" else [])]
+            for name in own:
+                names[name] = each.name
+                options = _describe_type(kinds[each.name], MEANINGS[each.name].choices)
+                parser.add_argument(f"--{name}", dest=each.name, **options)
+            if each.default is True:
+                names[f"no_{each.name}"] = each.name
+                parser.add_argument(f"--no_{each.name}", dest=each.name, action="store_false")
+    return parser, names
+
+
+def _describe_type(kind: Any, choices: tuple[str, ...]) -> dict[str, Any]:
+    """Argparse's description of a plain type, a Literal, a list, a bool or word, or one of them or None."""
+    kinds = [each for each in typing.get_args(kind) if each is not type(None)] if _is_union(kind) else [kind]
+    words = [word for each in kinds if typing.get_origin(each) is typing.Literal for word in typing.get_args(each)]
+    if bool in kinds:
+        return {"nargs": "?", "const": True, "type": functools.partial(_read_bool, words)}
+    if typing.get_origin(kinds[0]) is list:
+        return {"nargs": "+"}
+    chosen = tuple(words) or choices
+    return {"type": functools.partial(_read_choice, chosen)} if chosen else {"type": kinds[0]}
+
+
+def _is_union(kind: Any) -> bool:
+    return typing.get_origin(kind) in (UnionType, typing.Union)
+
+
+def _read_choice(choices: Sequence[str], text: str) -> str:
+    if text in choices:
+        return text
+    if why := next((why for part, why in _LEFT_OUT.items() if part in text), None):
+        raise argparse.ArgumentTypeError(f"{text}: {why}")
+    guesses = difflib.get_close_matches(text, choices, n=1)
+    hint = f"; did you mean {guesses[0]}?" if guesses else ""
+    raise argparse.ArgumentTypeError(f"{text}: must be {_join(choices)}{hint}")
+
+
+def _join(words: Sequence[str]) -> str:
+    return f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _read_bool(words: list[str], text: str) -> bool | str:
+    if text.lower() in ("true", "yes", "t", "y", "1"):
+        return True
+    if text.lower() in ("false", "no", "f", "n", "0"):
+        return False
+    if text.lower() in words:
+        return text.lower()
+    raise argparse.ArgumentTypeError(f"{text}: must be {_join(['True', 'False', *words])}")
+
+
+def _read_targets(words: list[str]) -> Any:
+    """--lora_target_modules: names, also with commas between; one word that is no name is a regular expression."""
+    if words in (["all-linear"], ["all"]):
+        return None  # every linear layer but the output
+    if len(words) == 1 and not re.fullmatch(r"[\w.,\s-]+", words[0]):
+        return words[0]
+    return [name for word in words for name in re.split(r"[,\s]+", word) if name]
+
+
+# What transformers has, but cannot be taken here.
+_LEFT_OUT = {
+    **dict.fromkeys(("layerwise", "lomo"), f"steps inside the backward pass; {OWN_LOOP}"),
+    **dict.fromkeys(("schedule_free", "reduce_lr_on_plateau", "greedy"), LATER),
+}
+_PARSER, _NAMES = _build_parser()
+_NORMALISE: dict[str, Callable[[list[str]], Any]] = {
+    "map": lambda words: [pair for word in words for pair in word.split(",") if pair],
+    "lora_target_modules": _read_targets,
+    "report_to": lambda words: [] if words == ["none"] else words,
+}
+
+
+# ---- a flag and the file ----
 
 
 def _without_outweighed(in_file: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
@@ -122,28 +281,17 @@ def _without_outweighed(in_file: dict[str, Any], flags: dict[str, Any]) -> dict[
 
 def _depends_on(name: str) -> set[str]:
     """Options whose value can make this one void. A flag that does so to a value of the file is no mistake."""
-    meaning = next((each[name] for group in GROUPS if name in (each := list_meanings(group))), Meaning())
-    return {*(_MADE_VOID_BY.get(name, ())), *((meaning.needs or "").split()[:1])} | (
-        {"lora_weight_path"} if meaning.needs == "use_lora" else set()
+    needs = MEANINGS[name].needs or ""
+    return {*(_MADE_VOID_BY.get(name, ())), *needs.split()[:1]} | (
+        {"lora_weight_path"} if needs == "use_lora" else set()
     )
 
 
-def _rename_warmup_ratio(given: dict[str, Any]) -> None:
-    if "warmup_ratio" not in given:
-        return
-    ratio = given.pop("warmup_ratio")
-    if not 0 <= ratio < 1:
-        raise SettingsError(f"--warmup_ratio {ratio}: a share of the steps, at least 0 and below 1")
-    given["warmup_steps"] = ratio
+def _flags_in(line: str) -> set[str]:
+    return set(re.findall(r"--(\w+)", line))
 
 
-def _device_defaults(given: dict[str, Any]) -> dict[str, Any]:
-    """Defaults that depend on the machine: use_cpu if there is no accelerator; on GPUs bf16 if supported, else fp16."""
-    if given.get("use_cpu"):
-        return {}
-    if not torch.cuda.is_available():
-        other = torch.backends.mps.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available())
-        return {} if other else {"use_cpu": True}
-    if any(given.get(name) for name in ("bf16", "fp16", "pure_bf16")) or given.get("bf16") is False:
-        return {}  # --bf16 False asks for fp32
-    return {"bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16": True}
+def _resolve_directory(path: str) -> str:
+    # As the system resolves it: without links, `link/..` is not the directory that holds the link.
+    leaves = ".." in Path(path).parts
+    return (os.path.realpath if leaves else os.path.normpath)(path) if path else ""

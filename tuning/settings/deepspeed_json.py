@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tuning.errors import SettingsError
-from tuning.settings.options import RunArguments, list_meanings
+from tuning.settings.meaning import list_meanings
 
 # Whole blocks that would override a setting, or be ignored.
 _REFUSED = {
@@ -40,7 +40,7 @@ _OTHER_SHARDS = (
 _BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
-def read_deepspeed_config(path: str, settings: RunArguments) -> dict[str, Any]:
+def read_deepspeed_config(path: str, settings: Any) -> dict[str, Any]:
     """DeepSpeed's configuration, completed from the command line: gradient accumulation is 1 as far as DeepSpeed knows.
 
     Raises: SettingsError: no such file, no JSON, no ZeRO stage, or a value that contradicts the command line.

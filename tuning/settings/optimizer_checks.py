@@ -11,7 +11,6 @@ from transformers import Trainer, get_scheduler
 
 from tuning.errors import SettingsError
 from tuning.messages import first_line
-from tuning.settings.options import RunArguments
 
 _STEPS = 100  # of the schedule that is tried
 _OF_ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
@@ -19,7 +18,7 @@ _NOT_FINITE = re.compile("[-+]?(nan|inf|infinity)", re.IGNORECASE)
 _TRIED_VALUES = ("0.1234", "0.4321", "true", "")  # of optim_args: numbers, and words that say yes or no
 
 
-def check_optimizer(run: RunArguments, given: set[str]) -> None:
+def check_optimizer(run: Any, given: set[str]) -> None:
     """Build what --optim and --lr_scheduler_type name, with their arguments.
 
     given: names of the options that were given; one that optimizer or schedule do not read is an error.
@@ -49,7 +48,7 @@ def check_optimizer(run: RunArguments, given: set[str]) -> None:
     _check_schedule(run, given, optimizer)
 
 
-def _choose_optimizer(run: RunArguments) -> tuple[Any, dict[str, Any]]:
+def _choose_optimizer(run: Any) -> tuple[Any, dict[str, Any]]:
     chosen, arguments = Trainer.get_optimizer_cls_and_kwargs(run)
     return chosen, arguments
 
@@ -58,7 +57,7 @@ def _drop(optim_args: str, name: str) -> str:
     return ",".join(each for each in optim_args.replace(" ", "").split(",") if each.partition("=")[0] != name)
 
 
-def _differs(run: RunArguments, name: str, values: Sequence[Any]) -> bool:
+def _differs(run: Any, name: str, values: Sequence[Any]) -> bool:
     """Whether the optimizer's arguments follow this setting; a value that it cannot read counts as read."""
     found = set()
     for value in values:
@@ -71,7 +70,7 @@ def _differs(run: RunArguments, name: str, values: Sequence[Any]) -> bool:
     return len(found) > 1
 
 
-def _check_schedule(run: RunArguments, given: set[str], optimizer: Any) -> None:
+def _check_schedule(run: Any, given: set[str], optimizer: Any) -> None:
     kind = f"--lr_scheduler_type {run.lr_scheduler_type.value}"
     kwargs: Any = run.lr_scheduler_kwargs or {}
     try:
@@ -90,7 +89,7 @@ def _check_schedule(run: RunArguments, given: set[str], optimizer: Any) -> None:
         raise SettingsError(f"--warmup_steps {run.warmup_steps:g}: has no effect with {kind}{way_out}")
 
 
-def _schedule_factors(run: RunArguments, optimizer: Any, warmup: int, kwargs: dict[str, Any]) -> list[Any]:
+def _schedule_factors(run: Any, optimizer: Any, warmup: int, kwargs: dict[str, Any]) -> list[Any]:
     """The learning rate over the peak rate at every step of a short run."""
     # A schedule keeps its first rate in the optimizer's groups, so each try has groups of its own.
     for group in optimizer.param_groups:
@@ -100,7 +99,7 @@ def _schedule_factors(run: RunArguments, optimizer: Any, warmup: int, kwargs: di
     return [schedule.lr_lambdas[0](step) for step in range(_STEPS + 1)]
 
 
-def _reads_no_arguments(run: RunArguments, optimizer: Any) -> bool:
+def _reads_no_arguments(run: Any, optimizer: Any) -> bool:
     try:
         _schedule_factors(run, optimizer, 10, {"no_such_argument": 1})
     except TypeError:

@@ -1,6 +1,4 @@
-"""What each of transformers' TrainingArguments means here. options.py declares those with another default anew."""
-
-from tuning.settings.meaning import Meaning
+"""transformers' options that mean nothing here, each with the reason. options.py declares the others."""
 
 _STEP = "has no effect here: micro-batches are built by token count, and the loss is summed over all ranks"
 OWN_LOOP = "the training step and the evaluation here do not use it"
@@ -9,20 +7,8 @@ LATER = "not available yet"
 _FSDP = (
     "--fsdp full_shard or shard_grad_op is all there is to set; layers and precision follow from the model and --bf16"
 )
-_COUNT = 2**53  # of steps and epochs, which are floats here
-_SEEDS = 2**32  # numpy's seeds are below
+_RETIRED = "not needed; the conversations of a step are laid out by length already"
 
-_SUPPORTED = [
-    "logging_strategy", "log_level", "log_level_replica", "report_to", "eval_on_start",
-    "save_strategy", "full_determinism", "use_cpu", "dataloader_pin_memory",
-    "ddp_find_unused_parameters",
-    "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend", "do_train", "do_eval", "local_rank",
-    "metric_for_best_model", "greater_is_better", "save_only_model", "activation_checkpointing",
-]  # fmt: skip
-_TRAJECTORY = [
-    "lr_scheduler_type", "lr_scheduler_kwargs", "optim", "optim_args",
-    "tf32", "load_best_model_at_end",
-]  # fmt: skip
 _REFUSED = {
     _STEP: [
         "average_tokens_across_devices", "auto_find_batch_size", "dataloader_drop_last", "train_sampling_strategy",
@@ -45,38 +31,18 @@ _REFUSED = {
         "hub_revision",
     ],
     _FSDP: ["fsdp_config"],
+    _RETIRED: ["group_by_length"],
 }  # fmt: skip
+REFUSED = {name: reason for reason, names in _REFUSED.items() for name in names}
+ON_BY_DEFAULT = {
+    "average_tokens_across_devices", "remove_unused_columns", "dataloader_in_order", "eval_do_concat_batches",
+    "logging_nan_inf_filter", "log_on_each_node", "skip_memory_metrics",
+}  # fmt: skip
+_SAYS_NOTHING = ("false", "no", "none", "null", "0", "0.0")
 
-# Every field that options.py does not declare. A test holds it complete.
-MEANINGS: dict[str, Meaning] = {
-    **dict.fromkeys(_SUPPORTED, Meaning()),
-    **dict.fromkeys(_TRAJECTORY, Meaning(trajectory=True)),
-    **{name: Meaning(refused=reason) for reason, names in _REFUSED.items() for name in names},
-    "run_name": Meaning(needs="report_to"),
-    "dataloader_num_workers": Meaning(at_least=0),
-    "dataloader_persistent_workers": Meaning(needs="dataloader_num_workers"),
-    "dataloader_prefetch_factor": Meaning(at_least=1, needs="dataloader_num_workers"),
-    "ddp_bucket_cap_mb": Meaning(at_least=1),
-    "ddp_timeout": Meaning(at_least=1),
-    "eval_delay": Meaning(at_least=0, below=_COUNT, needs="eval_strategy steps|epoch"),
-    "max_steps": Meaning(trajectory=True, at_least=-1),
-    "num_train_epochs": Meaning(trajectory=True, above=0, below=_COUNT),
-    "warmup_steps": Meaning(trajectory=True, at_least=0, below=_COUNT),
-    "weight_decay": Meaning(trajectory=True, at_least=0),
-    "adam_beta1": Meaning(trajectory=True, at_least=0, below=1),
-    "adam_beta2": Meaning(trajectory=True, at_least=0, below=1),
-    "adam_epsilon": Meaning(trajectory=True, at_least=0),
-    "seed": Meaning(trajectory=True, at_least=0, below=_SEEDS),
-    "data_seed": Meaning(trajectory=True, at_least=0, below=_SEEDS),
-    "learning_rate": Meaning(trajectory=True, above=0),
-    "per_device_train_batch_size": Meaning(at_least=1, deepspeed="train_micro_batch_size_per_gpu"),
-    "per_device_eval_batch_size": Meaning(at_least=1),
-    "gradient_accumulation_steps": Meaning(at_least=1, deepspeed="gradient_accumulation_steps"),
-    "max_grad_norm": Meaning(trajectory=True, at_least=0, deepspeed="gradient_clipping"),
-    "bf16": Meaning(trajectory=True, deepspeed="bf16.enabled"),
-    "fp16": Meaning(trajectory=True, deepspeed="fp16.enabled"),
-    "save_steps": Meaning(above=0, below=_COUNT, needs="save_strategy steps"),
-    "save_total_limit": Meaning(at_least=1, needs="save_strategy steps|epoch|best"),
-    "eval_strategy": Meaning(aliases=("evaluation_strategy",)),
-    "eval_steps": Meaning(above=0, below=_COUNT, needs="eval_strategy steps"),
-}
+
+def describe_refused(name: str, text: str) -> str | None:
+    """Why an option is refused; None where the value is the default, which asks for nothing. text: its value."""
+    word = text.strip().lower()
+    is_default = word in ("", "true", "yes", "1") if name in ON_BY_DEFAULT else word in _SAYS_NOTHING
+    return None if is_default else f"--{name}{f' {text}' if text else ''}: {REFUSED[name]}"

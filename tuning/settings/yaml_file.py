@@ -1,4 +1,4 @@
-"""YAML files of settings, turned into the words of a command line."""
+"""YAML files of settings: names, values, lines."""
 
 import json
 import re
@@ -30,16 +30,15 @@ _UniqueKeys.add_implicit_resolver(
 )
 
 
-def read_settings_file(path: Path) -> list[str]:
-    """Words of a command line: `learning_rate: 1e-4` becomes --learning_rate 1e-4.
-
-    Lists become several words, true and false True and False, mappings JSON; null leaves a setting at its default.
-    Paths are relative to the working directory, as on the command line.
+def read_settings_file(path: Path) -> list[tuple[str, Any, int]]:
+    """Name, value and line of every setting. Paths are relative to the working directory, as on the command line.
 
     Raises: SettingsError: no such file, invalid YAML (line), no mapping.
     """
     try:
-        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+        loader = _UniqueKeys(path.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        settings = None if node is None else loader.construct_document(node)
     except OSError as error:
         raise SettingsError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -47,18 +46,16 @@ def read_settings_file(path: Path) -> list[str]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise SettingsError(f"{path}:{line}: invalid YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: dates and numbers that are none
         raise SettingsError(f"{path}: invalid YAML: {str(error).splitlines()[0]}") from None
-    if not isinstance(settings, dict):
+    if not isinstance(node, yaml.MappingNode) or not isinstance(settings, dict):
         raise SettingsError(f"{path}: expected settings, one `name: value` a line")
-    words = []
-    for name, value in settings.items():
-        if value is not None:
-            words += [f"--{name}", *_as_words(value)]
-    return words
+    lines = {str(loader.construct_object(key, deep=True)): key.start_mark.line + 1 for key, _ in node.value}
+    return [(str(name), value, lines.get(str(name), 1)) for name, value in settings.items()]
 
 
-def _as_words(value: Any) -> list[str]:
-    if isinstance(value, list):
-        return [word for item in value for word in _as_words(item)]
-    return [json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value)]
+def as_words(value: Any) -> list[str]:
+    """The words of a command line that say the same: of a list each item, of a mapping JSON."""
+    if isinstance(value, list | tuple):
+        return [word for item in value for word in as_words(item)]
+    return [json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, dict) else str(value)]

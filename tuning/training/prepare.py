@@ -6,7 +6,8 @@ import transformers
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from tuning.checkpoint.base import BaseModel
-from tuning.distributed.processes import is_rank_0, on_all_ranks, on_rank_0, say
+from tuning.console import is_rank_0, say
+from tuning.distributed.processes import on_all_ranks, on_rank_0
 from tuning.distributed.sharding import SHARDED, shard_model
 from tuning.model.build import TokensInUse, build_training_model
 from tuning.model.loading import load_model
@@ -18,8 +19,9 @@ from tuning.model.training_model import (
     check_positions,
     count_parameters,
     enable_gradient_checkpointing,
+    trains_row,
 )
-from tuning.settings.options import Arguments
+from tuning.settings.arguments import Arguments
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,11 @@ def prepare_model(
     say(f"       {trainable:,} of {total:,} parameters train; computing in {dtype}")
     if base.quantization:
         say(f"       its linear layers: {base.quantization.describe()}")
+    if is_base and not trains_row(training_model, tokens.stop_id):
+        say(
+            f"warning: the rows of {tokens.stop} ({tokens.stop_id}) do not train, and a base model has never learnt "
+            "them: answers may not end; use --train_embeddings auto (of an adapter: start a new one)"
+        )
     check_positions(training_model, longest)
     obstacle = enable_packing(training_model, max_length=longest, dtype=base.compute_dtype)
     packed = "packed sequences" if obstacle is None else f"padded sequences; this model cannot pack: {obstacle}"

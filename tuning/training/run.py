@@ -3,22 +3,22 @@
 import shlex
 import shutil
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
 from tuning.checkpoint.base import BaseModel
 from tuning.checkpoint.output_directory import check_run_directory, prepare_output_directory, write_plan
-from tuning.checkpoint.ownership import new_result
+from tuning.checkpoint.ownership import new_result, step_of
 from tuning.checkpoint.result import ResultWriter
 from tuning.checkpoint.resume import StartingPoint
-from tuning.checkpoint.run_record import RunFacts, RunRecord, describe_environment
-from tuning.distributed.processes import CONSOLE, check_agreement, is_rank_0, leave_processes, on_rank_0, say
+from tuning.checkpoint.run_record import RunFacts, RunRecord, describe_environment, read_sessions
+from tuning.console import CONSOLE, is_rank_0, say
+from tuning.distributed.processes import check_agreement, leave_processes, on_rank_0
 from tuning.distributed.startup import check_shared
 from tuning.machine import describe_device
 from tuning.messages import RESUME_HINT
 from tuning.planning.plan import Plan
-from tuning.settings.options import Arguments, RunArguments, describe_settings, flatten_settings
+from tuning.settings.arguments import Arguments, RunArguments, describe_settings, flatten_settings
 from tuning.training.prepare import PreparedModel
 from tuning.training.progress import LOSS_PLOT_FILE, ProgressCallback
 from tuning.training.trainer import StepTrainer
@@ -55,8 +55,13 @@ def describe_run(
     environment: dict[str, Any],
     start: StartingPoint,
     data: Any,
+    *,
+    began: float,
 ) -> RunRecord:
-    """The record of a run that is about to begin. data: data_utils' TrainingData."""
+    """The record of a run that is about to begin.
+
+    data: data_utils' TrainingData. began: time.perf_counter() when the program began.
+    """
     run = arguments.run
     values = {
         **environment,
@@ -72,7 +77,10 @@ def describe_run(
         "processes": run.world_size,
         "engine": run.engine,
     }
-    return RunRecord(Path(run.output_dir), facts, values)
+    record = RunRecord(Path(run.output_dir), facts, values, began=began)
+    earlier = read_sessions(start.checkpoint.parent) if start.checkpoint else []
+    record.begin_session(earlier, first_step=step_of(start.checkpoint) + 1 if start.checkpoint else 1)
+    return record
 
 
 def begin_run(record: RunRecord, start: StartingPoint, dropped: Path | None) -> None:
@@ -83,19 +91,15 @@ def begin_run(record: RunRecord, start: StartingPoint, dropped: Path | None) -> 
     record.write("running")
 
 
-def run_training(
-    trainer: StepTrainer, record: RunRecord, writer: ResultWriter, start: StartingPoint, *, began: float
-) -> int:
+def run_training(trainer: StepTrainer, record: RunRecord, writer: ResultWriter, start: StartingPoint) -> int:
     """Train from the starting point and write the result, or what a stop leaves. All processes must call this.
-
-    began: time.perf_counter() when the program began.
 
     Returns: exit code: 0, or 128 and the number of the signal that stopped it.
 
     Raises: MachineError: what training could not do.
     """
     if is_rank_0():
-        trainer.add_callback(progress := ProgressCallback(CONSOLE, record.directory))
+        trainer.add_callback(progress := _build_progress(trainer, record))
     try:
         trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
     except BaseException as error:
@@ -112,7 +116,6 @@ def run_training(
         say(f"stopped by {name} at step {step:,} of {last:,}; {then}")
         trainer.close()
         return 128 + trainer.stopped_by
-    record.results["wall_s"] = round(time.perf_counter() - began, 1)
     state = writer.collect()
 
     def write_result() -> None:
@@ -126,13 +129,24 @@ def run_training(
     return 0
 
 
+def _build_progress(trainer: StepTrainer, record: RunRecord) -> ProgressCallback:
+    vocabulary = trainer.model.causal_lm.get_input_embeddings()
+    return ProgressCallback(CONSOLE, record.directory, vocabulary_size=vocabulary.num_embeddings)
+
+
 def say_summary(record: RunRecord, scripts: Path, *, use_lora: bool) -> None:
     """Where everything is, and what to do next. scripts: the directory of chat.py and merge_lora.py."""
     results: dict[str, Any] = record.results
     python = f"python {'' if Path.cwd() == scripts else shlex.quote(f'{scripts}/')}"
     out, merged = shlex.quote(str(record.directory)), shlex.quote(f"{record.directory}-merged")
-    if results["loss"]:
-        say(f"loss: first {results['loss']['first']:.4f}, last {results['loss']['last']:.4f}")
+    if loss := results["loss"]:
+        say(f"loss: first {loss['first']:.4f}, last {loss['last']:.4f}")
+        if results["steps"] > 1 and loss["last"] > loss["first"]:
+            say("warning: the loss ended higher than it began; lower --learning_rate, or look at the data")
+    if best := results["best"]:
+        say(f"evaluation: best loss {best['eval_loss']:.4f} at step {best['step']:,}, last {results['eval_loss']:.4f}")
+        if results["eval_loss"] > best["eval_loss"] and not record.values["settings"]["run"]["load_best_model_at_end"]:
+            say("            the result is the last step; --load_best_model_at_end True takes the best")
     say(f"trained {results['steps']:,} steps in {results['train_s']:,} s, {results['tokens_per_s']:,} tokens/s")
     memory = record.values["plan"]["memory"]
     planned = memory and f" (planned: {memory['total'] / 2**30:.2f})"

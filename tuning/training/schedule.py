@@ -39,17 +39,6 @@ def find_due(args: Any, state: Any, steps_per_epoch: int) -> Due:
     )
 
 
-def describe_warmup(args: Any, num_steps: int) -> str | None:
-    """What is to say of a warm-up that does not end within the run. args: TrainingArguments."""
-    warmup = args.get_warmup_steps(num_steps)
-    if warmup < num_steps or args.lr_scheduler_type.value == "constant":
-        return None
-    return (
-        f"schedule: the warm-up of {warmup:,} steps is no shorter than the run of {num_steps:,}; the learning rate "
-        f"only reaches {(num_steps - 1) / warmup:.0%} of --learning_rate; lower --warmup_steps"
-    )
-
-
 class ScheduleCallback(TrainerCallback):
     """Orders what is due after each step, in place of transformers' DefaultFlowCallback.
 

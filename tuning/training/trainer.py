@@ -36,7 +36,7 @@ from tuning.machine import is_out_of_memory, peak_memory_gib
 from tuning.messages import RESUME_HINT
 from tuning.model.training_model import TrainingModel
 from tuning.planning.operations import count_operations, measure_matmul_rate
-from tuning.settings.options import RunArguments
+from tuning.settings.arguments import RunArguments
 from tuning.training.failures import describe_lost_process, describe_out_of_memory
 from tuning.training.gradient_check import GradientCheck
 from tuning.training.metrics import StepMetrics

@@ -1,0 +1,207 @@
+"""A conversation with a model, one answer, or many."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from data_utils.sources import printable
+from data_utils.template import ChatTemplate
+from data_utils.tokenizer import load_tokenizer
+from inference.generate import generate_answers, stream_answer
+from tuning.checkpoint.adapter import check_adapter_fits, find_trained_quantization, load_lora
+from tuning.checkpoint.merge import find_base, tokenizer_source
+from tuning.errors import explain_bad_files, read_json_object
+from tuning.model.loading import Trust, load_generation_config, load_model
+from tuning.model.training_model import TrainingModel
+
+HELP = """\
+:help                    this text
+:clear                   forget the conversation
+:history                 show the conversation
+:system TEXT             set the system turn and forget the conversation; without TEXT, none
+:conf NAME=VALUE ...     set temperature, top_p, top_k, repetition_penalty, max_new_tokens; alone: show what was set
+:seed N                  random seed of the next answers
+:exit                    leave (Ctrl-D too)
+Ctrl-C stops an answer. Pasted text may have several lines; or begin and end with a line of \"\"\"."""
+
+# Type, least and largest value. Beyond them logits overflow, or no token is left to choose.
+SETTINGS: dict[str, tuple[type, float, float]] = {
+    "temperature": (float, 0, 100),
+    "top_p": (float, 0.001, 1),
+    "top_k": (int, 0, 1_000_000),
+    "repetition_penalty": (float, 0.01, 100),
+    "max_new_tokens": (int, 1, 1_000_000),
+}
+_LEAST_TEMPERATURE = 0.001  # but for 0, which takes the likeliest token
+
+
+class Chat:
+    """One conversation with a model.
+
+    Raises: SettingsError: no model, no adapter, or they do not fit. DataError: no tokenizer.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        path = Path(args.model)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        options: dict[str, Any] = vars(Trust(args.trust_remote_code, args.allow_pickle))
+        dtype: Any = "auto" if device.type == "cuda" else torch.float32
+        if (path / "adapter_config.json").is_file():
+            base = find_base(path, args.base, None)
+            self.tokenizer = load_tokenizer(str(tokenizer_source(path, base)), trust_remote_code=args.trust_remote_code)
+            check_adapter_fits(path, base, trust_remote_code=args.trust_remote_code)
+            model = load_model(
+                str(base), dtype=dtype, quantization=find_trained_quantization(path), device=device, **options
+            )
+            training_model = TrainingModel(*load_lora(model, path))
+            if (generation_config := load_generation_config(str(path))) is not None:
+                model.generation_config = generation_config  # where the adapter was trained to stop
+        else:
+            self.tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
+            training_model = TrainingModel(load_model(args.model, dtype=dtype, device=device, **options))
+        self.training_model = training_model.to(device).eval()
+        self.model = training_model.causal_lm
+        self.template = ChatTemplate(self.tokenizer)
+        self.system = _trained_system_message(path) if args.system is None else args.system
+        self.history: list[dict[str, str]] = []
+        self.settings: dict[str, Any] = {"max_new_tokens": args.max_new_tokens}
+
+    def encode(self, question: str) -> list[int]:
+        """Token ids of the conversation with one more question."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return self.template.encode_prompt([*system, *self.history, {"role": "user", "content": question}])
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What generate is given: the model's own settings, changed by :conf."""
+        options = dict(self.settings)
+        if "temperature" in options:
+            options["do_sample"] = options["temperature"] > 0
+            if not options["do_sample"]:
+                options["temperature"] = None
+        return options
+
+    def ask(self, question: str) -> None:
+        """Print an answer as it comes, and remember both."""
+        prompt = self.encode(question)
+        answer = stream_answer(self.model, self.tokenizer, prompt, _write, **self.options)
+        notes = {
+            "stop": "",
+            "length": f"  [cut after {self.settings['max_new_tokens']} tokens]",
+            "interrupt": "  [stopped]",
+        }
+        _write(notes[answer.ended_by] + "\n")
+        self.history += [{"role": "user", "content": question}, {"role": "assistant", "content": answer.text}]
+
+    def command(self, line: str) -> str:
+        """Run a :command. Returns: what to print."""
+        name, _, rest = line.partition(" ")
+        rest = rest.strip()
+        if name == ":help":
+            return HELP
+        if name == ":clear":
+            self.history = []
+            return "conversation forgotten"
+        if name == ":history":
+            return "\n".join(f"{m['role']}: {m['content']}" for m in self.history) or "nothing said yet"
+        if name == ":system":
+            self.system, self.history = rest or None, []
+            return f"system: {rest}" if rest else "no system turn"
+        if name == ":seed":
+            # int() reads any digits, of any length up to Python's own limit; what it does not read is no number.
+            try:
+                transformers.set_seed(int(rest) % 2**32)
+            except ValueError:
+                return f":seed {rest}: expected a whole number"
+            return f"seed {rest}"
+        if name == ":conf":
+            return self._configure(rest)
+        return f"{line}: not a command; :help lists them"
+
+    def _configure(self, words: str) -> str:
+        for word in words.split():
+            name, _, text = word.partition("=")
+            if name not in SETTINGS:
+                return f"{name}: not a setting ({', '.join(SETTINGS)})"
+            kind, least, largest = SETTINGS[name]
+            try:
+                value = kind(text)
+            except ValueError:
+                return f"{word}: expected {name}=NUMBER"
+            if not least <= value <= largest:  # NaN is in no range
+                return f"{word}: must be from {least:g} to {largest:g}"
+            if name == "temperature" and 0 < value < _LEAST_TEMPERATURE:
+                return f"{word}: must be 0, or at least {_LEAST_TEMPERATURE:g}"
+            self.settings[name] = value
+        return "  ".join(f"{name}={value}" for name, value in self.settings.items())
+
+
+def run(args: argparse.Namespace, prompts: list[str]) -> None:
+    """Answer once, many times (prompts), or in a conversation. args: of chat.py."""
+    chat = Chat(args)
+    if args.prompts:
+        ids = [chat.encode(prompt) for prompt in prompts]
+        answers = generate_answers(chat.model, chat.tokenizer, ids, batch_size=args.batch_size, **chat.options)
+        for prompt, answer in zip(prompts, answers, strict=True):
+            print(
+                json.dumps({"prompt": prompt, "answer": answer.text, "ended_by": answer.ended_by}, ensure_ascii=False)
+            )
+            sys.stdout.flush()
+    elif args.prompt is not None:
+        chat.ask(args.prompt)
+    else:
+        converse(chat, args.model)
+
+
+def converse(chat: Chat, name: str) -> None:
+    """Read questions and commands from the terminal until :exit or Ctrl-D."""
+    import readline  # noqa: F401  line editing, history, and pasted text in one piece
+
+    print(f"{name}: :help lists the commands, :exit leaves")
+    while True:
+        try:
+            line = _read_question()
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:  # forgets the line, not the conversation
+            print()
+            continue
+        if not line.strip():
+            continue
+        if line.strip() == ":exit":
+            return
+        if line.startswith(":"):
+            print(printable(chat.command(line.strip())))
+        else:
+            chat.ask(line)
+
+
+def _read_question() -> str:
+    line = input("> ")
+    if line.strip() != '"""':
+        return line
+    lines = []
+    while (line := input("... ")).strip() != '"""':
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _trained_system_message(path: Path) -> str | None:
+    """The --system_message of the run, where the template does not carry it itself."""
+    run = path / "run.json"
+    if not run.is_file():
+        return None
+    with explain_bad_files(f"{run}: is not as it was written"):
+        message = read_json_object(run)["settings"]["data"]["system_message"]
+    return None if message is None else str(message)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(printable(text))
+    sys.stdout.flush()

@@ -1,0 +1,195 @@
+"""One fine-tuning, top to bottom: data -> plan -> where to start -> model -> training -> result."""
+
+from pathlib import Path
+
+from commands.paths import read_options
+from data_utils.cache import RowCache, default_root
+from data_utils.dataset import DROPPED_FILE, TokenizedRows
+from data_utils.steps import StepDataset
+from data_utils.template import ChatTemplate
+from data_utils.tokenizer import load_tokenizer
+from data_utils.training_data import TrainingData, read_training_data
+from inference.samples import SampleCallback
+from tuning.checkpoint.base import inspect_base
+from tuning.checkpoint.result import ResultWriter
+from tuning.checkpoint.resume import describe_facts, find_starting_point
+from tuning.console import is_rank_0, say
+from tuning.distributed.processes import check_agreement, leave_processes, on_all_ranks, on_rank_0
+from tuning.distributed.startup import start_processes
+from tuning.model.build import TokensInUse
+from tuning.planning.plan import check_plan, plan_run
+from tuning.planning.survey import survey_steps
+from tuning.settings.arguments import Arguments, RunArguments, build_arguments
+from tuning.settings.options import Settings
+from tuning.training.announce import describe_checkpoints, describe_training, find_doubts, find_rates
+from tuning.training.prepare import prepare_model
+from tuning.training.run import begin_run, check_run, describe_run, finish_dry_run, run_training, say_summary
+from tuning.training.trainer import StepTrainer
+
+
+def run(settings: Settings, *, began: float) -> int:
+    """Run one fine-tuning. began: time.perf_counter() when the program began.
+
+    Returns: exit code. Raises: DataError, SettingsError: the user's mistakes. MachineError: what could not be done.
+    """
+    # ---- processes ----
+    arguments = build_arguments(settings)
+    start_processes(arguments)
+    environment = check_run(arguments)
+    run = arguments.run
+
+    # ---- data ----
+    data = on_all_ranks(lambda: read_data(arguments))
+    check_agreement(data.fingerprints)
+
+    # ---- plan ----
+    tokens = describe_tokens(data)
+    base = inspect_base(arguments, tokens)
+    plan = on_rank_0(
+        lambda: plan_run(
+            base,
+            lambda budget, packed: survey_steps(build_steps(arguments, data.rows, budget, packed=packed), run),
+            run,
+            model_max_length=arguments.data.model_max_length,
+            longest=data.longest,
+        )
+    )
+    for doubt in find_doubts(arguments, plan, find_rates(run, plan.survey.num_steps)):
+        say(doubt)
+    if run.dry_run:
+        return finish_dry_run(run, plan, data.account)
+
+    # ---- where to start ----
+    facts = describe_facts(arguments, base, environment, data.account, plan.survey.max_tokens)
+    start = on_rank_0(lambda: find_starting_point(run, facts))
+    for note in start.notes:
+        say(note)
+    if start.finished:
+        leave_processes()
+        return 0
+
+    # ---- model ----
+    rows_per_step = start.rows_per_step or count_rows_per_step(run)
+    say("run: " + "\n     ".join(describe_training(arguments, plan, rows_per_step)))
+    for line in describe_checkpoints(arguments, plan, base.compute_dtype):
+        say(line)
+    say(plan.describe_memory())
+    if warning := check_plan(plan, run):
+        say(warning)
+    model = prepare_model(
+        arguments, base, data.tokenizer, tokens, longest=data.longest, checkpointing=plan.checkpointing
+    )
+
+    # ---- training ----
+    packed, budget = model.padded_because is None, plan.survey.max_tokens
+    steps = build_steps(arguments, data.rows, budget, packed=packed, rows_per_step=rows_per_step)
+    eval_steps = build_eval_steps(arguments, data.eval_rows, budget, packed=packed)
+    facts = facts.with_step(steps.rows_per_step)
+    record = describe_run(arguments, base, model, plan, facts, environment, start, data, began=began)
+    writer = ResultWriter(model.training_model, data.tokenizer, model.generation_config, base=base, facts=facts)
+    dropped = data.rows.directory / DROPPED_FILE if data.account.dropped else None
+    trainer = StepTrainer(
+        model.training_model,
+        run,
+        train_dataset=steps,
+        eval_dataset=eval_steps,
+        writer=writer,
+        on_begin=lambda: begin_run(record, start, dropped),
+        loraplus_lr_ratio=arguments.lora.loraplus_lr_ratio,
+    )
+    if data.samples and is_rank_0():
+        trainer.add_callback(SampleCallback(model.training_model, data.tokenizer, data.samples, run, say))
+
+    # ---- result ----
+    code = run_training(trainer, record, writer, start)
+    if code == 0:
+        say_summary(record, Path(__file__).parent.parent, use_lora=arguments.lora.use_lora)
+    return code
+
+
+def read_data(arguments: Arguments) -> TrainingData:
+    """Tokenise the files, or find them tokenised. Raises: DataError, SettingsError."""
+    model, data, run = arguments.model, arguments.data, arguments.run
+    if data.lazy_preprocess:
+        say("--lazy_preprocess: conversations are always tokenised first here; it has no effect")
+    tokenizer = load_tokenizer(
+        model.model_name_or_path,
+        system_message=data.system_message,
+        chat_template=data.chat_template,
+        chat_template_kwargs=data.chat_template_kwargs,
+        cache_dir=model.cache_dir,
+        trust_remote_code=model.trust_remote_code,
+    )
+    template = ChatTemplate(tokenizer, system_message=data.system_message, label_mask=data.label_mask)
+    options = read_options(data, seed=run.order_seed)
+    return read_training_data(
+        tokenizer,
+        template,
+        options,
+        paths=data.data_path,
+        eval_paths=data.eval_data_path,
+        eval_share=data.eval_share,
+        prompts_path=run.sample_prompts,
+        cache=RowCache(None if data.no_cache else default_root(model.cache_dir)),
+        say=say,
+    )
+
+
+def describe_tokens(data: TrainingData) -> TokensInUse:
+    """What the model must know of the template and the data."""
+    template = data.template
+    return TokensInUse(
+        stop_id=template.stop_id,
+        stop=template.stop,
+        template_ids=template.encoder.template_ids,
+        largest_id=data.largest_token_id,
+        vocabulary_size=len(data.tokenizer),
+    )
+
+
+def build_steps(
+    arguments: Arguments, rows: TokenizedRows, max_tokens: int, *, packed: bool, rows_per_step: int | None = None
+) -> StepDataset:
+    """This rank's micro-batches of every training step.
+
+    rows_per_step: conversations of a step over all ranks, of the checkpoint on resume; None: per-device batch size x
+    accumulation x ranks.
+    """
+    run = arguments.run
+    return StepDataset(
+        rows,
+        rows_per_step=rows_per_step or count_rows_per_step(run),
+        max_tokens=max_tokens,
+        packed=packed,
+        seed=run.order_seed,
+        rank=run.process_index,
+        num_ranks=run.world_size,
+    )
+
+
+def count_rows_per_step(run: RunArguments) -> int:
+    """Conversations of a step over all processes, as the settings say it."""
+    return run.per_device_train_batch_size * run.gradient_accumulation_steps * run.world_size
+
+
+def build_eval_steps(
+    arguments: Arguments, rows: TokenizedRows | None, limit: int, *, packed: bool
+) -> StepDataset | None:
+    """This rank's share of the evaluation, in the order of the file.
+
+    limit: tokens of a micro-batch of training, whose memory was planned; the batch layout does not change the loss.
+    """
+    if rows is None:
+        return None
+    run = arguments.run
+    batch = run.per_device_eval_batch_size
+    budget = batch * arguments.data.model_max_length
+    return StepDataset(
+        rows,
+        rows_per_step=batch * run.world_size,
+        max_tokens=max(int(rows.lengths.max()), min(budget, limit)),
+        packed=packed,
+        seed=None,
+        rank=run.process_index,
+        num_ranks=run.world_size,
+    )

@@ -1,0 +1,83 @@
+"""What can be said of paths and data before torch and transformers are imported."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from data_utils.conversations import DataOptions, check_first_rows, read_names
+from data_utils.model_path import explain_missing_model, find_template
+from data_utils.sources import DataError, find_sources
+from tuning.checkpoint.output_directory import check_run_directory
+from tuning.console import is_rank_0
+from tuning.errors import SettingsError
+from tuning.settings.options import DataArguments, Settings
+
+
+def check_model(path: str) -> None:
+    """Raises: SettingsError: neither a directory nor a hub name."""
+    if mistake := explain_missing_model(path):
+        raise SettingsError(mistake)
+
+
+def check_adapter(path: str) -> None:
+    """Raises: SettingsError: no such directory, or no adapter in it."""
+    if mistake := _explain_missing_adapter(path):
+        raise SettingsError(mistake)
+
+
+def find_missing_paths(settings: Settings) -> Iterator[str]:
+    """Hold the paths of a run against the disk. Yields: a line for each mistake, with the flags it is about.
+
+    Of several processes the first one does so; what another machine lacks is found when they read it.
+    """
+    if not is_rank_0():
+        return
+    model, data, lora, run = settings
+    if model.model_name_or_path and (mistake := explain_missing_model(model.model_name_or_path)):
+        yield f"--model_name_or_path {mistake}"
+    for name, paths in (("data_path", data.data_path), ("eval_data_path", data.eval_data_path)):
+        for path in paths or ():
+            try:
+                find_sources([path])
+            except DataError as error:
+                yield f"--{name} {error}"
+    for name, file in (
+        ("chat_template", data.chat_template and str(find_template(data.chat_template))),
+        ("sample_prompts", run.sample_prompts),
+        ("deepspeed", run.deepspeed),
+    ):
+        if file is not None and not Path(file).is_file():
+            yield f"--{name} {file}: {'is a directory' if Path(file).is_dir() else 'no such file'}"
+    if lora.lora_weight_path and (mistake := _explain_missing_adapter(lora.lora_weight_path)):
+        yield f"--lora_weight_path {mistake}"
+    if run.output_dir:
+        try:
+            check_run_directory(settings)
+        except SettingsError as error:
+            yield str(error)
+
+
+def _explain_missing_adapter(path: str) -> str | None:
+    if not Path(path).is_dir():
+        return f"{path}: no such directory"
+    return None if (Path(path) / "adapter_config.json").is_file() else f"{path}: no adapter_config.json in it"
+
+
+def read_options(data: DataArguments, *, seed: int) -> DataOptions:
+    """How data files become rows. seed: of samples."""
+    return DataOptions(
+        max_length=data.model_max_length,
+        on_long=data.on_long,
+        data_format=data.data_format,
+        supervise=data.supervise,
+        on_bad_row=data.on_bad_row,
+        seed=seed,
+        names=read_names(data.map or ()),
+    )
+
+
+def check_data(settings: Settings) -> None:
+    """Look at the first rows of all data. Raises: DataError: all rows that cannot be read, if one is among them."""
+    data, run = settings.data, settings.run
+    if is_rank_0():
+        seed = run.seed if run.data_seed is None else run.data_seed
+        check_first_rows([*data.data_path, *(data.eval_data_path or [])], read_options(data, seed=seed))
