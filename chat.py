@@ -4,9 +4,11 @@ One answer with --prompt, many with --prompts FILE (a prompt a line; JSON lines 
 """
 
 import argparse
+from pathlib import Path
 
-from commands.paths import check_model
+from commands.paths import check_adapter, check_model
 from data_utils.sources import DataError, read_lines
+from inference.decoding import read_setting
 from tuning.entry import OneLineParser, add_trust_flags, run_entry
 from tuning.errors import SettingsError
 
@@ -16,9 +18,14 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if args.batch_size < 1 or args.max_new_tokens < 1:
         raise SettingsError("--batch_size and --max_new_tokens: must be at least 1")
+    if args.temperature is not None:
+        try:
+            args.temperature = read_setting("temperature", args.temperature)
+        except SettingsError as error:
+            raise SettingsError(f"--temperature {args.temperature}: {error}") from None
     check_model(args.model)
-    if args.base:
-        check_model(args.base)
+    if (Path(args.model) / "adapter_config.json").is_file():
+        check_adapter(args.model, args.base)
     prompts = read_lines(args.prompts) if args.prompts else []
     from commands import chat  # torch and transformers, once nothing is left to say without them
 
@@ -37,6 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, default=8, help="questions at a time with --prompts (default 8)")
     parser.add_argument("--system", help="system turn")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="longest answer in tokens (default 512)")
+    parser.add_argument("--temperature", help="0: greedy; above, samples (default: the model's own)")
+    parser.add_argument("--seed", type=int, help="random seed of sampled answers")
     parser.add_argument("--base", help="base model of an adapter (default: the one it names)")
     add_trust_flags(parser)
     return parser

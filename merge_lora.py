@@ -6,7 +6,7 @@ Writes a standalone checkpoint and checks that it gives the adapter's logits.
 import argparse
 import re
 
-from commands.paths import check_adapter, check_model
+from commands.paths import check_adapter
 from data_utils.sources import DataError
 from tuning.entry import OneLineParser, add_trust_flags, run_entry
 from tuning.errors import SettingsError
@@ -17,9 +17,7 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if not re.fullmatch(r"\d+(\.\d+)?[KMGT]i?B", args.max_shard_size):
         raise SettingsError(f"--max_shard_size {args.max_shard_size}: expected a size such as 5GB or 500MB")
-    check_adapter(args.adapter)
-    if args.base:
-        check_model(args.base)
+    check_adapter(args.adapter, args.base, args.cache_dir)
     from commands import merge  # torch and transformers, once nothing is left to say without them
 
     merge.run(args)

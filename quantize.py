@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if args.num_rows < 1 or args.model_max_length < 2:
         raise SettingsError("--num_rows: must be at least 1, and --model_max_length at least 2")
-    check_model(args.model)
+    check_model(args.model, args.cache_dir)
     find_sources(args.data)
     from commands import quantize  # torch and transformers, once nothing is left to say without them
 

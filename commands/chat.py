@@ -12,12 +12,10 @@ import transformers
 from data_utils.sources import printable
 from data_utils.template import ChatTemplate
 from data_utils.tokenizer import load_tokenizer
+from inference.decoding import SETTINGS, read_setting
 from inference.generate import generate_answers, stream_answer
-from tuning.checkpoint.adapter import check_adapter_fits, find_trained_quantization, load_lora
-from tuning.checkpoint.merge import find_base, tokenizer_source
-from tuning.errors import explain_bad_files, read_json_object
+from tuning.errors import SettingsError, explain_bad_files, read_json_object
 from tuning.model.loading import Trust, load_generation_config, load_model
-from tuning.model.training_model import TrainingModel
 
 HELP = """\
 :help                    this text
@@ -26,18 +24,8 @@ HELP = """\
 :system TEXT             set the system turn and forget the conversation; without TEXT, none
 :conf NAME=VALUE ...     set temperature, top_p, top_k, repetition_penalty, max_new_tokens; alone: show what was set
 :seed N                  random seed of the next answers
-:exit                    leave (Ctrl-D too)
+:exit, :quit             leave (Ctrl-D too)
 Ctrl-C stops an answer. Pasted text may have several lines; or begin and end with a line of \"\"\"."""
-
-# Type, least and largest value. Beyond them logits overflow, or no token is left to choose.
-SETTINGS: dict[str, tuple[type, float, float]] = {
-    "temperature": (float, 0, 100),
-    "top_p": (float, 0.001, 1),
-    "top_k": (int, 0, 1_000_000),
-    "repetition_penalty": (float, 0.01, 100),
-    "max_new_tokens": (int, 1, 1_000_000),
-}
-_LEAST_TEMPERATURE = 0.001  # but for 0, which takes the likeliest token
 
 
 class Chat:
@@ -52,24 +40,34 @@ class Chat:
         options: dict[str, Any] = vars(Trust(args.trust_remote_code, args.allow_pickle))
         dtype: Any = "auto" if device.type == "cuda" else torch.float32
         if (path / "adapter_config.json").is_file():
+            # peft and what it imports take a second, which a model without an adapter need not.
+            from tuning.checkpoint.adapter import check_adapter_fits, find_trained_quantization, load_lora
+            from tuning.checkpoint.merge import find_base, tokenizer_source
+            from tuning.model.training_model import TrainingModel
+
             base = find_base(path, args.base, None)
             self.tokenizer = load_tokenizer(str(tokenizer_source(path, base)), trust_remote_code=args.trust_remote_code)
             check_adapter_fits(path, base, trust_remote_code=args.trust_remote_code)
             model = load_model(
                 str(base), dtype=dtype, quantization=find_trained_quantization(path), device=device, **options
             )
-            training_model = TrainingModel(*load_lora(model, path))
+            # Its trained token rows take part by hooks: kept as long as the model.
+            self._training_model = TrainingModel(*load_lora(model, path)).to(device).eval()
+            model = self._training_model.causal_lm
             if (generation_config := load_generation_config(str(path))) is not None:
                 model.generation_config = generation_config  # where the adapter was trained to stop
         else:
             self.tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
-            training_model = TrainingModel(load_model(args.model, dtype=dtype, device=device, **options))
-        self.training_model = training_model.to(device).eval()
-        self.model = training_model.causal_lm
+            model = load_model(args.model, dtype=dtype, device=device, **options).to(device).eval()
+        self.model = model
         self.template = ChatTemplate(self.tokenizer)
         self.system = _trained_system_message(path) if args.system is None else args.system
         self.history: list[dict[str, str]] = []
         self.settings: dict[str, Any] = {"max_new_tokens": args.max_new_tokens}
+        if args.temperature is not None:
+            self.settings["temperature"] = args.temperature
+        if args.seed is not None:
+            transformers.set_seed(args.seed % 2**32)
 
     def encode(self, question: str) -> list[int]:
         """Token ids of the conversation with one more question."""
@@ -128,17 +126,18 @@ class Chat:
             name, _, text = word.partition("=")
             if name not in SETTINGS:
                 return f"{name}: not a setting ({', '.join(SETTINGS)})"
-            kind, least, largest = SETTINGS[name]
             try:
-                value = kind(text)
-            except ValueError:
-                return f"{word}: expected {name}=NUMBER"
-            if not least <= value <= largest:  # NaN is in no range
-                return f"{word}: must be from {least:g} to {largest:g}"
-            if name == "temperature" and 0 < value < _LEAST_TEMPERATURE:
-                return f"{word}: must be 0, or at least {_LEAST_TEMPERATURE:g}"
-            self.settings[name] = value
-        return "  ".join(f"{name}={value}" for name, value in self.settings.items())
+                self.settings[name] = read_setting(name, text)
+            except SettingsError as error:
+                return f"{word}: {error}"
+        return "  ".join([*(f"{name}={value}" for name, value in self.settings.items()), self._describe_decoding()])
+
+    def _describe_decoding(self) -> str:
+        config = self.model.generation_config
+        if self.options.get("do_sample", config.do_sample):
+            given = self.options.get("temperature", config.temperature)
+            return f"(samples at temperature {1.0 if given is None else given:g})"
+        return "(greedy: the likeliest token each time; temperature=0.7 samples)"
 
 
 def run(args: argparse.Namespace, prompts: list[str]) -> None:
@@ -159,9 +158,11 @@ def run(args: argparse.Namespace, prompts: list[str]) -> None:
 
 
 def converse(chat: Chat, name: str) -> None:
-    """Read questions and commands from the terminal until :exit or Ctrl-D."""
-    import readline  # noqa: F401  line editing, history, and pasted text in one piece
+    """Read questions and commands from the terminal until :exit, :quit or Ctrl-D."""
+    import readline  # line editing and history
 
+    # Terminals then send pasted text in one piece, which Python's readline turns off.
+    readline.parse_and_bind("set enable-bracketed-paste on")
     print(f"{name}: :help lists the commands, :exit leaves")
     while True:
         try:
@@ -174,7 +175,7 @@ def converse(chat: Chat, name: str) -> None:
             continue
         if not line.strip():
             continue
-        if line.strip() == ":exit":
+        if line.strip() in (":exit", ":quit"):
             return
         if line.startswith(":"):
             print(printable(chat.command(line.strip())))

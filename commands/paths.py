@@ -4,24 +4,30 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_utils.conversations import DataOptions, check_first_rows, read_names
-from data_utils.model_path import explain_missing_model, find_template
+from data_utils.model_path import explain_missing_model, explain_unreachable_model, find_template
 from data_utils.sources import DataError, find_sources
 from tuning.checkpoint.output_directory import check_run_directory
 from tuning.console import is_rank_0
-from tuning.errors import SettingsError
+from tuning.errors import SettingsError, read_json_object
 from tuning.settings.options import DataArguments, Settings
 
 
-def check_model(path: str) -> None:
-    """Raises: SettingsError: neither a directory nor a hub name."""
-    if mistake := explain_missing_model(path):
+def check_model(path: str, cache_dir: str | None = None) -> None:
+    """Raises: SettingsError: neither a directory nor a hub name, or a hub that cannot be reached."""
+    if mistake := _explain_model(path, cache_dir):
         raise SettingsError(mistake)
 
 
-def check_adapter(path: str) -> None:
-    """Raises: SettingsError: no such directory, or no adapter in it."""
-    if mistake := _explain_missing_adapter(path):
+def check_adapter(path: str, base: str | None, cache_dir: str | None = None) -> None:
+    """Check an adapter's directory, and its base model. base: where it is named; else the adapter says it.
+
+    Raises: SettingsError: no such directory, no adapter in it, or a base model that is not there.
+    """
+    if mistake := _explain_adapter(path):
         raise SettingsError(mistake)
+    named = base or read_json_object(Path(path) / "adapter_config.json").get("base_model_name_or_path")
+    if isinstance(named, str) and (base or not Path(named).is_dir()) and (mistake := _explain_model(named, cache_dir)):
+        raise SettingsError(mistake if base else f"{mistake}; it is the adapter's base model: name it with --base")
 
 
 def find_missing_paths(settings: Settings) -> Iterator[str]:
@@ -32,7 +38,7 @@ def find_missing_paths(settings: Settings) -> Iterator[str]:
     if not is_rank_0():
         return
     model, data, lora, run = settings
-    if model.model_name_or_path and (mistake := explain_missing_model(model.model_name_or_path)):
+    if model.model_name_or_path and (mistake := _explain_model(model.model_name_or_path, model.cache_dir)):
         yield f"--model_name_or_path {mistake}"
     for name, paths in (("data_path", data.data_path), ("eval_data_path", data.eval_data_path)):
         for path in paths or ():
@@ -47,7 +53,7 @@ def find_missing_paths(settings: Settings) -> Iterator[str]:
     ):
         if file is not None and not Path(file).is_file():
             yield f"--{name} {file}: {'is a directory' if Path(file).is_dir() else 'no such file'}"
-    if lora.lora_weight_path and (mistake := _explain_missing_adapter(lora.lora_weight_path)):
+    if lora.lora_weight_path and (mistake := _explain_adapter(lora.lora_weight_path)):
         yield f"--lora_weight_path {mistake}"
     if run.output_dir:
         try:
@@ -56,7 +62,11 @@ def find_missing_paths(settings: Settings) -> Iterator[str]:
             yield str(error)
 
 
-def _explain_missing_adapter(path: str) -> str | None:
+def _explain_model(path: str, cache_dir: str | None) -> str | None:
+    return explain_missing_model(path) or explain_unreachable_model(path, cache_dir)
+
+
+def _explain_adapter(path: str) -> str | None:
     if not Path(path).is_dir():
         return f"{path}: no such directory"
     return None if (Path(path) / "adapter_config.json").is_file() else f"{path}: no adapter_config.json in it"

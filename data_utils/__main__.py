@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from data_utils.conversations import DataOptions, read_conversations, read_names
+from data_utils.model_path import explain_missing_model, explain_unreachable_model
 from data_utils.report import Account, Statistics, group_problems, hash_conversation
 from data_utils.schema import FORMATS, Conversation, parse_record
 from data_utils.sources import DataError, find_sources, printable, read_records
@@ -24,13 +25,16 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main() -> int:
-    """Entry point. Returns: exit code: 2 for the user's mistakes, 1 where `check` found problems."""
+    """Entry point. Returns: exit code: 2 for the user's mistakes, 1 where `check` found problems, 130 for Ctrl-C."""
     try:
         args = _build_parser().parse_args()
         return args.command(args)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # `| head` has seen enough
         sys.stderr.close()
         return 0
@@ -82,6 +86,8 @@ def _build_parser() -> argparse.ArgumentParser:
 
 
 def _load_template(args: argparse.Namespace) -> "ChatTemplate":
+    if mistake := explain_missing_model(args.model) or explain_unreachable_model(args.model, args.cache_dir):
+        raise DataError(mistake)
     from data_utils.template import ChatTemplate
     from data_utils.tokenizer import load_tokenizer
 
@@ -243,5 +249,10 @@ def _conversations(args: argparse.Namespace, template: "ChatTemplate") -> Iterat
         raise DataError(f"{asked}: no such conversation among the {number:,} of {', '.join(args.data)}")
 
 
-if __name__ == "__main__":
+def run_script() -> None:
+    """The command, with its exit code."""
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    run_script()

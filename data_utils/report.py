@@ -12,9 +12,10 @@ from data_utils.sources import DataError, as_line
 
 _SUMMED = (
     "conversations", "conversations_trained", "rows", "split", "shortened", "turns", "turns_trained", "stopped",
-    "tokens", "supervised_tokens", "control_texts", "num_problems",
+    "tokens", "supervised_tokens", "control_texts", "placeholders", "num_problems",
 )  # fmt: skip
 _PLACE = re.compile(r"(?P<file>.+?):(?P<line>\d+)(:\d+)?: ")  # file:line: or file:line:column:
+_PLACEHOLDER = re.compile(r"\{\{\s*[A-Za-z_]\w*\s*\}\}")
 SHOWN = 3  # places that are named; the rest is counted
 _KEPT = 100  # problems, and names of keys, that are written into files
 
@@ -62,6 +63,7 @@ class Account:
     characters: of text by role. lengths: tokens of a row before it was cut: median, 90 %, 99 %, longest.
     stopped: supervised turns that end with the stop token. duplicates: conversations equal to an earlier one.
     control_texts: conversations that hold the text of a control token (it stays text).
+    placeholders: conversations that hold {{names}}, which whoever wrote them meant to fill in.
     """
 
     files: list[dict[str, Any]] = field(default_factory=list)
@@ -81,6 +83,7 @@ class Account:
     too_long: int = 0
     duplicates: int = 0
     control_texts: int = 0
+    placeholders: int = 0
     lengths: dict[str, int] = field(default_factory=dict)
     characters: dict[str, int] = field(default_factory=dict)
     dropped: dict[str, int] = field(default_factory=dict)
@@ -115,6 +118,9 @@ class Account:
         for message in messages:
             role = message["role"]
             self.characters[role] = self.characters.get(role, 0) + len(message["content"] or "")
+        if any("{{" in text and _PLACEHOLDER.search(text) for text in (m["content"] or "" for m in messages)):
+            self.placeholders += 1
+            self.note("placeholders", conversation.where)
 
     def add(self, other: "Account") -> None:
         """Add what was counted of the conversations that follow."""
@@ -150,6 +156,7 @@ class Account:
             ("shortened", "lost turns at their end"),
             ("duplicates", "are exact duplicates of earlier ones"),
             ("control_texts", "hold texts that look like control tokens; they stay text"),
+            ("placeholders", "hold {{placeholders}} that were not filled in"),
         ):
             if count := getattr(self, name):
                 lines.append(f"{count:,} of them {what}{self._where(name, count)}")

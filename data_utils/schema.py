@@ -16,7 +16,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_utils.sources import DataError, Record, as_line
-from data_utils.turns import Turn, check_answer, check_text, describe_kind, parse_tools, parse_turns, says_something
+from data_utils.turns import (
+    Turn,
+    check_answer,
+    check_text,
+    decode_text,
+    describe_kind,
+    parse_tools,
+    parse_turns,
+    says_something,
+)
 
 # A row's format is told by the first of these keys.
 FORMATS = {
@@ -129,6 +138,8 @@ def parse_record(
     if supervise == "last" and weights:
         weights = {index: weight if index == max(weights) else 0.0 for index, weight in weights.items()}
     kwargs = row.get("chat_template_kwargs") or {}
+    if isinstance(kwargs, str):
+        kwargs = decode_text(kwargs, f"{where}: chat_template_kwargs", "an object of template variables as JSON")
     if not isinstance(kwargs, dict) or not all(str(key).isidentifier() for key in kwargs):
         raise DataError(f"{where}: chat_template_kwargs: expected an object of template variables")
     tools = tuple(parse_tools(row["tools"], f"{where}: tools")) if row.get("tools") not in (None, "", []) else ()
@@ -204,6 +215,8 @@ def _paired_turns(row: dict[str, Any], where: str, question: tuple[str, Any], an
     """The turns of `history`, a list of [question, answer], and of the last pair, given as (key, text)."""
     turns: list[Turn] = []
     history = row.get("history") or []
+    if isinstance(history, str):  # tables hold it as text
+        history = decode_text(history, f"{where}: history", "a list of [question, answer] as JSON")
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise DataError(f"{where}: history: expected a list of [question, answer]")
     earlier = [

@@ -4,6 +4,7 @@ Standard library only (pyarrow inside the readers of .parquet and .zst), so that
 or transformers. A mistake that does not end the file is yielded in its place, so that one pass finds them all.
 """
 
+import csv
 import gzip
 import hashlib
 import json
@@ -16,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-FORMATS = (".json", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+FORMATS = (".json", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".csv", ".tsv")
 _BOM = b"\xef\xbb\xbf"
 _MESSAGE_CHARACTERS = 2000
+csv.field_size_limit(2**31 - 1)  # of a cell; Python's own limit is 128 KiB
 # Control characters, what turns the direction of writing, and halves of surrogate pairs.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -162,7 +164,7 @@ def _format_of(path: Path) -> str | None:
 
 
 def _read_rows(path: Path) -> Iterator[Record | DataError]:
-    readers = {".json": _read_json, ".parquet": _read_parquet}
+    readers = {".json": _read_json, ".parquet": _read_parquet, ".csv": _read_table, ".tsv": _read_table}
     found = False
     try:
         for item in readers.get(_format_of(path) or "", _read_jsonl)(path):
@@ -288,6 +290,40 @@ def _split_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
             pending = [more[-1]]
     if any(pending):
         yield b"".join(pending)
+
+
+# ---- tables ----
+
+
+def _read_table(path: Path) -> Iterator[Record | DataError]:
+    """Rows of a .csv or .tsv file, whose first line has the names. An empty cell says nothing."""
+    index = 0
+    # Not pyarrow's reader, which knows no line of a row.
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+        try:
+            names = next(reader, [])
+            if len(names) == 1 and (mark := next((mark for mark in ";\t|" if mark in names[0]), None)):
+                raise DataError(
+                    f"{path}:1: one column alone; its cells are divided by {mark!r}: write a .csv or .tsv file"
+                )
+            if len(set(names)) < len(names):
+                raise DataError(f"{path}:1: the name {max(names, key=names.count)!r:.100} stands twice")
+            line = reader.line_num + 1
+            for cells in reader:
+                if len(cells) == len(names):
+                    row = {name: cell for name, cell in zip(names, cells, strict=True) if cell}
+                    yield _record(row, path, line, index)
+                elif cells:
+                    yield DataError(f"{path}:{line}: {len(cells)} cells, but the first line has {len(names)} names")
+                index += bool(cells)
+                line = reader.line_num + 1
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{path}:{reader.line_num + 1}: not UTF-8 ({error.reason}); convert the file to UTF-8"
+            ) from None
+        except csv.Error as error:
+            raise DataError(f"{path}:{reader.line_num}: {error}; what follows in this file was not read") from None
 
 
 # ---- parquet ----

@@ -47,6 +47,8 @@ Turn = tuple[dict[str, Any], float | None, str]  # message, weight if given, whe
 
 def parse_turns(turns: Any, where: str, role_key: str, content_key: str) -> Iterator[Turn]:
     """Yield the turns of a list. role_key, content_key: as the row's format calls them; a turn may use the other's."""
+    if isinstance(turns, str):  # tables hold it as text
+        turns = decode_text(turns, where, "a list of turns as JSON")
     if not isinstance(turns, list) or not turns:
         raise DataError(f"{where}: expected a list of turns, found {describe_kind(turns)}")
     for index, turn in enumerate(turns):
@@ -86,13 +88,13 @@ def _parse_turn(turn: dict[str, Any], at: str, role_key: str, content_key: str) 
     content = turn.get(content_key)
     message: dict[str, Any] = {"role": role}
     if named in _CALL_ROLES:
-        calls, content = _decode(content, f"{at}.{content_key}", "a call as JSON"), ""
+        calls, content = decode_text(content, f"{at}.{content_key}", "a call as JSON"), ""
         calls = calls if isinstance(calls, list) else [calls]
     message["content"] = _parse_content("" if content is None and calls else content, f"{at}.{content_key}")
     if calls:
         if role != "assistant":
             raise DataError(f"{at}.tool_calls: only the assistant calls tools")
-        calls = _decode(calls, f"{at}.tool_calls", "a list of calls as JSON") if isinstance(calls, str) else calls
+        calls = decode_text(calls, f"{at}.tool_calls", "a list of calls as JSON") if isinstance(calls, str) else calls
         message["tool_calls"] = [
             _parse_call(call, f"{at}.tool_calls[{i}]") for i, call in enumerate(_listed(calls, f"{at}.tool_calls"))
         ]
@@ -151,7 +153,7 @@ def _parse_weight(turn: dict[str, Any], role: str, at: str) -> float | None:
 def parse_tools(tools: Any, at: str) -> Iterator[dict[str, Any]]:
     """Yield a row's tools as {"type": "function", "function": {...}}, from a list or that list as JSON text."""
     if isinstance(tools, str):
-        tools = _decode(tools, at, "a list of tools as JSON")
+        tools = decode_text(tools, at, "a list of tools as JSON")
     for index, tool in enumerate(tools if tools == [] else _listed(tools, at)):
         yield {"type": "function", "function": _parse_tool(without_nulls(tool), f"{at}[{index}]")}
 
@@ -168,7 +170,7 @@ def _parse_tool(tool: Any, at: str) -> dict[str, Any]:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
         raise DataError(f"{at}: expected a function with a name, found {describe_kind(tool)}")
     if isinstance(function.get("parameters"), str):
-        parameters = _decode(function["parameters"], f"{at}.parameters", "the parameters as JSON")
+        parameters = decode_text(function["parameters"], f"{at}.parameters", "the parameters as JSON")
         function = {**function, "parameters": parameters}
     _check_strings(function, at)
     return function
@@ -191,7 +193,7 @@ def _parse_call(call: Any, at: str) -> dict[str, Any]:
     key = given[0] if given else "arguments"
     arguments = function[key] if given else {}
     if isinstance(arguments, str):  # OpenAI writes them as text; templates would write that text in quotes
-        arguments = _decode(arguments, f"{at}.{key}", "the arguments as JSON") if arguments.strip() else {}
+        arguments = decode_text(arguments, f"{at}.{key}", "the arguments as JSON") if arguments.strip() else {}
     else:
         arguments = without_nulls(arguments)
     if not isinstance(arguments, dict):
@@ -204,7 +206,8 @@ def _parse_call(call: Any, at: str) -> dict[str, Any]:
     return parsed
 
 
-def _decode(text: Any, at: str, what: str) -> Any:
+def decode_text(text: Any, at: str, what: str) -> Any:
+    """Parse JSON text. what: what it should be, for the message."""
     if not isinstance(text, str):
         raise DataError(f"{at}: expected {what}, found {describe_kind(text)}")
     try:

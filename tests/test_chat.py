@@ -20,6 +20,7 @@ import commands.chat
 import merge_lora
 from data_utils.template import ChatTemplate
 from data_utils.tokenizer import load_tokenizer
+from inference.decoding import SETTINGS
 from tests.conftest import ROOT
 from tests.test_saved import write_result
 
@@ -81,7 +82,9 @@ def test_history_is_part_of_the_next_prompt_and_text_stays_text(models):
 def test_commands(models):
     session = make_chat(models)
     assert ":conf" in session.command(":help")
-    assert session.command(":conf temperature=0.7 top_k=5") == "max_new_tokens=512  temperature=0.7  top_k=5"
+    assert session.command(":conf").endswith("(greedy: the likeliest token each time; temperature=0.7 samples)")
+    said = session.command(":conf temperature=0.7 top_k=5")
+    assert said == "max_new_tokens=512  temperature=0.7  top_k=5  (samples at temperature 0.7)"
     assert session.options["do_sample"] and session.options["temperature"] == 0.7
     session.command(":conf temperature=0")
     assert session.options["do_sample"] is False
@@ -89,7 +92,7 @@ def test_commands(models):
         assert "expected" in session.command(wrong)
     assert "not a setting" in session.command(":conf speed=3")
     before = dict(session.settings)
-    for name in commands.chat.SETTINGS:
+    for name in SETTINGS:
         for value in ("nan", "inf", "-inf", "-1", "1e400", "1" * 5000, "²", "", "1e-300", "1e300"):
             assert "\n" not in session.command(f":conf {name}={value}")
             assert session.settings == before, (name, value)
@@ -103,7 +106,28 @@ def test_commands(models):
     assert session.command(":history") == "user: Q"
     assert session.command(":system Be brief.") == "system: Be brief." and session.history == []
     assert session.command(":clear") == "conversation forgotten"
-    assert "not a command" in session.command(":quit")
+    assert "not a command" in session.command(":go")
+
+
+def test_temperature_and_seed_of_the_command_line(models, capfd):
+    session = make_chat(models, "--seed", "7")
+    first = torch.rand(1)
+    session.command(":seed 7")
+    assert torch.rand(1) == first
+    words = [str(models / "merged"), "--prompt", "Who are you?", "--max_new_tokens", "8"]
+    answers = []
+    for more in (
+        ["--temperature", "5", "--seed", "1"],
+        ["--temperature", "5", "--seed", "1"],
+        ["--temperature", "0"],
+        [],
+    ):
+        chat.main([*words, *more])
+        answers.append(capfd.readouterr().out)
+    assert answers[0] == answers[1] != answers[2] == answers[3]
+    for wrong in ("nan", "-1", "1e-9", "x"):
+        with pytest.raises(ValueError, match=f"--temperature {wrong}: "):
+            chat.main([*words, f"--temperature={wrong}"])
 
 
 def test_pieces_are_whole_characters(models):
@@ -174,10 +198,15 @@ class Terminal:
             env=os.environ | {"TERM": "xterm", "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
         )  # fmt: skip
         os.close(slave)
-        self.shown = ""
+        self.shown = self.all = ""
 
     def type(self, text):
         os.write(self.master, text.encode())
+
+    def paste(self, text):
+        """Paste as a terminal does: in brackets only where the program has asked for them."""
+        on, off = (self.all.rfind(f"\x1b[?2004{mode}") for mode in "hl")
+        self.type(f"\x1b[200~{text}\x1b[201~" if on > off else text)
 
     def wait_for(self, pattern, timeout_s=60):
         """Read until the pattern appears behind what was already matched. Returns: the text up to its end."""
@@ -186,7 +215,8 @@ class Terminal:
             assert time.monotonic() < deadline, f"{pattern!r} did not come: {self.shown[-500:]!r}"
             if select.select([self.master], [], [], 0.2)[0]:
                 try:
-                    self.shown += os.read(self.master, 65536).decode(errors="replace").replace("\r", "")
+                    read = os.read(self.master, 65536).decode(errors="replace").replace("\r", "")
+                    self.shown, self.all = self.shown + read, self.all + read
                 except OSError:
                     break
         assert match, f"{pattern!r} did not come: {self.shown[-500:]!r}"
@@ -203,18 +233,19 @@ def test_a_session_in_a_terminal(models, tmp_path):
         terminal.wait_for(r":exit leaves")
         terminal.wait_for("> ")
         terminal.type(":conf max_new_tokens=5\n")
-        terminal.wait_for(r"max_new_tokens=5\n.*> ")
+        terminal.wait_for(r"max_new_tokens=5 .*\n.*> ")
         terminal.type("你好 é\n")
         terminal.wait_for(r"\n.*> ")
         terminal.type(":history\n")
         terminal.wait_for(r"user: 你好 é\n")
         terminal.wait_for(r"assistant: ")
         terminal.wait_for("> ")
-        # A paste of two lines is one question (bracketed paste, as terminals send it).
+        # A paste of two lines is one question.
         terminal.type(":clear\n")
         terminal.wait_for("forgotten")
         terminal.wait_for("> ")
-        terminal.type("\x1b[200~line one\nline two\x1b[201~\r")
+        terminal.paste("line one\nline two")
+        terminal.type("\r")
         terminal.wait_for("line two")
         terminal.wait_for(r"\n.*> ")
         terminal.type(":history\n")
@@ -222,7 +253,7 @@ def test_a_session_in_a_terminal(models, tmp_path):
         terminal.wait_for("> ")
         # Ctrl-C stops the answer, not the program.
         terminal.type(":conf max_new_tokens=100000\n")
-        terminal.wait_for("max_new_tokens=100000")
+        terminal.wait_for("max_new_tokens=100000 .*\n")
         terminal.wait_for("> ")
         terminal.type("go on\n")
         terminal.wait_for("go on\n")
@@ -230,7 +261,7 @@ def test_a_session_in_a_terminal(models, tmp_path):
         os.killpg(terminal.process.pid, signal.SIGINT)
         terminal.wait_for(r"\[stopped\]\n")
         terminal.wait_for("> ")
-        terminal.type(":exit\n")
+        terminal.type(":quit\n")
         assert terminal.process.wait(timeout=30) == 0
     finally:
         terminal.process.kill()

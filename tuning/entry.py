@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TextIO
@@ -59,6 +60,7 @@ def run_entry(main: Callable[[], int | None], *, mistakes: tuple[type[Exception]
     in one line. Of several processes one on each machine prints, since each machine has a log of its own.
     """
     speaks = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    was_interrupted = _notice_interrupts()
     try:
         with _outlive_readers():
             code = main() or 0
@@ -68,19 +70,37 @@ def run_entry(main: Callable[[], int | None], *, mistakes: tuple[type[Exception]
     except KeyboardInterrupt:
         code, lines, shown = INTERRUPTED, [interrupted], speaks
     except Exception as error:
-        if not isinstance(error, (SettingsError, *mistakes)):
+        if was_interrupted():  # a library that was being imported turned Ctrl-C into an error of its own
+            code, lines, shown = INTERRUPTED, [interrupted], speaks
+        elif isinstance(error, (SettingsError, *mistakes)):
+            code, lines, shown = MISTAKE, _as_lines(error), speaks
+        else:
             raise
-        if speaks:
-            show_mistakes(error)
-        sys.exit(MISTAKE)
     if shown:
         print("\n".join(map(_escape, lines)), file=sys.stderr)
     sys.exit(code)
 
 
+def _notice_interrupts() -> Callable[[], bool]:
+    """Remember Ctrl-C, which raises KeyboardInterrupt as before. Returns: a function that says whether it came."""
+    came = []
+
+    def note(number: int, frame: Any) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, note)
+    return lambda: bool(came)
+
+
+def _as_lines(error: Exception) -> list[str]:
+    return [f"error: {line}" for line in str(error).split("\n")]
+
+
 def show_mistakes(error: Exception) -> None:
     """Print the user's mistakes, a line each."""
-    print("\n".join(_escape(f"error: {line}") for line in str(error).split("\n")), file=sys.stderr)
+    print("\n".join(map(_escape, _as_lines(error))), file=sys.stderr)
 
 
 class _LastingStream:
