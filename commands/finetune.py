@@ -87,7 +87,7 @@ def run(settings: Settings, *, began: float) -> int:
     facts = facts.with_step(steps.rows_per_step)
     record = describe_run(arguments, base, model, plan, facts, environment, start, data, began=began)
     writer = ResultWriter(model.training_model, data.tokenizer, model.generation_config, base=base, facts=facts)
-    dropped = data.rows.directory / DROPPED_FILE if data.account.dropped else None
+    dropped = data.rows.directory / DROPPED_FILE if data.account.dropped or data.account.num_problems else None
     trainer = StepTrainer(
         model.training_model,
         run,

@@ -7,6 +7,7 @@ sentences of conversations.json in random order: it has read them all, but not w
 machine and versions give the same bytes.
 """
 
+import argparse
 import json
 import os
 import random
@@ -123,4 +124,8 @@ def build(out: Path = DEFAULT_OUT, *, num_steps: int = 150, seed: int = 0) -> Pa
 
 
 if __name__ == "__main__":
-    build(Path(sys.argv[1]) if len(sys.argv) > 1 else DEFAULT_OUT)
+    parser = argparse.ArgumentParser(description="Build a tiny base model in a minute, unless it is there already.")
+    parser.add_argument(
+        "out", nargs="?", type=Path, default=DEFAULT_OUT, help=f"its directory (default: {DEFAULT_OUT})"
+    )
+    build(parser.parse_args().out)

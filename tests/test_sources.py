@@ -96,14 +96,14 @@ def test_bad_rows_are_named_with_line_and_column_and_the_rest_is_read(write_json
 def test_missing_files_directories_and_other_encodings(tmp_path):
     for name, message in (
         ("absent.json", "no such file"),
-        ("d.csv", "unknown format '.csv'"),
+        ("d.xml", "unknown format '.xml'"),
         ("empty", "no data file in this directory"),
         ("rows.json#many", "after # stands how many rows"),
         ("rows.json#0", "after # stands how many rows"),
         ("rows.json#" + "9" * 200, "after # stands how many rows"),
         ("x" * 300 + ".json", "File name too long"),
     ):
-        (tmp_path / "d.csv").write_text("a,b")
+        (tmp_path / "d.xml").write_text("a,b")
         (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises(DataError, match=message):
             find_sources([tmp_path / name])

@@ -128,8 +128,6 @@ _SAY = {
     "no_cuda": "here --use_cpu",
     "additional_target": "here --train_embeddings full",
     "gpu_memory_limit": "here --device_memory_gib",
-    "do_predict": "ask the result: python chat.py OUTPUT --prompts FILE",
-    "eval_strategy_steps": "here --eval_strategy steps",
 }  # fmt: skip
 _HERE = {other: own for own, others in _RENAMED.items() for other in others.split()}
 _REASONS = {name: reason for reason, names in _NOT_HERE.items() for name in names.split()}
@@ -175,12 +173,26 @@ _SIGNATURES = {
 }
 
 
+# What they take where their file says nothing, and ours is another; of an adapter, and always.
+_OF_ADAPTERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "LLaMA-Factory's": lambda ours: {"lora_r": 8, "lora_alpha": 2 * ours.get("lora_r", 8), "lora_dropout": 0.0},
+    "TRL's": lambda _: {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05},
+}
+_ALWAYS = {"TRL's": {"learning_rate": 2e-5, "model_max_length": 1024, "gradient_checkpointing": True}}
+
+
+def _recognise(settings: Mapping[str, Any]) -> str:
+    """The tool whose file it is; empty where it is ours, or may be meant so."""
+    counts = {tool: len({*names.split()} & (settings.keys() - _OWN)) for tool, names in _SIGNATURES.items()}
+    tool = max(counts, key=counts.__getitem__)
+    return tool if counts[tool] >= 3 else ""
+
+
 def describe_foreign_file(file: str, settings: Mapping[str, Any]) -> str | None:
     """One line where a file of settings is another tool's; None where it is ours, or may be meant so."""
-    found = {tool: sorted({*names.split()} & (settings.keys() - _OWN)) for tool, names in _SIGNATURES.items()}
-    tool, names = max(found.items(), key=lambda item: len(item[1]))
-    if len(names) < 3:
+    if not (tool := _recognise(settings)):
         return None
+    names = sorted({*_SIGNATURES[tool].split()} & settings.keys())
     return (
         f"{file}: looks like {tool} ({', '.join(names[:3])}, ...); translate it: "
         f"python finetune.py --translate {file} > OURS.yaml"
@@ -191,6 +203,7 @@ def translate(settings: Mapping[str, Any]) -> str:
     """Settings of another tool as a YAML file of ours, with a comment for each that has no counterpart."""
     ours: dict[str, Any] = {}
     notes = []
+    tool = _recognise(settings)
     for name, value in settings.items():
         if value is None or value == "":
             continue
@@ -199,6 +212,12 @@ def translate(settings: Mapping[str, Any]) -> str:
                 ours[own] = converted
             if note:
                 notes.append(f"# {name}: {' '.join(_shorten(value).split())}: {note}")
+    is_adapter = ours.get("use_lora") is True or ours.get("q_lora")
+    defaults = _OF_ADAPTERS[tool](ours) if is_adapter and tool in _OF_ADAPTERS else {}
+    for name, value in {**defaults, **_ALWAYS.get(tool, {})}.items():
+        if name not in ours:
+            ours[name] = value
+            notes.append(f"# {name}: {value}: {tool} default")
     if ours.get("eval_share") and ours.get("eval_strategy", "no") == "no":
         ours["eval_strategy"] = "steps" if "eval_steps" in ours else "epoch"
     if "eval_share" not in ours and "eval_data_path" not in ours:

@@ -82,7 +82,7 @@ def prepare_model(
     say(f"       {trainable:,} of {total:,} parameters train; computing in {dtype}")
     if base.quantization:
         say(f"       its linear layers: {base.quantization.describe()}")
-    if is_base and not trains_row(training_model, tokens.stop_id):
+    if is_rank_0() and is_base and not trains_row(training_model, tokens.stop_id):
         say(
             f"warning: the rows of {tokens.stop} ({tokens.stop_id}) do not train, and a base model has never learnt "
             "them: answers may not end; use --train_embeddings auto (of an adapter: start a new one)"

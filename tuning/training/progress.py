@@ -21,7 +21,7 @@ from tuning.messages import RESUME_HINT
 LOSS_PLOT_FILE = "loss.png"
 _SECONDS_BETWEEN_PLOTS = 60
 _LOG_SCALE_FROM = 20  # times the lowest loss
-_MAX_POINTS = 2_000  # of a curve; the picture is 960 pixels wide
+_MAX_POINTS = 2_000  # of a curve; the picture is 800 pixels wide
 
 
 class ProgressCallback(TrainerCallback):
@@ -158,4 +158,4 @@ def _plot(points: dict[str, list[tuple[int, float]]], path: Path, title: str, st
         above.set_xlabel("epoch")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=100)
