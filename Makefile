@@ -5,15 +5,20 @@ DATA ?= ../shared/data/alpaca_en.json ../shared/data/alpaca_zh.json
 TOKENIZER ?= ../shared/qwen_tokenizer/hf
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint check bench bench-data
+.PHONY: help setup setup-dev demo test test-all lint check bench bench-data
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 18
 
-setup: .venv/.installed ## make .venv and install requirements_finetune.txt and requirements_dev.txt, once
+setup: .venv/.installed ## make .venv and install requirements_finetune.txt, once
+setup-dev: .venv/.installed-dev ## likewise, and requirements_dev.txt: tests, linters, benchmarks
 
-.venv/.installed: requirements_finetune.txt requirements_dev.txt
+.venv/.installed: requirements_finetune.txt
 	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements_finetune.txt
+	touch $@
+
+.venv/.installed-dev: .venv/.installed requirements_dev.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements_finetune.txt -r requirements_dev.txt
 	touch $@
 
@@ -24,21 +29,21 @@ demo: setup ## fine-tune the tiny example model on examples/conversations.json, 
 	$(BIN)/python merge_lora.py $(DEMO) $(DEMO)-merged --overwrite
 	$(BIN)/python examples/ask.py $(DEMO)-merged examples/conversations.json
 
-test: setup ## the tests that take minutes
+test: setup-dev ## the tests that take minutes
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not gpu"
 
-test-all: setup ## every test this machine can run, with names and skips
+test-all: setup-dev ## every test this machine can run, with names and skips
 	$(BIN)/python -m pytest -v -rs -n 2 --dist worksteal
 
-lint: setup ## ruff and mypy
+lint: setup-dev ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 check: lint test ## lint, then test
 
-bench: setup ## training speed on CPU, an hour; DATA="a.json b.json" (alpaca files) TOKENIZER=DIR
+bench: setup-dev ## training speed on CPU, an hour; DATA="a.json b.json" (alpaca files) TOKENIZER=DIR
 	$(BIN)/python benchmarks/bench_train.py $(DATA) --tokenizer $(TOKENIZER) --out benchmarks/results/train_cpu.json
 
-bench-data: setup ## tokenising speed, 15 minutes; DATA and TOKENIZER as above
+bench-data: setup-dev ## tokenising speed, 15 minutes; DATA and TOKENIZER as above
 	$(BIN)/python benchmarks/bench_data.py $(DATA) --tokenizer $(TOKENIZER)
