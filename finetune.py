@@ -19,6 +19,7 @@ from tuning.checkpoint.run_record import RUN_FILE
 from tuning.console import say
 from tuning.distributed.mpi import join_mpi
 from tuning.entry import MISTAKE, run_entry, show_mistakes
+from tuning.errors import SettingsError
 from tuning.settings.command_line import read_mapping, read_settings
 from tuning.settings.options import Settings
 from tuning.settings.other_tools import translate_file
@@ -28,7 +29,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run one fine-tuning. Returns: exit code. Raises: DataError, SettingsError: the user's mistakes."""
     began = time.perf_counter()
     words = sys.argv[1:] if argv is None else argv
-    if words[:1] == ["--translate"] and len(words) == 2:
+    if words[:1] == ["--translate"]:
+        if len(words) != 2:
+            raise SettingsError("--translate: name one YAML file: python finetune.py --translate FILE.yaml")
         print(translate_file(Path(words[1])), end="")
         return 0
     join_mpi()

@@ -16,5 +16,8 @@ warnings.filterwarnings("ignore", message=".*base_model_name_or_path. was rename
 warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated", category=FutureWarning)
 # DeepSpeed calls functions of torch.distributed by their old names.
 warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
+_GPUS = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA's, AMD's, WSL's
+if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or not any(map(os.path.exists, _GPUS)):
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed looks for GPUs when it is imported, and says so
 if not sys.stderr.isatty():
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers follows it

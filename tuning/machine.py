@@ -11,9 +11,6 @@ import torch
 
 from tuning.errors import SettingsError
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed looks for GPUs when it is imported, and says so
-
 
 def describe_device(device: torch.device) -> str:
     """One line for the log: the device, its memory, and why it is not a GPU if it is not."""

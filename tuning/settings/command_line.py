@@ -82,7 +82,7 @@ def _combine(in_file: _Given, flags: _Given, checks: Sequence[Check]) -> Setting
         mistakes += [line for line in check(settings) if not _flags_in(line) & bad]
     missing = [name for name, default in _DEFAULTS.items() if default is dataclasses.MISSING and name not in given]
     if missing := [f"--{name}" for name in missing if name not in bad]:
-        mistakes.append(f"required: {', '.join(missing)}")
+        mistakes.append(f"required: {', '.join(missing)}; see --help")
     if mistakes:
         raise SettingsError("\n".join(dict.fromkeys(mistakes)))
     return settings
@@ -127,7 +127,7 @@ def _read_words(words: Sequence[str]) -> _Given:
     given = _Given()
     starts = [i for i, word in enumerate(words) if re.match(r"--[A-Za-z_]", word)]
     for stray in words[: starts[0] if starts else len(words)]:
-        given.mistakes.append(f"{stray}: belongs to no setting; see --help")
+        given.mistakes.append(f"{stray}: belongs to no setting; a file of settings ends in .yaml; see --help")
     for start, end in zip(starts, [*starts[1:], len(words)], strict=False):
         _read_option(given, list(words[start:end]))
     return given
