@@ -45,7 +45,8 @@ def group_problems(messages: Sequence[str]) -> list[str]:
     for key, found in groups.items():
         others = [line for line in found[1 : SHOWN + 1] if line]
         more = f" and {len(found) - 1 - len(others):,} more" if len(found) - 1 > len(others) else ""
-        also = f" ({len(found):,} rows: also in lines {', '.join(others)}{more})" if others else ""
+        word = "line" if len(others) == 1 else "lines"
+        also = f" ({len(found):,} rows: also in {word} {', '.join(others)}{more})" if others else ""
         lines.append(firsts[key] + also)
     return lines
 

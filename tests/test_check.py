@@ -57,7 +57,7 @@ def test_ten_faults_give_ten_lines_and_finetune_refuses_the_same(
     code, stdout, _ = run_main("check", faulty, "--model", checkpoints["untied"])
     found = [line for line in stdout.splitlines() if line.startswith(str(faulty))]
     assert code == 1 and stdout.splitlines()[-1] == "problems: 10"
-    named = [int(number) for line in found for number in re.findall(r"(?:jsonl:|also in lines )(\d+)", line)]
+    named = [int(number) for line in found for number in re.findall(r"(?:jsonl:|also in line )(\d+)", line)]
     assert sorted(named) == sorted(FAULTS)
     for line in found:
         assert FAULTS[int(line.split(":")[1])][1] in line

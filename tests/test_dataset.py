@@ -238,7 +238,7 @@ def test_bad_rows_are_listed_at_once_or_skipped(template, write_json):
     with pytest.raises(DataError) as error:
         load_rows([path], template)
     lines = str(error.value).splitlines()
-    assert [line.split(":")[1] for line in lines] == ["2", "5"] and lines[0].endswith(" (2 rows: also in lines 4)")
+    assert [line.split(":")[1] for line in lines] == ["2", "5"] and lines[0].endswith(" (2 rows: also in line 4)")
     rows, account = load_rows([path], template, DataOptions(on_bad_row="skip"))
     assert len(rows) == 2 and len(account.problems) == 3 and "skipped: 3 bad rows, the first:" in account.describe()[-1]
 

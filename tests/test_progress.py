@@ -37,6 +37,16 @@ def test_lines_where_there_is_no_terminal(tmp_path, monkeypatch):
     ]
 
 
+def test_a_first_loss_beyond_chance_is_said_once(tmp_path):
+    for size, loss, expected in ((1000, 7.0, 1), (1000, 6.8, 0), (None, 99.0, 0)):
+        out = io.StringIO()
+        callback = ProgressCallback(Console(file=out, width=200), tmp_path, vocabulary_size=size)
+        callback.on_train_begin(None, State, None)
+        for value in (loss, 50.0):
+            callback.on_log(None, State, None, logs=LOGS | {"loss": value})
+        assert out.getvalue().count("is worse than chance, ln(vocabulary) = 6.91") == expected
+
+
 def test_one_live_line_on_a_terminal(tmp_path):
     out = io.StringIO()
     callback = ProgressCallback(Console(file=out, force_terminal=True, width=140), tmp_path)
@@ -54,6 +64,27 @@ def test_the_plot_is_a_picture(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     draw_losses(tmp_path)
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_plot_shows_epochs_the_best_evaluation_and_a_log_scale_where_the_range_is_wide(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    for lowest in (0.5, 0.01):
+        entries = [{"step": step, "loss": max(lowest, 5.0 / step), "epoch": step / 4} for step in range(1, 9)]
+        entries += [{"step": 4, "eval_loss": 1.0, "epoch": 1.0}, {"step": 8, "eval_loss": 1.5, "epoch": 2.0}]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+        draw_losses(tmp_path)
+    for figure, scale in zip(figures, ("linear", "linear"), strict=True):
+        (axes,) = figure.axes
+        assert axes.get_title() == str(tmp_path) and axes.get_yscale() == scale
+        assert "best evaluation: 1.0000, step 4" in [text.get_text() for text in axes.get_legend().get_texts()]
+        (above,) = axes.child_axes
+        assert above.get_xlabel() == "epoch"
+    entries.append({"step": 9, "loss": 0.2, "epoch": 2.25})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    draw_losses(tmp_path)
+    assert figures[-1].axes[0].get_yscale() == "log"
+    figures.clear()
 
 
 def test_plots_are_drawn_from_time_to_time_and_take_a_share_of_it(tmp_path, monkeypatch):

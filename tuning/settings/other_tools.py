@@ -140,10 +140,10 @@ def explain_name(name: str, value: Any) -> tuple[str, set[str]] | None:
     value: what stands there in a file, since some files nest their settings.
     """
     if isinstance(value, Mapping) and not _REASONS.get(name):
-        inner = ", ".join(f"{key}: ..." for key in list(value)[:2])
-        return f"--{name}: settings are not nested here; write {inner or 'name: value'} without it", {
-            _HERE.get(name, "")
-        }
+        inner = ", ".join(f"{key}: ..." for key in list(value)[:2]) or "name: value"
+        own_name = _HERE.get(name, "")
+        way_out = f"here --{own_name}" if own_name else f"write {inner} without it"
+        return f"--{name}: settings are not nested here; {way_out}", {own_name}
     own = {_HERE[name]} if name in _HERE else set()
     if name in _SAY:
         return f"--{name}: {_SAY[name]}", own | set(re.findall(r"--(\w+)", _SAY[name]))

@@ -66,7 +66,7 @@ def describe_run(
     values = {
         **environment,
         "settings": describe_settings(arguments),
-        "base_model": {**base.identity, "evidence": base.evidence.describe()},
+        "base_model": {**base.identity, "evidence": base.evidence.describe(), "is_base": base.evidence.is_base},
         "stop_token": {"text": data.template.stop, "id": data.template.stop_id},
         "resumed_from": str(start.checkpoint) if start.checkpoint else None,
         "data": data.account.to_json(),
@@ -130,8 +130,10 @@ def run_training(trainer: StepTrainer, record: RunRecord, writer: ResultWriter, 
 
 
 def _build_progress(trainer: StepTrainer, record: RunRecord) -> ProgressCallback:
-    vocabulary = trainer.model.causal_lm.get_input_embeddings()
-    return ProgressCallback(CONSOLE, record.directory, vocabulary_size=vocabulary.num_embeddings)
+    # A base model may well begin worse than chance: rows of control tokens were never trained.
+    is_base = record.values["base_model"]["is_base"]
+    size = None if is_base else trainer.model.causal_lm.get_input_embeddings().num_embeddings
+    return ProgressCallback(CONSOLE, record.directory, vocabulary_size=size)
 
 
 def say_summary(record: RunRecord, scripts: Path, *, use_lora: bool) -> None:
