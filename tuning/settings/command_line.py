@@ -139,7 +139,7 @@ def _read_option(given: _Given, words: list[str], place: str = "", value: Any = 
     shown = name if place else f"--{name}"
 
     def refuse(line: str) -> None:
-        given.mistakes.append(f"{place}{line.replace(f'--{name}', shown)}")
+        given.mistakes.append(f"{place}{line.replace(f'--{name}', shown, 1)}")
 
     if name not in _NAMES:
         text = " ".join([*([rest] if equals else []), *words[1:]])
@@ -153,7 +153,7 @@ def _read_option(given: _Given, words: list[str], place: str = "", value: Any = 
         found, stray = _PARSER.parse_known_args([f"--{name}{equals}{rest}", *words[1:]])
     except SettingsError as error:
         given.bad.add(option)
-        refuse(str(error).replace(f"--{option}", f"--{name}"))
+        refuse(str(error).replace(f"--{option}", f"--{name}", 1))
         return
     for word in stray:
         refuse(f"{word}: belongs to no setting; see --help")
