@@ -66,7 +66,7 @@ def test_nested_settings_and_targets(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("model:\n  name: x\n  dtype: bf16\noutput_dir: o\ndata_path: d.json\nmodel_name_or_path: m\n")
     (line,) = mistakes([file])
-    assert line == f"{file}:1: model: settings are not nested here; here --model_name_or_path"
+    assert line == f"{file}:1: model: settings are not nested here; here model_name_or_path"
     file.write_text("training:\n  lr: 1\n  seed: 2\noutput_dir: o\ndata_path: d.json\nmodel_name_or_path: m\n")
     (line,) = mistakes([file])
     assert line == f"{file}:1: training: settings are not nested here; write lr: ..., seed: ... without it"

@@ -136,10 +136,10 @@ def _read_words(words: Sequence[str]) -> _Given:
 def _read_option(given: _Given, words: list[str], place: str = "", value: Any = None) -> None:
     flag, equals, rest = words[0].partition("=")
     name = flag[2:].replace("-", "_")
-    shown = name if place else f"--{name}"
 
     def refuse(line: str) -> None:
-        given.mistakes.append(f"{place}{line.replace(f'--{name}', shown, 1)}")
+        # In a file settings have no dashes.
+        given.mistakes.append(f"{place}{re.sub(r'--(?=[a-z])', '', line)}" if place else line)
 
     if name not in _NAMES:
         text = " ".join([*([rest] if equals else []), *words[1:]])
