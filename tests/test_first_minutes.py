@@ -332,3 +332,16 @@ def test_installed_commands_work_from_anywhere(checkpoints, tmp_path):
     assert run("finetune-chat", "merged", "--prompt", "Hi", "--max_new_tokens", 4).returncode == 0
     assert "problems: 0" in run("finetune-data", "check", CONVERSATIONS).stdout
     assert run("finetune-quantize", "--help").returncode == 0
+
+
+def test_the_lines_for_python_in_readme_work(checkpoints, tmp_path):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = text[text.index("```python\nimport finetune") :].split("```")[1].removeprefix("python\n")
+    for name, value in (
+        ("OUTPUT", tmp_path / "out"), ("MERGED", tmp_path / "merged"), ("MODEL", checkpoints["untied"]),
+        ("DATA.json", CONVERSATIONS),
+    ):  # fmt: skip
+        code = code.replace(f'"{name}"', f'"{value}"')
+    code = code.replace('"use_lora": True', '"use_lora": True, "max_steps": 1, "model_max_length": 160')
+    done = run_python("-c", f"{code}\nassert record['status'] == 'finished'")
+    assert done.stdout.count("merge verified") == 1 and (tmp_path / "merged" / "model.safetensors").exists()
