@@ -11,8 +11,8 @@ from torch import nn
 from tests.conftest import build_model
 from tuning.errors import SettingsError
 from tuning.model import loss as loss_module
-from tuning.model.loss import OutputHead, sum_cross_entropy
-from tuning.model.training_model import TrainingModel
+from tuning.model.loss import LogitChange, OutputHead, find_logit_change, sum_cross_entropy
+from tuning.model.training_model import TrainingModel, check_loss_path
 
 V, H, R = 37, 8, 3
 # Relative to the largest entry: rounding of the dtype that products are computed in.
@@ -41,7 +41,7 @@ def make_inputs(num_rows, *, dtype=torch.float32, seed=0, scale=1.0):
     }
 
 
-def reference(hidden, weight, targets, *, bias=None, weights=None, rows=None, low_rank=None):
+def reference(hidden, weight, targets, *, bias=None, weights=None, rows=None, low_rank=None, change=(1.0, None)):
     logits = hidden @ weight.T
     if bias is not None:
         logits = logits + bias
@@ -49,6 +49,10 @@ def reference(hidden, weight, targets, *, bias=None, weights=None, rows=None, lo
         logits = logits.index_copy(1, rows[0], hidden @ rows[1].T)
     if low_rank is not None:
         logits = logits + low_rank[0] @ low_rank[1].T
+    scale, cap = change
+    logits = logits * scale
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
     losses = F.cross_entropy(logits, targets, reduction="none")
     return (losses if weights is None else losses * weights).sum()
 
@@ -63,6 +67,8 @@ def trained(inputs):
 
 def in_double(inputs):
     def convert(value):
+        if isinstance(value, LogitChange):
+            return value
         if isinstance(value, tuple):
             return tuple(convert(each) for each in value)
         if not value.is_floating_point():
@@ -97,9 +103,10 @@ def assert_equal_to_reference(inputs, *, scale=1.0, tolerance=1e-5):
     st.sets(st.sampled_from(["hidden", "weight", "bias", "rows", "low_input", "low_weight"]), min_size=1),
     st.integers(0, 99),
     st.sampled_from([1.0, 1e-4, 65536.0]),
+    st.builds(LogitChange, st.sampled_from([1.0, 0.0625, 3.0]), st.sampled_from([None, 2.0, 30.0])),
 )
-def test_loss_and_gradients_equal_the_reference(num_rows, options, trains, seed, scale):
-    inputs = make_inputs(num_rows, seed=seed)
+def test_loss_and_gradients_equal_the_reference(num_rows, options, trains, seed, scale, change):
+    inputs = {**make_inputs(num_rows, seed=seed), "change": change}
     for name in {"bias", "weights", "rows", "low_rank"} - options:
         del inputs[name]
     values = trained(inputs)
@@ -111,8 +118,10 @@ def test_loss_and_gradients_equal_the_reference(num_rows, options, trains, seed,
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_rounds_products_and_nothing_else(dtype):
-    assert_equal_to_reference(make_inputs(23, dtype=dtype), tolerance=TOLERANCE[dtype])
+@pytest.mark.parametrize("change", [LogitChange(), LogitChange(0.25), LogitChange(2.0, 5.0)])
+def test_half_precision_rounds_products_and_nothing_else(dtype, change):
+    inputs = {**make_inputs(23, dtype=dtype), "change": change}
+    assert_equal_to_reference(inputs, tolerance=TOLERANCE[dtype] * (2 if change.cap else 1))
 
 
 def test_fp16_gradients_do_not_vanish_where_tokens_are_many_and_targets_nearly_certain():
@@ -220,3 +229,38 @@ def test_a_gpu_computes_the_same(dtype):
     for on_cpu, on_gpu in zip(trained(inputs).values(), trained(moved).values(), strict=True):
         difference = (on_gpu.grad.cpu() - on_cpu.grad).float().norm()
         assert difference <= TOLERANCE[dtype] * on_cpu.grad.float().norm()
+
+
+CHANGING = {
+    "gemma2": ({"final_logit_softcapping": 3.0}, LogitChange(1.0, 3.0)),
+    "cohere": ({"logit_scale": 0.25}, LogitChange(0.25)),
+    "cohere2": ({"logit_scale": 0.5}, LogitChange(0.5)),
+    "granite": ({"logits_scaling": 4.0}, LogitChange(0.25)),
+    "falcon_h1": ({"lm_head_multiplier": 0.5}, LogitChange(0.5)),
+    "qwen3": ({}, LogitChange()),
+}
+
+
+@pytest.mark.parametrize("name", ["gemma2", "cohere", "cohere2", "granite", "qwen3"])
+def test_the_loss_of_models_that_change_their_logits_is_their_own(name):
+    """Loss and gradients of every parameter, against transformers' own forward."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    small = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                 num_key_value_heads=2, head_dim=8, pad_token_id=0, initializer_range=0.5)  # fmt: skip
+    fields, change = CHANGING[name]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **small, **fields)).eval()
+    assert find_logit_change(model.config) == change
+    ids = torch.randint(1, 64, (1, 12), generator=torch.Generator().manual_seed(0))
+    expected = F.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="sum")
+    wanted = torch.autograd.grad(expected, list(model.parameters()), allow_unused=True)
+    training_model = TrainingModel(model)
+    check_loss_path(training_model)
+    actual = training_model.eval()(ids, torch.arange(11), ids[0, 1:])
+    assert actual.item() == pytest.approx(expected.item(), rel=1e-5)
+    for one, other in zip(
+        torch.autograd.grad(actual, list(model.parameters()), allow_unused=True), wanted, strict=True
+    ):
+        assert (one is None) == (other is None)
+        assert one is None or torch.allclose(one, other, rtol=1e-3, atol=1e-4 * other.abs().max().item())

@@ -5,7 +5,7 @@ at a time: each chunk is projected, its softmax and gradients are computed in fo
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
@@ -24,18 +24,48 @@ _CHUNK_LOGITS = {"cpu": 2**26, "other": 2**27}
 _FP16_SCALE = 1024.0
 
 
+class LogitChange(NamedTuple):
+    """What an architecture does to its logits after the output layer: cap * tanh(scale * logits / cap)."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+
+UNCHANGED = LogitChange()
+
+
+def find_logit_change(config: Any) -> LogitChange:
+    """How a model changes its logits, by the fields that architectures have for it.
+
+    Gemma-2's final_logit_softcapping, Cohere's logit_scale, Granite's logits_scaling (a divisor), Falcon-H1's
+    lm_head_multiplier.
+    """
+    config = config.get_text_config()
+    scale = 1.0
+    for name in ("logit_scale", "lm_head_multiplier"):
+        scale *= _read_number(config, name) or 1.0
+    scale /= _read_number(config, "logits_scaling") or 1.0
+    return LogitChange(scale, _read_number(config, "final_logit_softcapping"))
+
+
+def _read_number(config: Any, name: str) -> float | None:
+    value = getattr(config, name, None)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
 class OutputHead:
     """A model's output layer, able to compute the loss inside its own forward.
 
     There the engines that hooked the layer (ZeRO-3, FSDP) have its weight at hand; outside they have not. Called
     with hidden states alone the layer gives logits as ever.
 
-    token_rows: vocabulary rows that train in place of the layer's own.
+    token_rows: vocabulary rows that train in place of the layer's own. change: of the logits behind the layer.
 
     Raises: SettingsError: an output layer that is not linear.
     """
 
-    def __init__(self, layer: nn.Module, token_rows: TokenRows | None):
+    def __init__(self, layer: nn.Module, token_rows: TokenRows | None, change: LogitChange = UNCHANGED):
+        self._change = change
         if isinstance(layer, ModulesToSaveWrapper):
             layer = layer.modules_to_save["default"]
         self._adapter = layer if isinstance(layer, LoraLinear) else None
@@ -73,7 +103,14 @@ class OutputHead:
             return self._compute_logits(hidden)
         linear = self._linear
         return sum_cross_entropy(
-            hidden, linear.weight, targets, bias=linear.bias, weights=weights, rows=rows, low_rank=low_rank
+            hidden,
+            linear.weight,
+            targets,
+            bias=linear.bias,
+            weights=weights,
+            rows=rows,
+            low_rank=low_rank,
+            change=self._change,
         )
 
 
@@ -92,6 +129,7 @@ def sum_cross_entropy(
     weights: Tensor | None = None,
     rows: tuple[Tensor, Tensor] | None = None,
     low_rank: tuple[Tensor, Tensor] | None = None,
+    change: LogitChange = UNCHANGED,
 ) -> Tensor:
     """Project hidden states and sum their cross-entropy; gradients are computed along with it.
 
@@ -105,6 +143,7 @@ def sum_cross_entropy(
     weights: [N], of the targets' losses.
     rows: (token ids [R], [R, H]) in place of those rows of weight.
     low_rank: (a [N, r], b [V, r]): a @ b.T is added to the logits.
+    change: what is done to the logits before the softmax.
 
     Returns: scalar float32.
     """
@@ -114,7 +153,7 @@ def sum_cross_entropy(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
         loss: Tensor = _SumCrossEntropy.apply(
-            (dtype, torch.is_grad_enabled()),
+            (dtype, torch.is_grad_enabled(), change),
             (targets, weights, token_ids),
             hidden,
             weight,
@@ -126,12 +165,26 @@ def sum_cross_entropy(
     return loss
 
 
+def change_logits(logits: Tensor, change: LogitChange) -> Tensor | float | None:
+    """Change logits in place. Returns: the derivative by the logits as they came; None where it is 1."""
+    scale, cap = change
+    if cap is None:
+        if scale == 1.0:
+            return None
+        logits.mul_(scale)
+        return scale
+    # tanh near its ends keeps too little in half precision: in float32, as the softmax is.
+    bent = torch.tanh(logits.float() * (scale / cap))
+    logits.copy_(bent * cap)
+    return bent.square_().neg_().add_(1.0).mul_(scale)
+
+
 class _SumCrossEntropy(torch.autograd.Function):
     """Trainable inputs: hidden [N, H], weight [V, H], bias [V], rows [R, H], low_input [N, r], low_weight [V, r]."""
 
     @staticmethod
     def forward(ctx: Any, options: tuple, constants: tuple, *inputs: Tensor | None) -> Tensor:
-        (dtype, with_gradients), (targets, weights, token_ids) = options, constants
+        (dtype, with_gradients, change), (targets, weights, token_ids) = options, constants
         hidden, weight, bias, rows, low_input, low_weight = (None if x is None else x.to(dtype) for x in inputs)
         assert hidden is not None and weight is not None and (low_input is None) == (low_weight is None)
         num_rows, num_logits = len(hidden), len(weight)
@@ -158,6 +211,7 @@ class _SumCrossEntropy(torch.autograd.Function):
                 logits.index_copy_(1, token_ids, hidden_part @ rows.t())
             if low_input is not None and low_weight is not None:
                 logits.addmm_(low_input[part], low_weight.t())
+            slope = change_logits(logits, change)  # of the logits that the softmax sees over the layer's
             largest, target_logit = logits.amax(1, keepdim=True).float(), logits.gather(1, target).float()
             p = torch.softmax(logits, 1, dtype=torch.float32, out=probabilities_buffer[: len(hidden_part)])
             # torch's softmax sums V terms sequentially; its rounding error shows in p's sum (pairwise): divide by it.
@@ -170,9 +224,13 @@ class _SumCrossEntropy(torch.autograd.Function):
             if not with_gradients:
                 continue
             # d loss / d logits = (p - onehot * sums) * scale. The scale goes to the small factors of each product.
+            if isinstance(slope, float):
+                scale = scale * slope
             p.scatter_add_(1, target, -sums)
             if dtype == torch.float16:  # the tail of 150,000 probabilities would vanish
                 p, scale = p.mul_(_FP16_SCALE), scale / _FP16_SCALE
+            if isinstance(slope, Tensor):
+                p.mul_(slope)
             d_logits = p if p.dtype == dtype else logits.copy_(p)
             scaled = hidden_part * scale.to(dtype)
             if d_bias is not None:
