@@ -12,6 +12,8 @@ from torch import nn
 from transformers import (
     FalconMambaConfig,
     FalconMambaForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -31,9 +33,10 @@ from transformers import (
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
 )
+from transformers.models.qwen3_5 import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from tests.conftest import build_model
-from tuning.model import attention
+from tuning.model import attention, recurrent
 from tuning.model.attention import NAME, attend
 from tuning.model.packing import describe_rotary_switch, enable_packing
 from tuning.model.training_model import TrainingModel, enable_gradient_checkpointing
@@ -42,6 +45,10 @@ SMALL = dict(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.2, pad_token_id=0, bos_token_id=1,
     eos_token_id=2,
+)  # fmt: skip
+HYBRID = dict(
+    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8,
+    linear_conv_kernel_dim=4,
 )  # fmt: skip
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
 
@@ -66,6 +73,21 @@ PACKABLE = {
     "phi3": lambda: make(Phi3Config, Phi3ForCausalLM),
     "mistral, window of 100": lambda: make(MistralConfig, MistralForCausalLM, sliding_window=100),
     "gemma3, window of 100": lambda: make(Gemma3TextConfig, Gemma3ForCausalLM, head_dim=8, sliding_window=100),
+    "mistral, window of 6": lambda: make(MistralConfig, MistralForCausalLM, sliding_window=6),
+    "gemma3, window of 6": lambda: make(Gemma3TextConfig, Gemma3ForCausalLM, head_dim=8, sliding_window=6),
+    "qwen2, window of 6": lambda: make(
+        Qwen2Config, Qwen2ForCausalLM, use_sliding_window=True, sliding_window=6, max_window_layers=1
+    ),
+    "gemma2, capped scores": lambda: make(
+        Gemma2Config, Gemma2ForCausalLM, head_dim=8, sliding_window=6, attn_logit_softcapping=2.0
+    ),
+    "gpt-oss, sinks and a window of 6": lambda: make(
+        GptOssConfig, GptOssForCausalLM, head_dim=8, sliding_window=6, num_local_experts=4
+    ),
+    "qwen3-next": lambda: make(
+        Qwen3NextConfig, Qwen3NextForCausalLM, head_dim=8, num_hidden_layers=4, **HYBRID, **EXPERTS
+    ),
+    "qwen3.5": lambda: make(Qwen3_5TextConfig, Qwen3_5ForCausalLM, head_dim=8, num_hidden_layers=4, **HYBRID),
     "gpt2": lambda: TrainingModel(GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4)).eval()),
 }
 
@@ -89,27 +111,44 @@ def test_packed_rows_give_the_hidden_states_and_gradients_of_rows_alone(name):
         assert difference <= 1e-4 * gradient.norm() + 1e-6, key
 
 
+def drop_the_window(model):
+    """Its attention no longer says how far back it reaches, and its mask still does."""
+    for layer in model.causal_lm.model.layers:
+        forward = layer.self_attn.forward
+
+        def silent(*args, forward=forward, module=layer.self_attn, **options):
+            window, module.sliding_window = module.sliding_window, None
+            try:
+                return forward(*args, **options)
+            finally:
+                module.sliding_window = window
+
+        layer.self_attn.forward = silent
+    return model
+
+
 PADDED = {
-    "sliding window": (lambda: make(MistralConfig, MistralForCausalLM, sliding_window=40), "reaches back 40 tokens"),
-    "window in some layers": (
-        lambda: make(Gemma3TextConfig, Gemma3ForCausalLM, head_dim=8, sliding_window=40),
+    "a window that only the mask knows": (
+        lambda: drop_the_window(make(Gemma3TextConfig, Gemma3ForCausalLM, head_dim=8, sliding_window=40)),
+        "its logits differ",
+    ),
+    "chunks": (
+        lambda: make(LlamaConfig, LlamaForCausalLM, layer_types=["chunked_attention"] * 2, attention_chunk_size=40),
         "reaches back 40 tokens",
     ),
-    "linear attention": (
-        lambda: make(Qwen3NextConfig, Qwen3NextForCausalLM, head_dim=8, num_hidden_layers=4, **EXPERTS),
+    "linear attention that is not known": (
+        lambda: make(Qwen3NextConfig, Qwen3NextForCausalLM, head_dim=8, num_hidden_layers=4, **EXPERTS, unknown=True),
         "layers of linear_attention",
     ),
     "state space": (lambda: make(FalconMambaConfig, FalconMambaForCausalLM, state_size=4), "linear_attention"),
-    "sinks": (
-        lambda: make(GptOssConfig, GptOssForCausalLM, head_dim=8, sliding_window=100, num_local_experts=4),
-        "s_aux",
-    ),
 }
 
 
 @pytest.mark.parametrize("name", PADDED)
-def test_models_that_cannot_keep_rows_apart_are_left_as_they_were(name):
+def test_models_that_cannot_keep_rows_apart_are_left_as_they_were(name, monkeypatch):
     build, reason = PADDED[name]
+    if "not known" in name:
+        monkeypatch.setattr(recurrent, "_KIND", "SomethingElse")
     model = build()
     before = model.causal_lm.config._attn_implementation
     ids = torch.arange(24)[None]
@@ -208,30 +247,70 @@ def test_a_packed_model_generates_and_saves_as_before(tokenizer, tmp_path):
     assert NAME not in (tmp_path / "config.json").read_text()
 
 
+@pytest.mark.parametrize("name", ["gemma2, capped scores", "gpt-oss, sinks and a window of 6", "qwen3-next", "qwen3.5"])
+def test_models_with_attention_of_their_own_generate_as_before(name):
+    plain, packed = (PACKABLE[name]().causal_lm for _ in range(2))
+    assert enable_packing(TrainingModel(packed), max_length=64, dtype=torch.float32) is None
+    ids = torch.tensor([[0, 0, 5, 6, 7, 3, 4, 8, 9], [8, 9, 10, 11, 12, 1, 3, 4, 5]])
+    options = {"attention_mask": (ids > 0).long(), "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(plain.generate(ids, **options), packed.generate(ids, **options))
+
+
 class _Module(nn.Module):
     is_causal = True
 
 
-@settings(max_examples=30)
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.sampled_from([1, 2, 4]), st.integers(0, 99))
-def test_attention_within_rows_equals_a_block_mask(lengths, key_heads, seed):
+@settings(max_examples=150)
+@given(
+    st.lists(st.integers(1, 23), min_size=1, max_size=5),
+    st.sampled_from([1, 2, 4]),
+    st.integers(0, 99),
+    st.sampled_from([None, 1, 2, 5, 16, 100]),
+    st.sampled_from([None, 1.5]),
+    st.booleans(),
+    st.sampled_from([1, 4, 7, 256]),
+)
+def test_attention_within_rows_equals_a_mask_written_out(lengths, key_heads, seed, window, softcap, has_sinks, block):
+    """Rows, windows, caps and sinks in one table of scores, in float64, with gradients."""
     generator = torch.Generator().manual_seed(seed)
     total = sum(lengths)
-    query, key, value = (torch.randn(1, heads, total, 8, generator=generator) for heads in (4, key_heads, key_heads))
+    states = [
+        torch.randn(1, heads, total, 8, generator=generator).requires_grad_() for heads in (4, key_heads, key_heads)
+    ]
+    sinks = torch.randn(4, generator=generator).requires_grad_() if has_sinks else None
+    inputs = [*states, *([sinks] if has_sinks else [])]
     row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    mask = (row[:, None] == row[None]).tril()
-    repeated = (states.repeat_interleave(4 // key_heads, 1) for states in (key, value))
-    expected = F.scaled_dot_product_attention(query, *repeated, attn_mask=mask, scale=0.3).transpose(1, 2)
-    actual, _ = attend(_Module(), query, key, value, None, scaling=0.3, packed_lengths=lengths)
-    assert torch.allclose(actual, expected, atol=1e-5)
+    distance = torch.arange(total)[:, None] - torch.arange(total)
+    seen = (row[:, None] == row[None]) & (distance >= 0) & (distance < (window or total))
+
+    def write_out(query, key, value, sink=None):
+        key, value = (each.repeat_interleave(4 // key_heads, 1) for each in (key, value))
+        scores = query @ key.transpose(2, 3) * 0.3
+        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~seen, float("-inf"))
+        if sink is not None:
+            scores = torch.cat([scores, sink.reshape(1, 4, 1, 1).expand(1, 4, total, 1)], -1)
+        return (scores.softmax(-1)[..., :total] @ value).transpose(1, 2)
+
+    exact = [each.detach().double().requires_grad_() for each in inputs]
+    expected = write_out(*exact)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "_QUERIES", block)
+        actual, _ = attend(
+            _Module(), *states, None, scaling=0.3, packed_lengths=lengths, sliding_window=window, softcap=softcap,
+            s_aux=sinks,
+        )  # fmt: skip
+    assert torch.allclose(actual.double(), expected, atol=1e-5)
+    direction = torch.randn(actual.shape, generator=generator)
+    gradients = torch.autograd.grad((actual * direction).sum(), inputs)
+    for one, other in zip(gradients, torch.autograd.grad((expected * direction).sum(), exact), strict=True):
+        assert torch.allclose(one.double(), other, atol=1e-4)
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"softcap": 30.0},
-        {"s_aux": torch.zeros(4)},
-        {"sliding_window": 4},
+        {"sinks": torch.zeros(4)},
         {"is_causal": False},
         {"indices": torch.zeros(1)},
         {"mask": torch.zeros(1, 4, 10, 10)},
@@ -250,11 +329,14 @@ def _varlen(window_size=None, is_causal=None, scale=None, enable_gqa=False):
 
     def compute(query, key, value, starts, keys, longest, longest_key):
         assert torch.equal(starts, keys) and longest == longest_key == starts.diff().max()
-        assert window_size in (None, (-1, 0)) and is_causal in (None, True)
+        assert is_causal in (None, True) and (window_size is None or window_size[1] == 0)
+        back = total if (total := len(query)) and window_size in (None, (-1, 0)) else window_size[0]
+        distance = torch.arange(total)[:, None] - torch.arange(total)
+        seen = (distance >= 0) & (distance <= back)
         rows = [
             F.scaled_dot_product_attention(
                 *(x[a:b].transpose(0, 1)[None] for x in (query, key, value)),
-                scale=scale, is_causal=True, enable_gqa=enable_gqa,
+                scale=scale, attn_mask=seen[: b - a, : b - a], enable_gqa=enable_gqa,
             )[0].transpose(0, 1)
             for a, b in zip(starts.tolist(), starts.tolist()[1:], strict=False)
         ]  # fmt: skip
@@ -273,14 +355,16 @@ def older(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):
     return _varlen(is_causal=is_causal)(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k)
 
 
-@pytest.mark.parametrize("kernel", [newer, older], ids=["torch 2.13", "torch 2.10"])
-def test_the_kernel_is_called_as_its_version_takes_it(kernel, monkeypatch):
+@pytest.mark.parametrize(
+    ("kernel", "window"), [(newer, None), (newer, 3), (older, None)], ids=["torch 2.13", "a window", "torch 2.10"]
+)
+def test_the_kernel_is_called_as_its_version_takes_it(kernel, window, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", types.SimpleNamespace(varlen_attn=kernel))
     monkeypatch.setattr(attention, "_load_kernel", attention._load_kernel.__wrapped__)
     monkeypatch.setattr(attention, "_kernel_takes", lambda *_: True)
     query, key, value = (torch.randn(1, heads, 12, 8) for heads in (4, 2, 2))
     starts = torch.tensor([0, 5, 12], dtype=torch.int32)
-    options = {"scaling": 0.3, "packed_lengths": [5, 7]}
+    options = {"scaling": 0.3, "packed_lengths": [5, 7], "sliding_window": window}
     by_kernel, _ = attend(_Module(), query, key, value, None, packed_starts=starts, **options)
     by_rows, _ = attend(_Module(), query, key, value, None, **options)
     assert torch.allclose(by_kernel, by_rows, atol=1e-6)

@@ -73,7 +73,7 @@ def test_a_run_leaves_a_whole_result(run_script, checkpoints, tmp_path):
 def test_a_model_that_cannot_be_packed_is_padded_and_says_so(run_script, tokenizer, tmp_path):
     config = MistralConfig(
         vocab_size=len(tokenizer) + 8, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, sliding_window=24, eos_token_id=tokenizer.eos_token_id,
+        num_key_value_heads=2, attn_temperature_tuning=True, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     MistralForCausalLM(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -82,7 +82,7 @@ def test_a_model_that_cannot_be_packed_is_padded_and_says_so(run_script, tokeniz
     assert code == 0, stderr
     run = json.loads((out / "run.json").read_text())
     reason = run["layout"]["padded_because"]
-    assert reason.startswith("its attention reaches back 24 tokens, and rows may have ")
+    assert reason == "it scales attention by the place in the micro-batch"
     assert f"batches: padded sequences; this model cannot pack: {reason}" in stdout
     assert run["layout"]["packed"] is False and run["peak_gib"] > 0
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

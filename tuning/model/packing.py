@@ -1,14 +1,19 @@
 """Whether a model's rows can be packed: by what its configuration says, and by trying it before training."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from tuning.distributed.processes import on_rank_0
 from tuning.machine import is_out_of_memory
 from tuning.messages import first_line
+from tuning.model import attention
 from tuning.model.attention import NAME
+from tuning.model.recurrent import find_recurrent_layers, separate_rows
 from tuning.model.training_model import TrainingModel
 
 
@@ -30,9 +35,16 @@ def _test_packing(training_model: TrainingModel, max_length: int, dtype: torch.d
         return obstacle
     causal_lm = training_model.causal_lm
     before = causal_lm.config._attn_implementation
+    exact = dtype == torch.float32 and causal_lm.device.type == "cpu"
+    separate_rows(causal_lm)
     try:
         with torch.autocast(causal_lm.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            return _try_packing(training_model, exact=dtype == torch.float32 and causal_lm.device.type == "cpu")
+            reason = _try_packing(training_model, exact=exact)
+            if reason is None and _has_short_window(training_model, max_length):
+                causal_lm.set_attn_implementation(before)
+                with _narrow_windows(causal_lm):
+                    reason = _try_packing(training_model, exact=exact) or _miss_windows(training_model)
+            return reason
     except NotImplementedError as error:  # attend says why
         return str(error) or "something in it is not implemented"
     except Exception as error:  # whatever a model does with arguments that it does not know
@@ -73,21 +85,64 @@ def _try_packing(training_model: TrainingModel, *, exact: bool) -> str | None:
     return None
 
 
+# ---- windows that are shorter than a row, which the short rows of the trial would not show ----
+
+_NARROW = 4  # tokens; the trial's rows have 8
+
+
+def _has_short_window(training_model: TrainingModel, max_length: int) -> bool:
+    return any(window < max_length for _, window in _list_windows(training_model.causal_lm))
+
+
+def _list_windows(causal_lm: PreTrainedModel) -> list[tuple[Any, int]]:
+    """What holds a window (the configuration, layers), and how many tokens it has."""
+    holders = [causal_lm.config.get_text_config(), *causal_lm.modules()]
+    found = [(holder, getattr(holder, "sliding_window", None)) for holder in holders]
+    return [(holder, window) for holder, window in found if isinstance(window, int) and not isinstance(window, bool)]
+
+
+@contextlib.contextmanager
+def _narrow_windows(causal_lm: PreTrainedModel) -> Iterator[None]:
+    """Inside, every window is narrower than the trial's rows, and attention notes which it is asked for."""
+    changed = _list_windows(causal_lm)
+    attention.windows_seen = []
+    for holder, _ in changed:
+        holder.sliding_window = _NARROW
+    try:
+        yield
+    finally:
+        attention.windows_seen = None
+        for holder, window in changed:
+            holder.sliding_window = window
+
+
+def _miss_windows(training_model: TrainingModel) -> str | None:
+    """Whether a layer with a window asks packed attention for none: it would see too far, if only in long rows."""
+    config = training_model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    asked = (attention.windows_seen or []).count(_NARROW)
+    expected = 2 * kinds.count("sliding_attention")  # two packed forwards
+    return None if asked >= expected else "its attention does not say how far back it reaches"
+
+
 def find_obstacle(training_model: TrainingModel, max_length: int) -> str | None:
-    """Why the model cannot pack, by its configuration (a window below max_length, which short rows would not show)."""
+    """Why the model cannot pack, by its configuration."""
     config = training_model.config.get_text_config()
     if getattr(config, "is_encoder_decoder", False):
         return "it has an encoder"
     if getattr(config, "attn_temperature_tuning", False):
         return "it scales attention by the place in the micro-batch"
-    windows = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
-    kinds = set(getattr(config, "layer_types", None) or [])
-    if other := sorted(kinds - {"full_attention", *windows}):
+    kinds = list(getattr(config, "layer_types", None) or [])
+    known = {"full_attention", "sliding_attention", "chunked_attention"}
+    recurrent = find_recurrent_layers(training_model.causal_lm)
+    if kinds.count("linear_attention") == len(recurrent) or not kinds:
+        known.add("linear_attention")
+    if other := sorted({*kinds} - known):
         return f"it has layers of {other[0]}"
-    reaches = [getattr(config, name, None) for kind, name in windows.items() if kind in kinds or not kinds]
-    reaches += [getattr(module, "sliding_window", None) for module in training_model.causal_lm.modules()]
-    short = [reach for reach in reaches if isinstance(reach, int) and reach < max_length]
-    return f"its attention reaches back {min(short)} tokens, and rows may have {max_length}" if short else None
+    chunk = getattr(config, "attention_chunk_size", None)
+    if "chunked_attention" in kinds and isinstance(chunk, int) and chunk < max_length:
+        return f"its attention reaches back {chunk} tokens, and rows may have {max_length}"
+    return None
 
 
 def describe_rotary_switch(config: Any, max_length: int) -> str | None:
