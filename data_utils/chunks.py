@@ -12,7 +12,9 @@ from data_utils.report import Account, hash_conversation
 from data_utils.rows import EncodedRow, cut_to_length, to_arrow
 from data_utils.schema import Conversation
 from data_utils.sources import DataError
+from data_utils.template import EMPTY_THINKING, ChatTemplate
 
+_HEAD = 16  # tokens of a target, in which an empty think block ends
 TOO_LONG = "; --on_long drop_turns or drop goes on without them"
 
 
@@ -51,6 +53,8 @@ def encode_chunk(conversations: Sequence[Conversation], encoder: RowEncoder, opt
         number = hash_conversation(conversation)
         chunk.hashes.append((number, conversation.where))
         named = _cut_and_count(chunk, conversation, rows, template.stop_ids, options)
+        if template.writes_empty_thinking and conversation.text is None:
+            _count_thinking(chunk.account, [row for _, row in named], template)
         kept += [(row_id, number, row) for row_id, row in named]
     chunk.rows = to_arrow(kept) if kept else None
     return chunk
@@ -85,6 +89,18 @@ def _cut_and_count(
         account.largest_token_id = max(account.largest_token_id, int(row.input_ids.max()))
     is_only = len(rows) == len(numbered) == 1
     return [(conversation.id if is_only else f"{conversation.id}#{number}", row) for number, row in numbered]
+
+
+def _count_thinking(account: Account, rows: list[EncodedRow], template: ChatTemplate) -> None:
+    """Count targets that begin with an empty think block, and those with reasoning."""
+    for row in rows:
+        for start, end, weight in row.spans:
+            if not weight:
+                continue
+            head = template.tokenizer.decode(row.input_ids[start : min(end, start + _HEAD)].tolist())
+            is_empty = EMPTY_THINKING.match(head) is not None
+            account.empty_thinking += is_empty
+            account.with_thinking += not is_empty and (template.opens_thinking or head.lstrip().startswith("<think>"))
 
 
 def _cut_row(

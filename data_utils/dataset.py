@@ -112,6 +112,7 @@ def _write_rows(
                     digest.update(chunk.rows[name].offsets.buffers()[1])
                     digest.update(chunk.rows[name].values.buffers()[1])
     account.fingerprint = digest.hexdigest()
+    account.thinking_switch = template.thinking_switch if account.empty_thinking else None
     statistics.finish(options.max_length)
     return account
 

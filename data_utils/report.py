@@ -12,7 +12,7 @@ from data_utils.sources import DataError, as_line
 
 _SUMMED = (
     "conversations", "conversations_trained", "rows", "split", "shortened", "turns", "turns_trained", "stopped",
-    "tokens", "supervised_tokens", "control_texts", "placeholders", "num_problems",
+    "tokens", "supervised_tokens", "control_texts", "placeholders", "empty_thinking", "with_thinking", "num_problems",
 )  # fmt: skip
 _PLACE = re.compile(r"(?P<file>.+?):(?P<line>\d+)(:\d+)?: ")  # file:line: or file:line:column:
 _PLACEHOLDER = re.compile(r"\{\{\s*[A-Za-z_]\w*\s*\}\}")
@@ -64,6 +64,8 @@ class Account:
     characters: of text by role. lengths: tokens of a row before it was cut: median, 90 %, 99 %, longest.
     stopped: supervised turns that end with the stop token. duplicates: conversations equal to an earlier one.
     control_texts: conversations that hold the text of a control token (it stays text).
+    empty_thinking, with_thinking: supervised turns that begin with an empty think block, and with reasoning, where the
+        template writes such blocks. thinking_switch: its variable that moves empty ones into the prompt.
     placeholders: conversations that hold {{names}}, which whoever wrote them meant to fill in.
     """
 
@@ -85,6 +87,9 @@ class Account:
     duplicates: int = 0
     control_texts: int = 0
     placeholders: int = 0
+    empty_thinking: int = 0
+    with_thinking: int = 0
+    thinking_switch: str | None = None
     lengths: dict[str, int] = field(default_factory=dict)
     characters: dict[str, int] = field(default_factory=dict)
     dropped: dict[str, int] = field(default_factory=dict)
@@ -161,6 +166,8 @@ class Account:
         ):
             if count := getattr(self, name):
                 lines.append(f"{count:,} of them {what}{self._where(name, count)}")
+        if self.empty_thinking:
+            lines.append(self._describe_thinking())
         if self.unread:
             named = ", ".join(f"{key} ({count:,} rows)" for key, count in self.unread.items())
             lines.append(f"keys that are not read: {as_line(named, 500)}")
@@ -169,6 +176,17 @@ class Account:
         for reason, count in self.dropped.items():
             lines.append(f"not trained: {count:,} x {reason}{self._where(reason, count)}")
         return lines
+
+    def _describe_thinking(self) -> str:
+        mixed = f"; {self.with_thinking:,} others have reasoning" if self.with_thinking else ""
+        ways = ["write reasoning_content into the data"]
+        if self.thinking_switch:
+            kwargs = f"--chat_template_kwargs '{{\"{self.thinking_switch}\": false}}'"
+            ways.insert(0, f"{kwargs} (the block is then in the prompt, untrained, wherever the result is served)")
+        return (
+            f"{self.empty_thinking:,} of {self.turns_trained:,} targets begin with an empty think block, which teaches "
+            f"the model not to think{mixed}; if that is not meant: {', or '.join(ways)}"
+        )
 
     def describe_fully(self, max_length: int | None) -> list[str]:
         """Everything there is to know, for `check`."""

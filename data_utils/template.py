@@ -8,6 +8,7 @@ or move earlier reasoning, or an answer whose first token would merge into the p
 
 import copy
 import json
+import re
 from typing import Any
 
 import jinja2
@@ -20,6 +21,8 @@ from data_utils.safe_encoder import PROBE, SafeEncoder
 from data_utils.schema import Conversation
 from data_utils.sources import DataError, as_line
 
+# What a target begins with where the turn has no reasoning; the prompt may have opened the block.
+EMPTY_THINKING = re.compile(r"\s*(<think>)?\s*</think>")
 LABEL_MASKS = ("assistant", "qwen")
 Message = dict[str, Any]
 _QUESTION: Message = {"role": "user", "content": "Q"}
@@ -36,6 +39,8 @@ class ChatTemplate:
     system_message: system turn for conversations without one; None leaves them to the template.
     label_mask: "assistant" trains the targets; "qwen" is the original Qwen recipe, which also trains
         <|im_start|>, <|im_end|> and the newline after it in every turn.
+    writes_empty_thinking: an answer without reasoning is trained with an empty think block before it.
+    opens_thinking: the prompt opens that block, so that a target with reasoning begins with the reasoning.
     stop_id: the token that ends an assistant's turn. stop_ids: likewise, calls of tools and plain text included.
     """
 
@@ -62,6 +67,8 @@ class ChatTemplate:
             **dict.fromkeys(("reasoning_content", "thinking"), f"{PROBE}_r"),
         }
         self.writes_reasoning = self._writes([_QUESTION, reasoned], "_r")
+        self.opens_thinking = False
+        self.writes_empty_thinking = self._writes_empty_thinking()
         self._calls_as_text = False
         self.writes_calls = self._writes_calls()
         if not self.writes_calls:  # it may want the arguments as JSON text
@@ -388,6 +395,21 @@ class ChatTemplate:
                 raise DataError(
                     f"{conversation.where}: the chat template cannot express {what}; {self._way_to_tools()}"
                 )
+
+    def _writes_empty_thinking(self) -> bool:
+        try:
+            answered = [_QUESTION, {"role": "assistant", "content": PROBE}]
+            prompt = self.render(answered[:1], add_generation_prompt=True)
+            self.opens_thinking = prompt.rstrip().endswith("<think>")
+            return EMPTY_THINKING.match(self.render(answered).removeprefix(prompt)) is not None
+        except jinja2.TemplateError:
+            return False
+
+    @property
+    def thinking_switch(self) -> str | None:
+        """The template's variable that puts an empty think block into the prompt, if it has one."""
+        text = str(self.tokenizer.chat_template)
+        return next((name for name in ("enable_thinking", "thinking") if f"{name} is" in text), None)
 
     def _way_to_tools(self) -> str:
         if all(text in self.encoder.control_ids for text in ("<|im_start|>", "<|im_end|>")):

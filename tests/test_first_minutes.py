@@ -345,3 +345,35 @@ def test_the_lines_for_python_in_readme_work(checkpoints, tmp_path):
     code = code.replace('"use_lora": True', '"use_lora": True, "max_steps": 1, "model_max_length": 160')
     done = run_python("-c", f"{code}\nassert record['status'] == 'finished'")
     assert done.stdout.count("merge verified") == 1 and (tmp_path / "merged" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think", "qwen3_6", "glm4moe", "qwen2_5", "llama3_2"])
+def test_targets_that_teach_not_to_think_are_counted(name, tmp_path):
+    """As the definition's targets have them: with an empty think block, or with reasoning."""
+    reasoned = {"role": "assistant", "content": "A", "reasoning_content": "because"}
+    rows = [{"messages": [QUESTION, ANSWER, QUESTION, ANSWER]}] * 3
+    thinks = name not in ("qwen2_5", "llama3_2")
+    rows += [{"messages": [QUESTION, reasoned]}] * 2 if thinks else []
+    path = write_rows(tmp_path / "d.jsonl", rows)
+    _, account = load_rows([path], load_template(name))
+    assert (account.empty_thinking, account.with_thinking) == ((6, 2) if thinks else (0, 0))
+    (line,) = [line for line in account.describe() if "think block" in line] or [""]
+    if thinks:
+        assert line.startswith(
+            "6 of 8 targets begin with an empty think block, which teaches the model not to think; 2 "
+        )
+        assert "--chat_template_kwargs '{\"enable_thinking\": false}'" in line
+    else:
+        assert not line
+
+
+def test_the_switch_moves_the_empty_block_into_the_prompt(checkpoints, tmp_path):
+    tokenizer = load_template("qwen3").tokenizer
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    path = write_rows(tmp_path / "d.jsonl", [{"messages": [QUESTION, ANSWER]}])
+    switched = load_tokenizer(str(tmp_path / "tokenizer"), chat_template_kwargs='{"enable_thinking": false}')
+    rows, account = load_rows([path], ChatTemplate(switched))
+    assert account.empty_thinking == 0
+    input_ids, labels, _ = rows[0]
+    assert switched.decode(labels[labels != -100]) == "A<|im_end|>"
+    assert "<think>\n\n</think>" in switched.decode(input_ids)
