@@ -15,14 +15,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import merge_lora
 from tests import runs
-from tests.conftest import CONVERSATIONS, ROOT, run_python
+from tests.conftest import CONVERSATIONS, ROOT, build_model, run_python
 from tests.test_cli import flags
 from tuning.checkpoint.adapter import load_lora
 from tuning.checkpoint.manifest import find_fault
 from tuning.checkpoint.output_directory import MANIFEST_FILE
 from tuning.checkpoint.result import ResultWriter
 from tuning.checkpoint.run_record import RunFacts
+from tuning.checkpoint.serving import describe_serving
 from tuning.model.loading import identify_checkpoint, load_model
+from tuning.model.lora import add_lora
 from tuning.model.stop_token import align_stop_token
 from tuning.model.training_model import TrainingModel
 
@@ -329,3 +331,23 @@ def test_two_merges_do_not_write_into_one_directory(results, tmp_path):
         merge_lora.main([str(results["lora", "untied"][0]), str(out)])
     holding.communicate("\n")
     assert [*out.iterdir()] == []
+
+
+@pytest.mark.parametrize(
+    ("options", "quantized", "expected"),
+    [
+        ({}, False, ("peft, and servers that load adapters of rank 4", None)),
+        ({}, True, ("peft, on the same quantised base", "it was trained on quantised weights")),
+        ({"embeddings": "tokens", "token_ids": [1, 2]}, False, ("peft", "it holds vocabulary rows, which")),
+        ({"embeddings": "full"}, False, ("peft", "it holds whole matrices, which")),
+        ({"use_dora": True}, False, ("peft", "it holds DoRA, which")),
+        (None, False, ("transformers and servers", None)),
+    ],
+)
+def test_what_can_be_served_as_it_is(tokenizer, options, quantized, expected):
+    model = build_model(tokenizer, tied=False)
+    parts = (model,) if options is None else add_lora(model, r=4, alpha=8, dropout=0.0, **options)
+    serving = describe_serving(TrainingModel(*parts), quantized=quantized)
+    assert serving["as_it_is"] == expected[0]
+    found = serving["merge_first"]
+    assert (found or "").startswith(expected[1] or "") and bool(expected[1]) == bool(found)

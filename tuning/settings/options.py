@@ -124,7 +124,7 @@ class LoraArguments:
     )  # fmt: skip
     train_embeddings: Literal["auto", "tokens", "full", "off"] = option(
         "embedding and output layer with LoRA: the control tokens' vocabulary rows, both matrices, or nothing; auto: "
-        "rows on a base model, nothing on a chat model",
+        "rows on a base model, nothing on a chat model; with rows or matrices, merge the adapter before serving it",
         default="auto", trajectory=True, needs="use_lora",
     )  # fmt: skip
 

@@ -12,6 +12,7 @@ from tuning.checkpoint.ownership import new_result, step_of
 from tuning.checkpoint.result import ResultWriter
 from tuning.checkpoint.resume import StartingPoint
 from tuning.checkpoint.run_record import RunFacts, RunRecord, describe_environment, read_sessions
+from tuning.checkpoint.serving import describe_serving
 from tuning.console import CONSOLE, is_rank_0, say
 from tuning.distributed.processes import check_agreement, leave_processes, on_rank_0
 from tuning.distributed.startup import check_shared
@@ -74,6 +75,7 @@ def describe_run(
         "parameters": {"trainable": model.trainable, "total": model.total},
         "layout": {"packed": model.padded_because is None, "padded_because": model.padded_because},
         "plan": plan.to_json(),
+        "serving": describe_serving(model.training_model, quantized=base.quantization is not None),
         "processes": run.world_size,
         "engine": run.engine,
     }
@@ -157,3 +159,10 @@ def say_summary(record: RunRecord, scripts: Path, *, use_lora: bool) -> None:
     say(f"talk to it: {python}chat.py {out}")
     if use_lora:
         say(f"merge it:   {python}merge_lora.py {out} {merged}")
+    serving = record.values["serving"]
+    where = f"{serving['as_it_is']}, as it is"
+    say(
+        f"serve it:   {where}; elsewhere merge it first: {serving['merge_first']}"
+        if serving["merge_first"]
+        else f"serve it:   {where}"
+    )
