@@ -36,7 +36,7 @@ from transformers import (
 from transformers.models.qwen3_5 import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from tests.conftest import build_model
-from tuning.model import attention, recurrent
+from tuning.model import attention, packing, recurrent
 from tuning.model.attention import NAME, attend
 from tuning.model.packing import describe_rotary_switch, enable_packing
 from tuning.model.training_model import TrainingModel, enable_gradient_checkpointing
@@ -109,6 +109,19 @@ def test_packed_rows_give_the_hidden_states_and_gradients_of_rows_alone(name):
     for key, gradient in expected.items():
         difference = (dict(model.named_parameters())[key].grad - gradient).norm()
         assert difference <= 1e-4 * gradient.norm() + 1e-6, key
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3.5", "gpt-oss, sinks and a window of 6"])
+def test_processes_that_did_not_try_pack_likewise(name, monkeypatch):
+    model = PACKABLE[name]()
+    monkeypatch.setattr(packing, "on_rank_0", lambda _: None)  # what rank 0 found, as the others get it
+    lengths = [5, 11]
+    rows = [torch.arange(3, 3 + length) for length in lengths]
+    with torch.no_grad():
+        alone = torch.cat([model.hidden_states(row[None]) for row in rows], 1)
+        assert enable_packing(model, max_length=64, dtype=torch.float32) is None
+        packed = model.hidden_states(torch.cat(rows)[None], **pack(lengths))
+    assert (packed - alone).abs().max() <= 1e-5 * alone.abs().max()
 
 
 def drop_the_window(model):

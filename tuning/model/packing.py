@@ -27,6 +27,7 @@ def enable_packing(training_model: TrainingModel, *, max_length: int, dtype: tor
     obstacle = on_rank_0(lambda: _test_packing(training_model, max_length, dtype))
     if obstacle is None:
         training_model.causal_lm.set_attn_implementation(NAME)
+        separate_rows(training_model.causal_lm)
     return obstacle
 
 
