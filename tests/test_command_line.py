@@ -129,6 +129,7 @@ EVALUATED = ["--eval_data_path", "e.json", "--eval_strategy", "steps", "--eval_s
         (["--num_train_epochs", "0"], "--num_train_epochs 0.0: must be above 0"),
         (["--model_max_length", "1"], "--model_max_length 1: must be"),
         (["--lr_scheduler_type", "cosin"], " or warmup_stable_decay; did you mean cosine?"),
+        (["--use_lora", "--lora_target_modules", "q.*["], "--lora_target_modules q.*[: not a regular expression"),
         (["--lora-r", "8"], "--lora_r: has no effect without --use_lora"),
         (["--warmup-ratio", "1.0"], "--warmup_ratio 1.0: a share of the steps"),
         (["--lora_weight_path", "a", "--use_lora", "--lora_r", "8"], "--lora_r: has no effect with --lora_weight_path"),

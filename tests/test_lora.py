@@ -86,6 +86,27 @@ def test_targets_that_cannot_be_adapted(model, target, message):
         check_lora_targets(model, [target])
 
 
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        (r".*(q_proj|head)", "the output layer"),
+        ("nothing.*", "no such layer"),
+        (r".*\.mlp", "is a Qwen3MLP, not a linear layer"),
+    ],
+)
+def test_patterns_that_cannot_be_adapted(model, pattern, message):
+    with pytest.raises(SettingsError, match=message):
+        check_lora_targets(model, pattern)
+
+
+def test_a_pattern_adapts_what_peft_says_it_matches(tokenizer):
+    peft_model, _ = add_lora(
+        build_model(tokenizer, tied=False), r=2, alpha=4, dropout=0, target_modules=r".*\.0\..*\.(q|up)_proj"
+    )
+    adapted = {name.split(".lora_A")[0] for name, _ in peft_model.named_parameters() if "lora_A" in name}
+    assert {".".join(name.split(".")[-4:]) for name in adapted} == {"layers.0.self_attn.q_proj", "layers.0.mlp.up_proj"}
+
+
 # ---- the side table ----
 
 

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import operator
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -77,6 +78,11 @@ def _check_lora(lora: LoraArguments, model: ModelArguments, given: frozenset[str
         yield "--use_dora and --q_lora: DoRA needs unquantised weights; choose one"
     if lora.use_lora and model.pure_bf16:
         yield "--pure_bf16: has no effect with LoRA, which keeps adapters in fp32"
+    if isinstance(lora.lora_target_modules, str):
+        try:
+            re.compile(lora.lora_target_modules)
+        except re.error as error:
+            yield f"--lora_target_modules {lora.lora_target_modules}: not a regular expression: {error}"
     if lora.lora_weight_path:
         of_the_adapter = {name for name, each in list_meanings(lora).items() if each.needs == "use_lora"}
         if taken := sorted(given & of_the_adapter - _NOT_IN_ADAPTER - {"lora_weight_path"}):
