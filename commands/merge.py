@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     dtype = merge.read_dtype(base, trust=trust) if args.dtype == "auto" else DTYPES[args.dtype]
 
     # Verified in float32, where a right merge differs by almost nothing; the rounding to dtype is checked to be exact.
-    probes = merge.build_probes(tokenizer)
+    probes = merge.build_probes(tokenizer, adapter)
     expected = of_trained = None
     if not args.no_verify:
         expected = merge.compute_expected_logits(adapter, base, onto, probes, trust=trust)

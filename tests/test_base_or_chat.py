@@ -100,4 +100,4 @@ def test_auto_trains_rows_on_a_base_model_only(model, choice, eos, rows, judge):
     )  # fmt: skip
     assert (training_model.token_rows is not None) == rows
     if rows:
-        assert training_model.token_rows.token_ids.tolist() == [5, 7]
+        assert training_model.token_rows.ids_of("embedding").tolist() == [5, 7]

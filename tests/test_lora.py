@@ -172,7 +172,7 @@ def test_scaled_embeddings_keep_their_scale():
     model = Model()
     inputs = torch.arange(10)
     before = model(inputs).detach()
-    rows = TokenRows(model, [2, 5])
+    rows = TokenRows(model, {"embedding": [2, 5], "output": [2, 5]})
     torch.testing.assert_close(model(inputs), before)
     with torch.no_grad():
         rows.embedding.add_(1.0)

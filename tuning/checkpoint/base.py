@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import PreTrainedModel
 
 from tuning.checkpoint.adapter import check_adapter_base, find_trained_quantization, read_adapter
 from tuning.checkpoint.manifest import MANIFEST_FILE
@@ -20,8 +19,7 @@ from tuning.model.base_or_chat import Evidence, judge_base_or_chat
 from tuning.model.build import TokensInUse, build_training_model
 from tuning.model.loading import choose_dtypes, find_quantization, identify_checkpoint, load_model
 from tuning.model.quantization import Quantization, choose_quantization
-from tuning.model.saved_adapter import SavedAdapter, find_row_ids
-from tuning.model.token_rows import is_tied
+from tuning.model.saved_adapter import SavedAdapter
 from tuning.model.training_model import TrainingModel
 from tuning.settings.arguments import Arguments
 
@@ -114,8 +112,6 @@ def inspect_base(arguments: Arguments, tokens: TokensInUse) -> BaseModel:
             trust_remote_code=trust,
         )
         if model is not None:
-            if adapter is not None:
-                _say_wider_rows(model, adapter)
             training_model, unknown = _try(
                 lambda: build_training_model(model, lora, is_base=evidence.is_base, tokens=tokens, adapter=adapter)
             )
@@ -144,12 +140,6 @@ def _try(build: Callable[[], T]) -> tuple[T | None, str | None]:
         raise
     except Exception as error:
         return None, first_line(error)
-
-
-def _say_wider_rows(model: PreTrainedModel, adapter: SavedAdapter) -> None:
-    ids = find_row_ids(model, adapter)
-    if not is_tied(model) and ids["embedding"] != ids["output"]:
-        say("adapter: it trained other token rows in each matrix, or those of one; from here all of them train in both")
 
 
 def _say_other_quantization(adapter: Path, quantization: Quantization | None) -> None:

@@ -79,7 +79,9 @@ def read_manifest(directory: Path, name: str = MANIFEST_FILE) -> dict[str, Any]:
     except (ValueError, RecursionError):
         manifest = None
     if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _hash_json(manifest):
-        raise SettingsError(f"{directory / name}: is damaged; copy it again")
+        raise SettingsError(
+            f"{directory / name}: is damaged; copy it again (another program's file of that name: move it away)"
+        )
     return manifest
 
 

@@ -285,8 +285,13 @@ def compare_logits(expected: list[Tensor], actual: list[Tensor]) -> Comparison:
     )
 
 
-def build_probes(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of prompts in several languages, rendered with the chat template."""
+def build_probes(tokenizer: PreTrainedTokenizerBase, adapter: Path) -> list[list[int]]:
+    """Token ids of prompts in several languages, rendered with the chat template, and those whose rows were trained."""
+    indices = read_adapter_config(adapter).trainable_token_indices or []
+    by_matrix = indices.values() if isinstance(indices, dict) else [indices]
+    trained = sorted(
+        {token_id for ids in by_matrix if isinstance(ids, list) for token_id in ids if type(token_id) is int}
+    )
     with explain_bad_files(f"{tokenizer.name_or_path}: the chat template cannot render a question"):
         probes = [
             tokenizer.apply_chat_template(
@@ -296,4 +301,4 @@ def build_probes(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
         ]
         if not all(probes):
             raise ValueError("it writes nothing")
-        return [ids[-_PROBE_TOKENS:] for ids in probes]
+        return [ids[-_PROBE_TOKENS:] for ids in [*probes, *([trained] if trained else [])]]

@@ -132,7 +132,8 @@ def add_lora(
         raise SettingsError(
             "--train_embeddings tokens: peft drops the output layer's bias beside rows; use full or off"
         )
-    rows = TokenRows(model, token_ids or []) if embeddings == "tokens" else None
+    ids = token_ids or []
+    rows = TokenRows(model, {"embedding": ids, "output": ids}) if embeddings == "tokens" else None
     tied = is_tied(model)
     hide_gptqmodel()
     peft_model = get_peft_model(model, config)

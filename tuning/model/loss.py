@@ -88,7 +88,9 @@ class OutputHead:
             # The weight through a call of its layer: engines gather it for that.
             up_weight = up(torch.eye(up.in_features, dtype=up.weight.dtype, device=hidden.device)).t()
             low_rank = (down(inputs) * adapter.scaling["default"], up_weight)
-        rows = None if self._token_rows is None else (self._token_rows.token_ids, self._token_rows("rows"))
+        trained, rows = self._token_rows, None
+        if trained is not None and len(trained.ids_of("output")):
+            rows = (trained.ids_of("output"), trained("rows"))
         return self._linear(hidden, targets, weights, low_rank, rows)
 
     def _forward(

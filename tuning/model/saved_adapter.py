@@ -37,7 +37,9 @@ def attach_lora(model: PreTrainedModel, adapter: SavedAdapter) -> tuple[PeftMode
     row_state = {name: value for name, value in state.items() if name.endswith(PEFT_SUFFIX)}
     other_state = {name: value for name, value in state.items() if name not in row_state}
     ids = find_row_ids(model, adapter)
-    rows = TokenRows(model, list(dict.fromkeys(ids["embedding"] + ids["output"]))) if any(ids.values()) else None
+    rows = TokenRows(model, ids) if any(ids.values()) else None
+    if odd := next(iter(row_state), None) if rows is None else None:
+        raise SettingsError(f"{directory}: holds {odd}, but its configuration names no trainable_token_indices")
     config.trainable_token_indices = None
     config.inference_mode = False
     if is_meta and isinstance(config.init_lora_weights, str):
@@ -87,17 +89,15 @@ def find_row_ids(model: PreTrainedModel, adapter: SavedAdapter) -> dict[str, lis
 
 
 def _load_rows(directory: Path, rows: TokenRows, ids: dict[str, list[int]], state: dict[str, Tensor]) -> None:
-    """Put saved rows in their places; those of the other matrix stay the model's own."""
+    """Put saved rows in their places."""
     wanted = {f"base_model.model.{rows.names[part]}.{PEFT_SUFFIX}": part for part in ids if ids[part]}
     if odd := next(iter(state.keys() ^ wanted.keys()), None):
         raise SettingsError(f"{directory}: the adapter does not fit this model: {odd}")
     for name, part in wanted.items():
-        width = rows.embedding.shape[1]
-        if state[name].shape != (len(ids[part]), width):
-            raise SettingsError(
-                f"{directory}: {name} has the shape {[*state[name].shape]}, {[len(ids[part]), width]} is needed"
-            )
-        rows.load(part, ids[part], state[name])
+        needed = [len(ids[part]), getattr(rows, part).shape[1]]
+        if [*state[name].shape] != needed:
+            raise SettingsError(f"{directory}: {name} has the shape {[*state[name].shape]}, {needed} is needed")
+        rows.load(part, state[name])
 
 
 def _check_tensors(directory: Path, peft_model: PeftModel, state: dict[str, Tensor]) -> None:

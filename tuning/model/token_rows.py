@@ -1,5 +1,8 @@
 """Trained vocabulary rows of the embedding and output matrices, kept apart from the frozen matrices."""
 
+import functools
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,35 +14,50 @@ PEFT_SUFFIX = "token_adapter.trainable_tokens_delta"
 class TokenRows(nn.Module):
     """Trainable rows of the embedding and output matrices, kept beside the frozen matrices.
 
-    Rows are put in place after the lookup, and their logits after the projection: no copy of a matrix is made.
+    Rows are put in place after the lookup, and their logits after the projection: no copy of a matrix is made. A matrix
+    whose rows do not train is left alone, whatever else is done to it.
 
-    token_ids: [R]. embedding: [R, H] parameter. output: [R, H] parameter, None where the matrices are tied (then
-    `embedding` serves both). Kept in float32.
+    token_ids: of "embedding", of "output", or of both; of tied matrices those of "embedding" serve both.
+
+    embedding, output: [R, H] parameters in float32; None where no row of that matrix trains (or the matrices are tied,
+    for output).
     """
 
-    token_ids: Tensor
+    embedding: nn.Parameter | None
+    output: nn.Parameter | None
     row_of_token: Tensor
 
-    def __init__(self, model: PreTrainedModel, token_ids: list[int]):
+    def __init__(self, model: PreTrainedModel, token_ids: dict[str, list[int]]):
         super().__init__()
         self.tied = is_tied(model)
-        embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
-        self.names = {"embedding": find_module_name(model, embedding), "output": find_module_name(model, output)}
-        device = embedding.weight.device
-        ids = torch.tensor(token_ids, device=device)
-        row_of_token = torch.full((len(embedding.weight),), -1, dtype=torch.long, device=device)
-        row_of_token[ids] = torch.arange(len(ids), device=device)
-        self.register_buffer("token_ids", ids, persistent=False)
+        layers = {"embedding": model.get_input_embeddings(), "output": model.get_output_embeddings()}
+        self.names = {part: find_module_name(model, layer) for part, layer in layers.items()}
+        self._hooks = []
+        for part, layer in layers.items():
+            ids = token_ids.get("embedding" if self.tied else part) or []
+            own = ids if part == "embedding" or not self.tied else []
+            self.register_parameter(part, _copy_rows(layer, own) if own else None)
+            self.register_buffer(
+                f"{part}_ids", torch.tensor(ids, dtype=torch.long, device=layer.weight.device), persistent=False
+            )
+            if ids:
+                # Called as a module, so that ZeRO-3 gathers the rows. Its own hooks on both layers come after these.
+                self._hooks.append(layer.register_forward_hook(functools.partial(self._put_in_place, part)))
+        row_of_token = torch.full((len(layers["embedding"].weight),), -1, dtype=torch.long)
+        row_of_token = row_of_token.to(layers["embedding"].weight.device)
+        row_of_token[self.ids_of("embedding")] = torch.arange(len(self.ids_of("embedding")), device=row_of_token.device)
         self.register_buffer("row_of_token", row_of_token, persistent=False)
-        self.embedding = nn.Parameter(embedding.weight.detach()[ids].float().clone())
-        self.output = None if self.tied else nn.Parameter(output.weight.detach()[ids].float().clone())
         # Gemma scales in the embedding's forward; rows replace its result and must be scaled alike.
-        self._scale = getattr(embedding, "embed_scale", None)
-        # Called as a module, so that ZeRO-3 gathers the rows. Its own hooks on both layers come after these.
-        self._hooks = [
-            embedding.register_forward_hook(lambda _, inputs, result: self("embedding", inputs[0], result)),
-            output.register_forward_hook(lambda _, inputs, result: self("output", inputs[0], result)),
-        ]
+        self._scale = getattr(layers["embedding"], "embed_scale", None)
+
+    def ids_of(self, part: str) -> Tensor:
+        """Token ids [R] whose rows train in "embedding" or in "output"."""
+        ids: Tensor = getattr(self, f"{part}_ids")
+        return ids
+
+    def _put_in_place(self, part: str, _layer: nn.Module, inputs: tuple[Tensor, ...], result: Tensor) -> Tensor:
+        replaced: Tensor = self(part, inputs[0], result)
+        return replaced
 
     def forward(self, part: str, inputs: Tensor | None = None, result: Tensor | None = None) -> Tensor:
         """Put the trained rows in place.
@@ -51,6 +69,7 @@ class TokenRows(nn.Module):
             return self.output_rows.clone()  # ZeRO-3 takes the parameter itself away again
         assert inputs is not None and result is not None
         if part == "embedding":
+            assert self.embedding is not None
             row = self.row_of_token[inputs]
             rows = F.embedding(row.clamp(min=0), self.embedding).to(result.dtype)
             if self._scale is not None:
@@ -59,12 +78,14 @@ class TokenRows(nn.Module):
         if not result.ndim:  # a scalar: the output layer returned the loss, which used the rows (OutputHead)
             return result
         columns = F.linear(inputs, self.output_rows.to(inputs.dtype))
-        return result.index_copy_(-1, self.token_ids, columns.to(result.dtype))
+        return result.index_copy_(-1, self.ids_of("output"), columns.to(result.dtype))
 
     @property
     def output_rows(self) -> Tensor:
         """The rows of the output matrix, [R, H]; in engines that shard weights only inside forward."""
-        return self.embedding if self.output is None else self.output
+        rows = self.embedding if self.tied else self.output
+        assert rows is not None
+        return rows
 
     def state_in_peft_format(self) -> dict[str, Tensor]:
         """Absolute rows under peft's names; tied matrices have the embedding's only."""
@@ -74,10 +95,10 @@ class TokenRows(nn.Module):
 
     def indices_in_peft_format(self) -> list[int] | dict[str, list[int]]:
         """What peft's LoraConfig.trainable_token_indices holds for these rows."""
-        ids = self.token_ids.tolist()
+        ids: dict[str, list[int]] = {part: self.ids_of(part).tolist() for part in self.names}
         if self.tied:
-            return ids
-        return {name.rpartition(".")[2]: ids for name in self.names.values()}
+            return ids["embedding"]
+        return {self.names[part].rpartition(".")[2]: each for part, each in ids.items() if each}
 
     def write_into(self, model: PreTrainedModel) -> None:
         """Write the rows into the model's matrices and stop substituting them."""
@@ -89,15 +110,19 @@ class TokenRows(nn.Module):
                 ("output", model.get_output_embeddings()),
             ):
                 if (rows := getattr(self, part)) is not None:
-                    module.weight[self.token_ids] = rows.to(module.weight.dtype)
+                    module.weight[self.ids_of(part)] = rows.to(module.weight.dtype)
 
     @torch.no_grad()
-    def load(self, part: str, token_ids: list[int], values: Tensor) -> None:
-        """Take rows of "embedding" or "output". Shapes: values [len(token_ids), H]."""
+    def load(self, part: str, values: Tensor) -> None:
+        """Take the rows of "embedding" or "output". Shapes: values [R, H]."""
         parameter = getattr(self, part)
         if not parameter.is_meta:
-            places = self.row_of_token[torch.tensor(token_ids, device=self.row_of_token.device)]
-            parameter[places] = values.to(parameter)
+            parameter.copy_(values.to(parameter))
+
+
+def _copy_rows(layer: nn.Module, ids: list[int]) -> nn.Parameter:
+    weight: Any = layer.weight
+    return nn.Parameter(weight.detach()[torch.tensor(ids, device=weight.device)].float().clone())
 
 
 def is_tied(model: PreTrainedModel) -> bool:

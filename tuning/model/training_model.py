@@ -122,7 +122,8 @@ def _describe_other_logits(name: str, evidence: str) -> str:
 
 def trains_row(training_model: TrainingModel, token_id: int) -> bool:
     """Whether the embedding's row of a token trains: with the whole matrix, or as one of the token rows."""
-    if training_model.token_rows is not None and token_id in training_model.token_rows.token_ids.tolist():
+    rows = training_model.token_rows
+    if rows is not None and token_id in rows.ids_of("embedding").tolist():
         return True
     embedding = training_model.causal_lm.get_input_embeddings()
     return any(parameter.requires_grad for parameter in embedding.parameters())
