@@ -94,7 +94,7 @@ def run(settings: Settings, *, began: float) -> int:
         train_dataset=steps,
         eval_dataset=eval_steps,
         writer=writer,
-        on_begin=lambda: begin_run(record, start, dropped),
+        on_begin=lambda: begin_run(arguments, record, start, dropped),
         loraplus_lr_ratio=arguments.lora.loraplus_lr_ratio,
     )
     if data.samples and is_rank_0():

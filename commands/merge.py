@@ -36,7 +36,11 @@ def run(args: argparse.Namespace) -> None:
         trained_on = merge.find_base(adapter, None, args.cache_dir)
         merge.check_same_origin(base, trained_on, trust=trust)
     check_adapter_fits(adapter, base, trust_remote_code=args.trust_remote_code)
-    check_result_directory(out, [adapter, base, trained_on], overwrite=args.overwrite, mark="onto")
+
+    def check() -> None:
+        check_result_directory(out, [adapter, base, trained_on], overwrite=args.overwrite, mark="onto")
+
+    check()
     tokenizer = load_tokenizer(str(merge.tokenizer_source(adapter, base)), trust_remote_code=args.trust_remote_code)
     dtype = merge.read_dtype(base, trust=trust) if args.dtype == "auto" else DTYPES[args.dtype]
 
@@ -51,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     if merge.changes_nothing(adapter):
         print(f"{adapter}: every lora_B is zero, so the adapter changes nothing: it is untrained")
     model = merge.merge_adapter(adapter, base, onto, trust=trust)
-    with new_result(out) as unfinished:
+    with new_result(out, check=check) as unfinished:
         merge.save_merged(
             model, adapter, base, unfinished, dtype=dtype, max_shard_size=args.max_shard_size, trust=trust
         )

@@ -36,7 +36,11 @@ def run(args: argparse.Namespace) -> None:
         path = local_directory(args.model, args.cache_dir)
     except (OSError, ValueError):
         raise SettingsError(f"{args.model}: no such model") from None
-    check_result_directory(out, [path, *map(Path, args.data)], overwrite=args.overwrite, mark="quantized_from")
+
+    def check() -> None:
+        check_result_directory(out, [path, *map(Path, args.data)], overwrite=args.overwrite, mark="quantized_from")
+
+    check()
     if own := find_quantization(str(path), cache_dir=None, trust_remote_code=trust):
         raise SettingsError(f"{path}: is quantised already ({own.describe()})")
     if not (path / "config.json").is_file():
@@ -60,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     held_back, calibration = examples[:num_held_back], examples[num_held_back:]
 
     started = time.perf_counter()
-    with new_result(out) as unfinished:
+    with new_result(out, check=check) as unfinished:
         model = load_model(str(path), dtype="auto", **vars(allow)).to(device)
         before = gptq.measure_perplexity(model, held_back)
         del model

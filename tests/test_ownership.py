@@ -15,6 +15,7 @@ from tests.test_cli import flags
 from tuning.checkpoint.manifest import find_fault, write_manifest
 from tuning.checkpoint.output_directory import prepare_output_directory, rotate_checkpoints
 from tuning.checkpoint.ownership import (
+    abandon_result,
     begin_result,
     delete_checkpoint,
     find_foreign,
@@ -254,3 +255,122 @@ def test_two_processes_do_not_write_into_one_directory(tmp_path):
     holding.communicate("\n")
     lock(tmp_path)
     lock(tmp_path / "." if os.sep == "/" else tmp_path)
+
+
+def leave_interrupted(directory, change, monkeypatch):
+    """A whole result whose move was killed at a change. Returns: what others put there."""
+    theirs = {"notes.txt": "theirs", "prompts/a.txt": "theirs"}
+    for name, content in theirs.items():
+        write(directory / name, content)
+    unfinished = begin_result(directory)
+    for name in ("adapter_config.json", "adapter_model.safetensors", "generation_config.json", "templates/a.jinja"):
+        write(unfinished / name, "ours")
+    write_manifest(unfinished, step=4)
+    with killed_at(change, monkeypatch):
+        publish_result(directory)
+    return theirs
+
+
+def contents(directory):
+    return {str(path): content.decode() for path, content in tree(directory).items() if path.name != "run.json"}
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.parametrize("change", range(14))
+def test_a_run_whose_result_was_being_moved_can_go_on_and_be_overwritten(tmp_path, monkeypatch, change, earlier):
+    """And so can a checkpoint, which is also deleted whole, be it in rotation or with its run."""
+    for step in ("overwrite", "write again", "rotate"):
+        out = tmp_path / step
+        place = out / "checkpoint-4" if step == "rotate" else out
+        if earlier:
+            write_result(place, {"adapter_model.safetensors": "earlier", "tokenizer.json": "earlier"})
+        theirs = leave_interrupted(place, change, monkeypatch)
+        write(out / "run.json", json.dumps(RUN))
+        assert find_foreign(out) is None
+        if step == "overwrite":
+            prepare_output_directory(out, None)
+            assert contents(out) == theirs
+        elif step == "rotate":
+            delete_checkpoint(place)
+            assert contents(place) == theirs
+        else:
+            write_result(out, {"model.safetensors": "new", "config.json": "new"})
+            assert find_fault(out) is None
+            kept = {name: text for name, text in contents(out).items() if name != "manifest.json"}
+            assert kept == {**theirs, "model.safetensors": "new", "config.json": "new"}
+
+
+def test_nothing_is_moved_where_there_is_no_whole_result(tmp_path):
+    write_result(tmp_path, {"config.json": "ours", "model.safetensors": "ours"})
+    before = tree(tmp_path)
+    with pytest.raises(SettingsError, match="holds no whole result; did another command write there"):
+        publish_result(tmp_path)
+    write(begin_result(tmp_path) / "config.json", "half")
+    with pytest.raises(SettingsError, match="holds no whole result"):
+        publish_result(tmp_path)
+    abandon_result(tmp_path)
+    assert tree(tmp_path) == before, "and what cannot be written costs nothing that was there"
+
+
+def test_a_result_that_cannot_be_written_leaves_nothing_new(tmp_path):
+    write(begin_result(tmp_path / "checkpoint-8") / "model.safetensors", "half")
+    abandon_result(tmp_path / "checkpoint-8")
+    assert not (tmp_path / "checkpoint-8").exists()
+
+
+def test_a_failed_save_leaves_an_earlier_checkpoint_of_its_step(forks, checkpoints, tmp_path):
+    """As it was: its weights may be all that is left of a longer run."""
+    out = tmp_path / "out"
+    words = flags(checkpoints["untied"], CONVERSATIONS, out, "--use_lora", "--save_steps", 2)
+    words[words.index("--max_steps") + 1] = 6
+    assert forks.run(*words, at=5, do="SIGKILL", only="step")[0] == 137
+    edited = out / "checkpoint-4" / "generation_config.json"
+    edited.write_text("{}")
+    before = tree(out / "checkpoint-4")
+    resumed = [*words, "--resume_from_checkpoint", out / "checkpoint-2"]
+    code, _, stderr = forks.run(*resumed, at=2, do="full", bytes=2000, only="step")
+    assert code == 1 and "could not be written" in stderr, stderr
+    assert tree(out / "checkpoint-4") == before and find_fault(out / "checkpoint-2") is None
+
+
+def test_a_manifest_of_others_is_kept_and_counts_for_nothing(tmp_path):
+    write(tmp_path / "manifest.json", '{"name": "their app"}')
+    write(tmp_path / "run.json", json.dumps(RUN))
+    write_result(tmp_path, {"model.safetensors": "ours"})
+    assert (tmp_path / "manifest.json.kept").read_text() == '{"name": "their app"}'
+    write(tmp_path / "manifest.json", '{"name": "their app"}')
+    prepare_output_directory(tmp_path, None)
+    assert (tmp_path / "manifest.json").read_text() == '{"name": "their app"}'
+    for step in (2, 4):
+        write_result(tmp_path / f"checkpoint-{step}", {"model.safetensors": "ours"})
+    write(tmp_path / "checkpoint-3" / "manifest.json", "{}")
+    rotate_checkpoints(tmp_path / "checkpoint-4", 2, keep=None)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
+
+
+def test_what_another_process_moves_is_not_moved_twice(tmp_path, monkeypatch):
+    leave_interrupted(tmp_path, 2, monkeypatch)
+    program = "import sys, pathlib; from tuning.checkpoint.ownership import lock; lock(pathlib.Path(sys.argv[1]))"
+    holding = subprocess.Popen(
+        [sys.executable, "-c", f"{program}; print('held', flush=True); input()", str(tmp_path)],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert holding.stdout.readline() == "held\n"
+    before = tree(tmp_path)
+    with pytest.raises(SettingsError, match="another process is writing there"):
+        finish_interrupted(tmp_path)
+    assert tree(tmp_path) == before
+    holding.communicate("\n")
+    finish_interrupted(tmp_path)
+    assert find_fault(tmp_path) is None
+
+
+def test_a_place_is_looked_at_again_once_it_is_held(tmp_path):
+    def check():
+        raise SettingsError("exists and is not empty")
+
+    write_result(tmp_path / "out", {"config.json": "another command's", "model.safetensors": "another command's"})
+    before = tree(tmp_path)
+    with pytest.raises(SettingsError, match="not empty"), new_result(tmp_path / "out", check=check):
+        raise AssertionError("nothing is written")
+    assert tree(tmp_path) == before

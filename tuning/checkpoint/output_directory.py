@@ -1,6 +1,7 @@
 """Directories that are written to: what may stand there, what is deleted, which checkpoints there are."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +118,13 @@ def lies_in(path: Path, directory: Path) -> bool:
     return directory.resolve() in (path.resolve(), *path.resolve().parents)
 
 
-def prepare_output_directory(directory: Path, checkpoint: Path | None) -> None:
-    """Make the directory; continue the metrics of a checkpoint, or delete an earlier run. Anything else in it stays."""
+def prepare_output_directory(
+    directory: Path, checkpoint: Path | None, check: Callable[[], None] = lambda: None
+) -> None:
+    """Make the directory; continue the metrics of a checkpoint, or delete an earlier run. Anything else in it stays.
+
+    check: whether a run may begin there, once no other process can.
+    """
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock(directory)
@@ -129,6 +135,7 @@ def prepare_output_directory(directory: Path, checkpoint: Path | None) -> None:
     except OSError as error:
         raise SettingsError(f"--output_dir {directory}: cannot be written to: {error.strerror}") from None
     if checkpoint is None:
+        check()
         delete_run(directory)
 
 
@@ -140,7 +147,8 @@ def rotate_checkpoints(newest: Path, limit: int | None, *, keep: Path | None) ->
     """
     if limit is None:
         return
-    until_now = [path for path in list_checkpoints(newest.parent) if step_of(path) <= step_of(newest)]
+    ours = filter(is_ours, list_checkpoints(newest.parent))
+    until_now = [path for path in ours if step_of(path) <= step_of(newest)]
     complete = [path for path in until_now if (path / MANIFEST_FILE).is_file()]
     kept = {path.resolve() for path in [*complete[-limit:], *([keep] if keep else [])]}
     for path in until_now:

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tuning.checkpoint.files import fsync_directory, write_json
@@ -92,7 +92,7 @@ def delete_run(directory: Path) -> None:
     for path in list_checkpoints(directory):
         delete_checkpoint(path)
     _delete_result(directory)
-    records = [directory / name for name in _RECORDS if name != RUN_FILE]
+    records = [directory / name for name in _RECORDS if name not in (RUN_FILE, MANIFEST_FILE)]  # ours is gone by now
     for path in [*records, *filter(is_leftover, directory.iterdir())]:
         path.unlink(missing_ok=True)
 
@@ -122,19 +122,34 @@ def begin_result(directory: Path) -> Path:
     unfinished = directory / UNFINISHED
     if os.path.lexists(unfinished) and not _is_begun(unfinished):
         raise SettingsError(f"{unfinished}: was not written by this program; move it")
+    if _moved_names(directory):  # its files stand in no other manifest
+        publish_result(directory)
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     write_json(unfinished / _MARK, {"program": PROGRAM})
     return unfinished
 
 
+def abandon_result(directory: Path) -> None:
+    """Leave a result that could not be written; an earlier one stays, and one that is being moved can be finished."""
+    unfinished = directory / UNFINISHED
+    if _is_begun(unfinished) and not _moved_names(directory):
+        shutil.rmtree(unfinished, ignore_errors=True)
+    with contextlib.suppress(OSError):  # it holds an earlier result, or what others put there
+        directory.rmdir()
+
+
 def publish_result(directory: Path) -> None:
     """Move a result from where begin_result had it written, its manifest included, to the place of the earlier one.
 
     What others put there under the same name gets another name. An interrupted move goes on when this is called again.
+
+    Raises: SettingsError: there is no whole result to move; nothing is changed then.
     """
     unfinished = directory / UNFINISHED
-    new = _names_in(unfinished / MANIFEST_FILE) - {MANIFEST_FILE}
+    if not (sealed := _names_in(unfinished / MANIFEST_FILE)):
+        raise SettingsError(f"{unfinished}: holds no whole result; did another command write there?")
+    new = sealed - {MANIFEST_FILE}
     withdraw(directory)
     old = _names_in(directory / _WITHDRAWN)
     for name in filter(_CONFIGURATIONS.__contains__, old):
@@ -150,24 +165,36 @@ def publish_result(directory: Path) -> None:
             (unfinished / name).replace(target)
     _delete_withdrawn(directory, but=new)
     fsync_directory(directory)
+    if os.path.lexists(directory / MANIFEST_FILE):  # ours was withdrawn
+        _keep(directory / MANIFEST_FILE)
     (unfinished / MANIFEST_FILE).replace(directory / MANIFEST_FILE)
     fsync_directory(directory)
     shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def finish_interrupted(out: Path) -> None:
-    """Publish a whole result whose move was interrupted."""
-    if _is_begun(out / UNFINISHED) and _names_in(out / UNFINISHED / MANIFEST_FILE):
+    """Publish a whole result whose move was interrupted. Raises: SettingsError: another process writes there."""
+    if not _is_interrupted(out):
+        return
+    lock(out)
+    if _is_interrupted(out):  # still, now that nobody else moves it
         say(f"{out}: was written before, and interrupted at the very end; it is complete now")
         publish_result(out)
 
 
+def _is_interrupted(out: Path) -> bool:
+    return _is_begun(out / UNFINISHED) and bool(_names_in(out / UNFINISHED / MANIFEST_FILE))
+
+
 @contextlib.contextmanager
-def new_result(out: Path, then: str = "run the command again") -> Iterator[Path]:
+def new_result(
+    out: Path, then: str = "run the command again", check: Callable[[], None] = lambda: None
+) -> Iterator[Path]:
     """A directory to write a result into, its manifest last; then it takes the place of OUT's earlier result.
 
     Until then OUT holds no model that could be loaded, or the earlier one. After an error it is as it was before.
-    then: what to do after a failed write, when its cause is gone.
+    then: what to do after a failed write, when its cause is gone. check: whether OUT may be written to, once no other
+    process can.
 
     Raises: MachineError: it could not be written.
     """
@@ -175,6 +202,7 @@ def new_result(out: Path, then: str = "run the command again") -> Iterator[Path]
     with explain_failed_write(out, then):
         out.mkdir(parents=True, exist_ok=True)
         lock(out)
+        check()
         unfinished = begin_result(out)
         try:
             yield unfinished
@@ -207,15 +235,25 @@ def lock(directory: Path) -> None:
 
 
 def _is_begun(path: Path) -> bool:
-    """Whether a directory is one of begin_result's, be it that it was interrupted before its mark was written."""
+    """Whether a directory is one of begin_result's, be it that it was killed before its mark was written or after."""
     if path.is_symlink() or not path.is_dir():
         return False
-    return (path / _MARK).is_file() or {each.name for each in path.iterdir()} <= {f".{_MARK}.tmp"}
+    files = {each.name for each in path.rglob("*") if each.is_symlink() or not each.is_dir()}
+    return (path / _MARK).is_file() or files <= {f".{_MARK}.tmp"}
 
 
 def _own_names(directory: Path) -> set[str]:
     """Names of the files of a result or checkpoint, and of one that it replaces; its manifests included."""
-    return _names_in(directory / MANIFEST_FILE) | _names_in(directory / _WITHDRAWN)
+    return _names_in(directory / MANIFEST_FILE) | _names_in(directory / _WITHDRAWN) | _moved_names(directory)
+
+
+def _moved_names(directory: Path) -> set[str]:
+    """Names of files that publish_result had moved when it was interrupted."""
+    unfinished = directory / UNFINISHED
+    if unfinished.is_symlink():
+        return set()
+    sealed = _names_in(unfinished / MANIFEST_FILE) - {MANIFEST_FILE}
+    return {name for name in sealed if not (unfinished / name).exists() and _lies_within(directory, name)}
 
 
 def _names_in(manifest: Path) -> set[str]:
@@ -244,22 +282,27 @@ def _list_result(directory: Path) -> list[Path]:
 
 def _delete_result(directory: Path) -> None:
     """Delete the files of a result, so that none is loaded on the way, and what was begun in its place."""
-    if _is_begun(directory / UNFINISHED):
-        shutil.rmtree(directory / UNFINISHED)
     withdraw(directory)
     _delete_withdrawn(directory, but=set())
+    if _is_begun(directory / UNFINISHED):
+        _delete_files(directory, _moved_names(directory))
+        shutil.rmtree(directory / UNFINISHED)
 
 
 def _delete_withdrawn(directory: Path, *, but: set[str]) -> None:
     """Delete the files of a withdrawn manifest, configurations first, and it at the end; not those in but."""
     old = _names_in(directory / _WITHDRAWN)
-    for name in sorted(old - but - {_WITHDRAWN}, key=lambda name: name not in _CONFIGURATIONS):
+    _delete_files(directory, old - but - {_WITHDRAWN})
+    if old:
+        (directory / _WITHDRAWN).unlink(missing_ok=True)
+
+
+def _delete_files(directory: Path, names: set[str]) -> None:
+    for name in sorted(names, key=lambda name: name not in _CONFIGURATIONS):
         (directory / name).unlink(missing_ok=True)
         for parent in [*Path(name).parents][:-1]:
             with contextlib.suppress(OSError):  # absent, or not empty
                 (directory / parent).rmdir()
-    if old:
-        (directory / _WITHDRAWN).unlink(missing_ok=True)
 
 
 def _keep(path: Path) -> None:

@@ -85,9 +85,9 @@ def describe_run(
     return record
 
 
-def begin_run(record: RunRecord, start: StartingPoint, dropped: Path | None) -> None:
+def begin_run(arguments: Arguments, record: RunRecord, start: StartingPoint, dropped: Path | None) -> None:
     """Make the output directory ready and write run.json, once everything is loaded. dropped: a list to keep there."""
-    prepare_output_directory(record.directory, start.checkpoint)
+    prepare_output_directory(record.directory, start.checkpoint, lambda: check_run_directory(arguments))
     if dropped is not None:
         shutil.copy(dropped, record.directory / dropped.name)
     record.write("running")

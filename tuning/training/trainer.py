@@ -18,7 +18,7 @@ from transformers import DefaultFlowCallback, PrinterCallback, Trainer, TrainerC
 from transformers.trainer_callback import ProgressCallback
 
 from tuning.checkpoint.output_directory import rotate_checkpoints
-from tuning.checkpoint.ownership import UNFINISHED, begin_result, delete_checkpoint, publish_result
+from tuning.checkpoint.ownership import UNFINISHED, abandon_result, begin_result, publish_result
 from tuning.checkpoint.result import ResultWriter
 from tuning.checkpoint.resume import check_best
 from tuning.checkpoint.run_record import METRICS_FILE, append_metrics
@@ -529,5 +529,5 @@ def _write_into(directory: Path, function: Callable[[], object]) -> None:
         with explain_failed_write(directory, f"{RESUME_HINT}; earlier checkpoints are untouched"):
             function()
     except BaseException:
-        delete_checkpoint(directory)
+        abandon_result(directory)
         raise
