@@ -8,7 +8,8 @@ One encoding of the whole string, so metaspace tokenizers and lstrip/rstrip toke
 
 A text that is a part of a control token could become one together with what the template writes beside it (a key
 `<|im_end|` and the template's `>`). Such texts get a *border* at their ends: characters that encoding removes, after
-control tokens have been looked for.
+control tokens have been looked for. So do texts of which a control token would be left when a template cuts something
+out of them (`<|im_<think>x</think>end|>`): behind each character that a control token begins with.
 """
 
 import contextlib
@@ -18,12 +19,11 @@ import secrets
 from collections.abc import Iterator
 from typing import Any
 
-from jinja2 import nodes
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import chat_template_utils
 
 from data_utils.sources import DataError
+from data_utils.template_source import list_literals
 from data_utils.tiktoken_encoder import TiktokenEncoder
 
 PROBE = "PROBE"  # an answer that stands in no template
@@ -79,7 +79,9 @@ class SafeEncoder:
         self._renamed = {text: f"{nonce[::-1]}{chr(_PRIVATE_USE + index)}" for index, text in enumerate(ordered)}
         self._border = f"{nonce}{chr(_PRIVATE_USE + len(ordered))}"
         self._unescaped = {self._border: "", **{escaped: text for text, escaped in self._escaped.items()}}
-        self._parts = _find_parts(ordered, _list_literals(tokenizer.get_chat_template()))
+        literals = list_literals(tokenizer.get_chat_template())
+        self._parts = _find_parts(ordered, [*literals, '"'])  # tojson puts quotes around texts
+        self._cut_out = _find_cut_out(ordered, [*literals, *self.markup])
         self._user_pattern = _any_of(ordered)
         self.markup_pattern = _any_of(sorted(self.markup, key=len, reverse=True))
         self._assistant_pattern = _any_of([text for text in ordered if text not in self.markup])
@@ -107,11 +109,22 @@ class SafeEncoder:
         """Replace control-token texts by private-use characters; an assistant's markup stays."""
         pattern = self._assistant_pattern if role == "assistant" else self._user_pattern
         escaped = pattern.sub(lambda match: self._escaped[match.group()], text)
+        if self._could_join(escaped, role):
+            escaped = self._cut_out.sub(lambda match: match.group(1) or match.group() + self._border, escaped)
         if not self._needs_borders(escaped):
             return escaped
         inner = escaped.strip()
         before, _, after = escaped.partition(inner)
         return f"{before}{self._border}{inner}{self._border}{after}"
+
+    def _could_join(self, text: str, role: str) -> bool:
+        """Whether a control token is left of a text when something is cut out of it, as templates do with reasoning."""
+        allowed = self.markup if role == "assistant" else ()
+        return any(
+            _is_subsequence(control, text)
+            for control in self.control_ids
+            if control[0] in text and control not in allowed
+        )
 
     def _needs_borders(self, text: str) -> bool:
         starts, wholes, ends = self._parts
@@ -190,7 +203,9 @@ class SafeEncoder:
 
     def needs_escape(self, text: str) -> bool:
         """Whether escape changes a user's text."""
-        return self._user_pattern.search(text) is not None or self._needs_borders(text)
+        return (
+            self._user_pattern.search(text) is not None or self._needs_borders(text) or self._could_join(text, "user")
+        )
 
     def holds_control_text(self, text: str, role: str) -> bool:
         """Whether the text of a control token stands in it, which stays text; an assistant's markup does not."""
@@ -243,14 +258,6 @@ def _find_parts(control: list[str], literals: list[str]) -> Parts:
     return tuple(starts - {""}), wholes, tuple(ends)
 
 
-def _list_literals(template: str) -> list[str]:
-    """The texts that a chat template writes itself."""
-    tree = chat_template_utils._compile_jinja_template(template).environment.parse(template)
-    written = [node.data for node in tree.find_all(nodes.TemplateData)]
-    constants = [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
-    return [*written, *constants, '"']  # tojson puts quotes around texts
-
-
 def _build_twin(
     tokenizer: PreTrainedTokenizerBase, renamed: dict[str, str]
 ) -> tuple[Tokenizer, dict[int, int], dict[str, Any]]:
@@ -295,6 +302,20 @@ def _render_delimiters(tokenizer: PreTrainedTokenizerBase) -> str:
         return asked + tokenizer.apply_chat_template(answered, tokenize=False).rpartition(PROBE)[2]
     except Exception as error:  # whatever the template may do
         raise DataError(f"the chat template cannot render a question and its answer: {error}") from None
+
+
+def _find_cut_out(control: list[str], literals: list[str]) -> re.Pattern[str]:
+    """Group 1: what a template may cut out of a text; or else a character that a control token begins with."""
+    words = {word for literal in literals if len(word := literal.strip()) > 1}
+    words = {word for word in words if not any(text.startswith(word) for text in control if text != word)}
+    first = "".join(sorted({text[0] for text in control}))
+    kept = _any_of(sorted(words, key=len, reverse=True)).pattern
+    return re.compile(f"({kept})|[{re.escape(first)}]")
+
+
+def _is_subsequence(wanted: str, text: str) -> bool:
+    at = -1
+    return all((at := text.find(character, at + 1)) >= 0 for character in wanted)
 
 
 def _any_of(texts: list[str]) -> re.Pattern[str]:

@@ -20,9 +20,12 @@ from data_utils.rows import IGNORE_INDEX, Row
 from data_utils.safe_encoder import PROBE, SafeEncoder
 from data_utils.schema import Conversation
 from data_utils.sources import DataError, as_line
+from data_utils.template_source import explain_no_variable, find_variables
 
 # What a target begins with where the turn has no reasoning; the prompt may have opened the block.
 EMPTY_THINKING = re.compile(r"\s*(<think>)?\s*</think>")
+_ENDS_EMPTY = re.compile(r"<think>\s*</think>\s*\Z")
+_THINKING_SWITCHES = ("enable_thinking", "thinking")
 LABEL_MASKS = ("assistant", "qwen")
 Message = dict[str, Any]
 _QUESTION: Message = {"role": "user", "content": "Q"}
@@ -30,7 +33,6 @@ _CALL: Message = {
     "type": "function",
     "function": {"name": f"{PROBE}_name", "arguments": {f"{PROBE}_key": f"{PROBE}_value"}},
 }
-_RENDERING = {"tools", "messages", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict"}
 
 
 class ChatTemplate:
@@ -41,6 +43,7 @@ class ChatTemplate:
         <|im_start|>, <|im_end|> and the newline after it in every turn.
     writes_empty_thinking: an answer without reasoning is trained with an empty think block before it.
     opens_thinking: the prompt opens that block, so that a target with reasoning begins with the reasoning.
+    variables: names of the template's variables that a row can set.
     stop_id: the token that ends an assistant's turn. stop_ids: likewise, calls of tools and plain text included.
     """
 
@@ -55,6 +58,7 @@ class ChatTemplate:
             with_tools.chat_template = named["tool_use"]
             self._for_tools = ChatTemplate(with_tools, system_message=system_message, label_mask=label_mask)
         self.encoder = SafeEncoder(tokenizer)
+        self.variables = find_variables(tokenizer.get_chat_template())
         self.system_message = system_message
         self.label_mask = label_mask
         self.stop, self._appends_stop = self._find_stop()
@@ -146,7 +150,7 @@ class ChatTemplate:
                     return []
                 check_conversation(conversation)
                 rendered = self.render(messages, **variables)
-                self._check_context(conversation, messages, 0, len(messages), rendered)
+                self._check_rendering(conversation, messages, rendered, variables)
                 return [label_rendering(rendered, self.encoder)]
             rows: list[Row] = []
             so_far, num_checked = "", 0  # the row as rendered, and how many of its messages were found in it
@@ -193,8 +197,8 @@ class ChatTemplate:
         """Why the rendering of a turn does not begin with its prompt, and the way out."""
         if turn and messages[turn - 1]["role"] == "assistant":
             return "two assistant turns in succession, which this chat template cannot write; join them"
-        for name in ("enable_thinking", "thinking"):
-            for value in (False, True) if name in self._source and name not in variables else ():
+        for name in _THINKING_SWITCHES:
+            for value in (False, True) if name in self.variables - {*variables} else ():
                 try:
                     prompt = self.render(messages[:turn], add_generation_prompt=True, **{**variables, name: value})
                     found = self.render(messages[: turn + 1], **{**variables, name: value}).startswith(prompt)
@@ -228,6 +232,29 @@ class ChatTemplate:
                 "would not be trained; use one that writes it, or take it out of the turn"
             )
 
+    def _check_rendering(
+        self, conversation: Conversation, messages: list[Message], rendered: str, variables: dict[str, Any]
+    ) -> None:
+        """Raises: DataError: something of a whole conversation, which is trained as it is rendered, is not written."""
+        self._check_context(conversation, messages, 0, len(messages), rendered)
+        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        blocks = rendered.split("<|im_start|>assistant\n")[1:]
+        if len(blocks) != len(turns):
+            raise DataError(
+                f"{conversation.where}: the chat template writes {len(blocks)} of {len(turns)} assistant turns as "
+                "--label_mask qwen knows them; use --label_mask assistant"
+            )
+        for turn, block in zip(turns, blocks, strict=True):
+            try:
+                self._check_target(messages[turn], block.partition("<|im_start|>")[0], self._name(conversation, turn))
+            except DataError as error:
+                if turn == turns[-1]:
+                    raise
+                raise DataError(
+                    f"{error}; or use --label_mask assistant, which trains each turn as a last one"
+                ) from None
+        self._check_shape(conversation, messages, len(messages) - 1, variables)
+
     def _check_context(
         self, conversation: Conversation, messages: list[Message], first: int, end: int, prompt: str
     ) -> None:
@@ -253,7 +280,8 @@ class ChatTemplate:
         The messages up to the last trained one are rendered once for each shape of them, with unique texts.
         """
         kept = messages[: last + 1]
-        shape = (*((m["role"], bool(m["content"].strip()), *m) for m in kept), bool(conversation.tools))
+        settings = json.dumps(conversation.template_kwargs, sort_keys=True)
+        shape = (*((m["role"], bool(m["content"].strip()), *m) for m in kept), bool(conversation.tools), settings)
         if shape not in self._lost_in_shape:
             marked = [
                 {**m, "content": f"{PROBE}_{index}_"} if m["content"].strip() else m for index, m in enumerate(kept)
@@ -374,15 +402,12 @@ class ChatTemplate:
             return {self.encoder.escape(name): self._escape_all(inner) for name, inner in value.items()}
         return [self._escape_all(inner) for inner in value] if isinstance(value, list | tuple) else value
 
-    @property
-    def _source(self) -> str:
-        return self.tokenizer.get_chat_template()
-
     def _variables(self, conversation: Conversation) -> dict[str, Any]:
         tools = {"tools": self._escape_all(conversation.tools)} if conversation.tools else {}
         for name in conversation.template_kwargs:
-            if name in _RENDERING or name not in self._source:
-                raise DataError(f"{conversation.where}: chat_template_kwargs: the chat template has no variable {name}")
+            if name not in self.variables:
+                reason = explain_no_variable(name, self.variables)
+                raise DataError(f"{conversation.where}: chat_template_kwargs: {reason}")
         return {**self._escape_all(conversation.template_kwargs), **tools}
 
     def _check_expressible(self, conversation: Conversation) -> None:
@@ -408,8 +433,15 @@ class ChatTemplate:
     @property
     def thinking_switch(self) -> str | None:
         """The template's variable that puts an empty think block into the prompt, if it has one."""
-        text = str(self.tokenizer.chat_template)
-        return next((name for name in ("enable_thinking", "thinking") if f"{name} is" in text), None)
+        return next((name for name in _THINKING_SWITCHES if name in self.variables and self._closes(name)), None)
+
+    def _closes(self, variable: str) -> bool:
+        """Whether the variable, set to false, puts an empty think block into the prompt."""
+        try:
+            prompt = self.render([_QUESTION], add_generation_prompt=True, **{variable: False})
+        except jinja2.TemplateError:
+            return False
+        return _ENDS_EMPTY.search(prompt) is not None
 
     def _way_to_tools(self) -> str:
         if all(text in self.encoder.control_ids for text in ("<|im_start|>", "<|im_end|>")):

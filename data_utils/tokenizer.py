@@ -9,6 +9,7 @@ from transformers.utils import chat_template_utils
 
 from data_utils.model_path import explain_missing_model, find_template
 from data_utils.sources import DataError
+from data_utils.template_source import explain_no_variable, find_variables
 
 DEFAULT_SYSTEM_MESSAGE = "You are a helpful assistant."
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -106,10 +107,14 @@ def _with_defaults(template: str | dict[str, str], kwargs: str) -> str | dict[st
         raise DataError(f'--chat_template_kwargs {kwargs}: expected a JSON object such as {{"enable_thinking": false}}')
     templates = template if isinstance(template, dict) else {"": template}
     head = ""
+    try:
+        known = set().union(*map(find_variables, templates.values()))
+    except jinja2.TemplateSyntaxError as error:
+        raise DataError(f"the chat template cannot be read: line {error.lineno}: {error.message}") from None
     for name, value in defaults.items():
-        if not any(name in each for each in templates.values()):
-            raise DataError(f"--chat_template_kwargs: the chat template has no variable {name}")
-        if not name.isidentifier() or not isinstance(value, bool | int | float | str):
+        if name not in known:
+            raise DataError(f"--chat_template_kwargs: {explain_no_variable(name, known)}")
+        if not isinstance(value, bool | int | float | str):
             raise DataError(f"--chat_template_kwargs: {name}: expected a name with true, false, a number or text")
         head += f"{{%- if {name} is not defined %}}{{%- set {name} = {json.dumps(value)} %}}{{%- endif %}}"
     found = {name: head + each for name, each in templates.items()}

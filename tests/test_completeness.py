@@ -76,11 +76,11 @@ def conversations(draw, tools: bool):
     return row, words
 
 
-def check_family(name: str, examples: int) -> None:
-    template = load_template(name)
+def check_family(name: str, examples: int, label_mask: str = "assistant") -> None:
+    template = ChatTemplate(load_template(name).tokenizer, label_mask=label_mask)
     encoder = RowEncoder(template)
 
-    @given(conversations(tools=name not in NO_TOOLS))
+    @given(conversations(tools=name not in NO_TOOLS and label_mask != "qwen"))
     @settings(max_examples=examples)
     def check(drawn):
         row, words = drawn
@@ -99,6 +99,33 @@ def check_family(name: str, examples: int) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_word_stands_in_a_row_or_the_row_is_refused(name):
     check_family(name, 40)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "qwen3_instruct_2507", "qwen3_5_think", "qwen3_6"])
+def test_every_word_is_trained_by_the_original_recipe_or_the_row_is_refused(name):
+    check_family(name, 60, "qwen")
+
+
+@pytest.mark.parametrize(
+    "answer, template",
+    [
+        ({"content": "yes", "reasoning_content": "REASONS"}, "qwen2_5"),
+        ({"content": "yes", "reasoning_content": "REASONS"}, "qwen3"),
+        ({"content": "<think>\nREASONS\n</think>\n\nyes"}, "qwen3"),
+    ],
+)
+def test_the_original_recipe_loses_no_reasoning(answer, template):
+    """In an earlier turn, where Qwen3's template drops it, and under one that has no place for it."""
+    row = talk("Q", "-", "Q2", "A2")
+    row["messages"][1] = {"role": "assistant", **answer}
+    recipe = ChatTemplate(load_template(template).tokenizer, label_mask="qwen")
+    with pytest.raises(DataError, match=r"^data.jsonl:1: messages\[1\].*use --label_mask assistant"):
+        recipe.encode_conversation(parse(row))
+    if template == "qwen3":
+        row["messages"] = row["messages"][:2]
+        (encoded,) = recipe.encode_conversation(parse(row))
+        trained = [label for label in encoded.labels if label >= 0]
+        assert "<think>\nREASONS\n</think>\n\nyes" in recipe.tokenizer.decode(trained)
 
 
 @pytest.mark.slow
@@ -343,6 +370,21 @@ def test_two_assistant_turns_in_succession_have_their_own_reason():
         "data.jsonl:1: messages[2].role: two assistant turns in succession, which this chat template cannot write; "
         "join them"
     )
+
+
+def test_a_shape_is_tried_with_the_variables_of_its_row():
+    """What one row may lose by its variables is not what another loses, and the other way round."""
+    only = "{% if not (brief is defined and brief and m.role == 'system') %}" + TURN + "{% endif %}"
+    short = {"messages": [{"role": "system", "content": "a"}, *talk("a Q", "a A")["messages"]]}
+    for order in ((False, True), (True, False)):
+        template = chatml(only)
+        for brief in order:
+            row = {**short, "chat_template_kwargs": {"brief": brief}}
+            if brief:
+                with pytest.raises(DataError, match="drops part of what the system says"):
+                    template.encode_conversation(parse(row))
+            else:
+                assert template.encode_conversation(parse(row))
 
 
 def test_a_template_variable_that_lifts_a_refusal_is_named():
