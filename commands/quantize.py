@@ -19,7 +19,7 @@ from tuning.checkpoint.output_directory import check_result_directory
 from tuning.checkpoint.ownership import new_result
 from tuning.errors import SettingsError
 from tuning.model.loading import Trust, find_quantization, load_model, local_directory
-from tuning.model.lora import find_expert_parameters
+from tuning.model.lora_experts import find_experts
 
 _HELD_BACK = 64  # rows to measure on, or a fifth of all
 
@@ -46,10 +46,10 @@ def run(args: argparse.Namespace) -> None:
     if not (path / "config.json").is_file():
         raise SettingsError(f"{path}: no config.json, so no model; an adapter is merged first (merge_lora.py)")
     meta_model = load_model(str(path), dtype="auto", meta=True, trust_remote_code=trust)
-    if experts := find_expert_parameters(meta_model):
+    if experts := find_experts(meta_model):
         raise SettingsError(
-            f"{path}: a mixture of experts: transformers keeps {experts[0]} and others as 3-D parameters, and could "
-            "not load them again once they are quantised"
+            f"{path}: a mixture of experts: transformers keeps the weights of {next(iter(experts))} as 3-D parameters, "
+            "and could not load them again once they are quantised"
         )
     gptq.check_group_size(meta_model, args.group_size)
     tokenizer = load_tokenizer(str(path), trust_remote_code=trust)

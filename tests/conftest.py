@@ -15,7 +15,14 @@ import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # pytest runs a worker process a core; models this small gain nothing by threads
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from examples.tiny_model import build_tokenizer, read_texts
 
@@ -74,13 +81,25 @@ def build_model(tokenizer, *, tied: bool, seed: int = 0, **changes) -> Qwen3ForC
     return model
 
 
+def build_moe(tokenizer) -> Qwen3MoeForCausalLM:
+    """A random two-layer Qwen3-MoE; each token goes to two of eight experts."""
+    dense = build_model(tokenizer, tied=False)
+    experts = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=True)
+    torch.manual_seed(2)
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**(dense.config.to_diff_dict() | experts | {"model_type": "qwen3_moe"})))
+    model.generation_config = dense.generation_config
+    return model
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tokenizer, tmp_path_factory) -> dict[str, Path]:
-    """Base checkpoints on disk: "untied", "tied" and "other" (other weights than "untied")."""
+    """Base checkpoints on disk: "untied", "tied", "other" (other weights than "untied") and "moe" (with experts)."""
     root = tmp_path_factory.mktemp("checkpoints")
     for name, tied, seed in (("untied", False, 0), ("tied", True, 0), ("other", False, 1)):
         build_model(tokenizer, tied=tied, seed=seed).save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
+    build_moe(tokenizer).save_pretrained(root / "moe")
+    tokenizer.save_pretrained(root / "moe")
     return {path.name: path for path in root.iterdir()}
 
 

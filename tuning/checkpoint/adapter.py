@@ -142,6 +142,8 @@ def adapter_config(peft_model: PeftModel, rows: TokenRows | None) -> LoraConfig:
     config.inference_mode = True
     if isinstance(config.target_modules, set):  # in one order, so that equal runs write equal files
         config.target_modules = sorted(config.target_modules)
+    if config.target_parameters is not None:
+        config.target_parameters = sorted(config.target_parameters)
     if rows is not None:
         config.trainable_token_indices = rows.indices_in_peft_format()
     return config

@@ -18,6 +18,7 @@ from tuning.messages import first_line
 from tuning.model.base_or_chat import Evidence, judge_base_or_chat
 from tuning.model.build import TokensInUse, build_training_model
 from tuning.model.loading import choose_dtypes, find_quantization, identify_checkpoint, load_model
+from tuning.model.lora_experts import count_expert_adapters
 from tuning.model.quantization import Quantization, choose_quantization
 from tuning.model.saved_adapter import SavedAdapter
 from tuning.model.training_model import TrainingModel
@@ -115,7 +116,9 @@ def inspect_base(arguments: Arguments, tokens: TokensInUse) -> BaseModel:
             training_model, unknown = _try(
                 lambda: build_training_model(model, lora, is_base=evidence.is_base, tokens=tokens, adapter=adapter)
             )
-            built.extend([training_model] if training_model is not None else [])
+            if training_model is not None:
+                _check_engine(training_model, run.engine)
+                built.append(training_model)
         return evidence, unknown
 
     evidence, unknown = on_rank_0(judge)
@@ -130,6 +133,14 @@ def inspect_base(arguments: Arguments, tokens: TokensInUse) -> BaseModel:
         unknown=unknown,
         process_bytes=process_bytes,
     )
+
+
+def _check_engine(training_model: TrainingModel, engine: str) -> None:
+    if engine == "zero3" and count_expert_adapters(training_model):
+        raise SettingsError(
+            "--deepspeed with ZeRO-3: gathers a layer's weights for that layer only, and cannot train adapters of "
+            "experts; use finetune/ds_config_zero2.json, --fsdp full_shard, or --lora_experts off"
+        )
 
 
 def _try(build: Callable[[], T]) -> tuple[T | None, str | None]:

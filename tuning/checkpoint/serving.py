@@ -6,8 +6,9 @@ from typing import Any
 def describe_serving(training_model: Any, *, quantized: bool) -> dict[str, Any]:
     """What a server can take, for run.json and the end of the log.
 
-    Servers that load adapters beside the base (vLLM) take low-rank products only: they refuse vocabulary rows and
-    whole matrices (vllm issues 36501, 9280). A result without an adapter loads everywhere.
+    Servers that load adapters beside the base (vLLM) take low-rank products of linear layers only: they refuse
+    vocabulary rows and whole matrices (vllm issues 36501, 9280), and know adapters of experts in other forms than
+    peft's. A result without an adapter loads everywhere.
 
     training_model: a TrainingModel. quantized: whether the adapter was trained on quantised weights.
 
@@ -24,6 +25,8 @@ def describe_serving(training_model: Any, *, quantized: bool) -> dict[str, Any]:
         obstacles.append("whole matrices")
     if config.use_dora:
         obstacles.append("DoRA")
+    if config.target_parameters:
+        obstacles.append("adapters of experts")
     if config.bias != "none":
         obstacles.append("biases")
     if obstacles:

@@ -54,6 +54,7 @@ def build_training_model(
         use_dora=lora.use_dora,
         use_rslora=lora.use_rslora,
         target_modules=lora.lora_target_modules,
+        experts=lora.lora_experts,
         embeddings=embeddings,
         token_ids=sorted({*tokens.template_ids, tokens.stop_id}),
     )

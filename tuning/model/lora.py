@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from tuning.errors import SettingsError
 from tuning.messages import first_line
 from tuning.model.loading import hide_gptqmodel
+from tuning.model.lora_experts import find_expert_targets, find_experts, set_dropout
 from tuning.model.lora_linear import fuse_lora_forward
 from tuning.model.token_rows import TokenRows, find_module_name, is_tied
 
@@ -20,16 +21,7 @@ _PASSED_BY = ("dt_proj",)  # Mamba multiplies by its weight without calling the 
 
 
 def find_lora_targets(model: PreTrainedModel) -> list[str]:
-    """Names of the linear layers to adapt: all of the decoder's, never the output layer or a router.
-
-    Raises: SettingsError: experts kept as 3-D parameters, which LoRA on linear layers would skip in silence.
-    """
-    experts = find_expert_parameters(model)
-    if experts:
-        raise SettingsError(
-            f"mixture of experts: {experts[0]} and {len(experts) - 1} more are 3-D parameters that LoRA on linear "
-            "layers leaves frozen; say so with --lora_target_modules q_proj k_proj v_proj o_proj"
-        )
+    """Names of the linear layers to adapt: all of the decoder's, never the output layer or a router."""
     output = model.get_output_embeddings()
     names = {
         name.rpartition(".")[2]
@@ -51,11 +43,6 @@ def _why_peft_refuses(model: PreTrainedModel, target: str) -> str | None:
     return None
 
 
-def find_expert_parameters(model: PreTrainedModel) -> list[str]:
-    """Names of parameters that hold the weights of several experts."""
-    return [name for name, p in model.named_parameters() if p.ndim == 3 and "expert" in name]
-
-
 def check_lora_targets(model: PreTrainedModel, targets: list[str] | str) -> None:
     """Check the names of layers, or the regular expression for them.
 
@@ -66,7 +53,7 @@ def check_lora_targets(model: PreTrainedModel, targets: list[str] | str) -> None
     for target in [targets] if isinstance(targets, str) else targets:
         matched = [name for name in layers if _matches(name, target, is_pattern=isinstance(targets, str))]
         names = {name.rpartition(".")[2] for name in matched}
-        if names & {*_ROUTERS} and find_expert_parameters(model):
+        if names & {*_ROUTERS} and find_experts(model):
             raise SettingsError(f"--lora_target_modules {target}: a router; adapting it unbalances the experts")
         if why := next((why for name in sorted(names) if (why := _why_peft_refuses(model, name))), None):
             raise SettingsError(f"--lora_target_modules {target}: {why}")
@@ -98,6 +85,7 @@ def add_lora(
     use_dora: bool = False,
     use_rslora: bool = False,
     target_modules: list[str] | str | None = None,
+    experts: str = "auto",
     embeddings: str = "off",
     token_ids: list[int] | None = None,
 ) -> tuple[PeftModel, TokenRows | None]:
@@ -105,11 +93,13 @@ def add_lora(
 
     embeddings: "off", "tokens" (rows of token_ids train) or "full" (both matrices train).
     target_modules: layer names, or a regular expression for whole names; None: every linear layer but the output.
+    experts: "on", "off", or "auto": on where the model has experts and target_modules is None.
 
     Raises: SettingsError: no such layer, or one that cannot be adapted.
     """
     targets = find_lora_targets(model) if target_modules is None else target_modules
     check_lora_targets(model, targets)
+    expert_targets = _choose_expert_targets(model, experts, named=target_modules is not None, use_dora=use_dora)
     matrices_to_train: dict[str, Any] = {}
     if embeddings == "full":
         matrices = [model.get_input_embeddings()] + ([] if is_tied(model) else [model.get_output_embeddings()])
@@ -120,11 +110,12 @@ def add_lora(
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
-        lora_dropout=dropout,
+        lora_dropout=0.0 if expert_targets else dropout,  # peft refuses other values beside target_parameters
         bias=bias,
         use_dora=use_dora,
         use_rslora=use_rslora,
         target_modules=targets,
+        target_parameters=expert_targets or None,
         task_type="CAUSAL_LM",
         **matrices_to_train,
     )
@@ -142,10 +133,24 @@ def add_lora(
         raise SettingsError(
             "--train_embeddings full: peft cannot keep this model's tied matrices tied; use tokens or off"
         )
+    if expert_targets:
+        set_dropout(peft_model, dropout)
     fuse_lora_forward(peft_model)
     if bias != "none" and not any("bias" in name for name, p in peft_model.named_parameters() if p.requires_grad):
         raise SettingsError(f"--lora_bias {bias}: the model has no biases")
     return peft_model, rows
+
+
+def _choose_expert_targets(model: PreTrainedModel, experts: str, *, named: bool, use_dora: bool) -> list[str]:
+    """Parameters of experts to adapt. named: whether the layers to adapt were named."""
+    if experts == "off" or (experts == "auto" and named):
+        return []
+    targets = find_expert_targets(model)
+    if experts == "on" and not targets:
+        raise SettingsError("--lora_experts on: the model has no experts")
+    if targets and use_dora:
+        raise SettingsError("--use_dora: not available for experts; leave them as they are with --lora_experts off")
+    return targets
 
 
 def _trains_one_matrix(peft_model: PeftModel) -> bool:

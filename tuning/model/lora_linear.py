@@ -8,13 +8,16 @@ from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor
 
+from tuning.model.lora_experts import fuse_experts_forward
+
 
 def fuse_lora_forward(peft_model: PeftModel) -> None:
-    """Let every plain LoRA layer add its update to the base layer's output in one product.
+    """Let every plain LoRA layer add its update to the base layer's output in one product, and experts by group.
 
     peft scales the update and adds it in passes of their own over [tokens, out], and casts the input to the adapter's
     float32 where autocast casts it back. Variants (DoRA), biases and layers of another kind stay as they are.
     """
+    fuse_experts_forward(peft_model)
     for layer in peft_model.modules():
         if isinstance(layer, LoraLinear) and not layer.lora_variant and layer.lora_B["default"].bias is None:
             layer.forward = functools.partial(_forward, layer, layer.forward)

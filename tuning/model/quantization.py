@@ -228,9 +228,13 @@ def replace_quantized_layers(model: PreTrainedModel) -> None:
             raise SettingsError("its output layer is quantised, too, which is not supported")
         _put(model, name, packed)
         found += 1
-    experts = [name for name, p in model.named_parameters() if p.ndim == 3 and "expert" in name]
+    experts = {name: p for name, p in model.named_parameters() if p.ndim == 3 and "expert" in name}
     if experts:
-        raise SettingsError(f"its experts are 3-D parameters ({experts[0]}), which cannot be quantised here")
+        count = sum(p.numel() for p in experts.values())
+        raise SettingsError(
+            f"its experts are 3-D parameters ({next(iter(experts))}), which cannot be quantised here; unquantised they "
+            f"take {2 * count / 2**30:.1f} GiB in bf16 ({count:,} parameters): use --use_lora without --q_lora"
+        )
     if not found:
         raise SettingsError("has no linear layer that could be quantised")
     _forget_quantizer(model)

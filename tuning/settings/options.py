@@ -112,6 +112,10 @@ class LoraArguments:
         "layers to adapt: names (q_proj v_proj, or q_proj,v_proj), a regular expression, or all-linear",
         default=None, shown="every linear layer but the output", trajectory=True, needs="use_lora",
     )  # fmt: skip
+    lora_experts: Literal["auto", "on", "off"] = option(
+        "adapt the experts of a mixture of experts; auto: unless --lora_target_modules says what to adapt",
+        default="auto", trajectory=True, needs="use_lora",
+    )  # fmt: skip
     lora_weight_path: str | None = option("adapter directory to start from", default=None, needs="use_lora")
     lora_bias: Literal["none", "all", "lora_only"] = option(
         "biases to train", default="none", trajectory=True, needs="use_lora"

@@ -11,6 +11,7 @@ from tuning.distributed.processes import on_all_ranks, on_rank_0
 from tuning.distributed.sharding import SHARDED, shard_model
 from tuning.model.build import TokensInUse, build_training_model
 from tuning.model.loading import load_model
+from tuning.model.lora_experts import count_expert_adapters, find_experts
 from tuning.model.packing import describe_rotary_switch, enable_packing
 from tuning.model.stop_token import align_stop_token
 from tuning.model.training_model import (
@@ -80,6 +81,10 @@ def prepare_model(
     dtype = str(base.compute_dtype).removeprefix("torch.")
     say(f"model: {base.evidence.describe()}")
     say(f"       {trainable:,} of {total:,} parameters train; computing in {dtype}")
+    if adapted := count_expert_adapters(training_model):
+        say(f"       {adapted:,} of them adapt experts")
+    elif arguments.lora.use_lora and find_experts(model):
+        say("       its experts stay as they are (--lora_experts on adapts them)")
     if base.quantization:
         say(f"       its linear layers: {base.quantization.describe()}")
     if is_rank_0() and is_base and not trains_row(training_model, tokens.stop_id):
