@@ -12,7 +12,7 @@ from tuning.checkpoint.manifest import write_manifest
 from tuning.checkpoint.output_directory import check_result_directory
 from tuning.checkpoint.ownership import new_result
 from tuning.errors import SettingsError
-from tuning.model.loading import Trust, find_quantization
+from tuning.model.loading import Trust, find_quantization, read_dtype
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -42,7 +42,8 @@ def run(args: argparse.Namespace) -> None:
 
     check()
     tokenizer = load_tokenizer(str(merge.tokenizer_source(adapter, base)), trust_remote_code=args.trust_remote_code)
-    dtype = merge.read_dtype(base, trust=trust) if args.dtype == "auto" else DTYPES[args.dtype]
+    said = read_dtype(str(base), trust_remote_code=args.trust_remote_code)
+    dtype = said if args.dtype == "auto" else DTYPES[args.dtype]
 
     # Verified in float32, where a right merge differs by almost nothing; the rounding to dtype is checked to be exact.
     probes = merge.build_probes(tokenizer, adapter)

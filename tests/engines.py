@@ -66,7 +66,8 @@ def run_arm(checkpoint: Path, out: Path, engine: str, steps: int, kind: str, lay
     )
     assert describe_engine(trainer) == EXPECTED[engine], describe_engine(trainer)
     tokenizer = load_tokenizer(str(checkpoint))
-    base = SimpleNamespace(identity={"name": str(checkpoint), "revision": None}, compute_dtype=torch.float32)
+    identity = {"path": str(checkpoint), "name": str(checkpoint), "revision": None}
+    base = SimpleNamespace(identity=identity, compute_dtype=torch.float32)
     writer = ResultWriter(model, tokenizer, model.causal_lm.generation_config, base=base, facts=None)
     gathered = []
     checkpoint_module.gather_tensor = lambda tensor: gathered.append(tensor) or gather_tensor(tensor)

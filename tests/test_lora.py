@@ -18,7 +18,6 @@ from tests import runs
 from tests.conftest import build_model
 from tuning.checkpoint.adapter import adapter_config, adapter_state, load_lora
 from tuning.errors import SettingsError
-from tuning.model.build import check_language_model_only
 from tuning.model.lora import add_lora, check_lora_targets, find_lora_targets
 from tuning.model.token_rows import TokenRows
 from tuning.model.training_model import TrainingModel, check_loss_path, check_positions
@@ -236,13 +235,6 @@ def test_what_peft_would_load_otherwise_is_refused(tokenizer):
         add_lora(gpt2, r=2, alpha=4, dropout=0, embeddings="full")
     with pytest.raises(SettingsError, match="--lora_bias all: the model has no biases"):
         add_lora(build_model(tokenizer, tied=False), r=2, alpha=4, dropout=0, bias="all")
-
-
-def test_parts_beside_the_language_model_are_refused(model):
-    check_language_model_only(model)
-    model.vision_tower = nn.Linear(2, 2)
-    with pytest.raises(SettingsError, match=r"parts beside the language model \(vision_tower"):
-        check_language_model_only(model)
 
 
 def test_logits_that_are_not_the_output_layers_are_refused(model, monkeypatch):

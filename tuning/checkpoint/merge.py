@@ -19,7 +19,7 @@ from tuning.checkpoint.adapter import (
 )
 from tuning.checkpoint.manifest import MANIFEST_FILE
 from tuning.checkpoint.older_readers import add_old_names
-from tuning.checkpoint.result import gather_state, save_full_model
+from tuning.checkpoint.result import gather_full_state, save_full_model
 from tuning.errors import SettingsError, explain_bad_files
 from tuning.messages import first_line
 from tuning.model.loading import (
@@ -27,7 +27,6 @@ from tuning.model.loading import (
     find_quantization,
     hide_gptqmodel,
     identify_checkpoint,
-    load_config,
     load_generation_config,
     load_model,
     local_directory,
@@ -138,12 +137,6 @@ def load_base(base: Path, quantization: Quantization | None, *, trust: Trust) ->
     return dequantize(model)
 
 
-def read_dtype(base: Path, *, trust: Trust) -> torch.dtype:
-    """The dtype a checkpoint says its weights have; float32 where it says none."""
-    dtype = load_config(str(base), trust_remote_code=trust.trust_remote_code).dtype
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
-
-
 def compute_expected_logits(
     adapter: Path, base: Path, quantization: Quantization | None, probes: list[list[int]], *, trust: Trust
 ) -> list[Tensor]:
@@ -198,8 +191,8 @@ def save_merged(
         model.generation_config = generation_config
         model.config.get_text_config().eos_token_id = next(iter(list_eos_ids(model.generation_config)), None)
     _describe_tying(model)
-    state = gather_state(model.state_dict(keep_vars=True), dtype)
-    save_full_model(model, out, state, dtype=dtype, max_shard_size=max_shard_size)
+    state = gather_full_state(model, base, dtype)
+    save_full_model(model, base, out, state, dtype=dtype, max_shard_size=max_shard_size)
     copy_tokenizer(tokenizer_source(adapter, base), out)
     if trust.trust_remote_code and getattr(model.config, "auto_map", None):
         for file in base.glob("*.py"):

@@ -26,10 +26,9 @@ def add_old_names(directory: Path) -> None:
 
 
 def _complete_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration, and those inside it (text_config), with their old names, too."""
-    inner = {name for name, value in config.items() if name.endswith("_config") and isinstance(value, dict)}
+    """The configuration, and the text part's inside it, with their old names, too. Other parts stay as they are."""
     completed = {
-        name: _complete_config(value) if name in inner - {"quantization_config"} else value
+        name: _complete_config(value) if name == "text_config" and isinstance(value, dict) else value
         for name, value in config.items()
     }
     if "dtype" in config:

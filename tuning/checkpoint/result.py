@@ -10,12 +10,15 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from tuning.checkpoint.adapter import adapter_config, adapter_state
 from tuning.checkpoint.base import BaseModel
+from tuning.checkpoint.carried import copy_processors, read_carried_tensors
 from tuning.checkpoint.files import write_json
 from tuning.checkpoint.manifest import write_manifest
 from tuning.checkpoint.older_readers import add_old_names
 from tuning.checkpoint.run_record import RunFacts
 from tuning.console import is_rank_0
 from tuning.distributed.sharding import gather_tensor
+from tuning.model.loading import read_dtype
+from tuning.model.other_parts import find_other_parts
 from tuning.model.training_model import TrainingModel
 
 
@@ -38,7 +41,7 @@ class ResultWriter:
         self._model = training_model
         self._tokenizer = tokenizer
         self._generation_config = generation_config
-        self._base = base.identity
+        self._base, self._base_directory = base.identity, Path(base.identity["path"])
         self._dtype = base.compute_dtype
         self._facts = facts
 
@@ -53,7 +56,7 @@ class ResultWriter:
         """
         if hasattr(self._model.model, "peft_config"):
             return gather_state(adapter_state(self._model.model, self._model.token_rows), None)
-        return gather_state(self._model.causal_lm.state_dict(keep_vars=True), self._dtype)
+        return gather_full_state(self._model.causal_lm, self._base_directory, self._dtype)
 
     def write(self, directory: Path, collected: dict[str, torch.Tensor]) -> None:
         """Write adapter or model, tokenizer with chat template and generation config."""
@@ -68,8 +71,27 @@ class ResultWriter:
             # Loaders look for the configuration first: with it last, a torn save is no adapter to anyone.
             config.save_pretrained(str(directory))
         else:
-            save_full_model(self._model.causal_lm, directory, collected, dtype=self._dtype)
+            save_full_model(self._model.causal_lm, self._base_directory, directory, collected, dtype=self._dtype)
         self._generation_config.save_pretrained(directory)
+
+
+def gather_full_state(model: PreTrainedModel, base: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """A model's tensors for save_full_model, on rank 0; nothing on other ranks. All processes must call this.
+
+    base: directory of the checkpoint, in whose dtype the parts beside the language model stay.
+    """
+    kept = {id(t) for part in find_other_parts(model).values() for t in (*part.parameters(), *part.buffers())}
+    named = model.state_dict(keep_vars=True)
+    state = gather_state({name: t for name, t in named.items() if id(t) not in kept}, dtype)
+    unchanged = gather_state({name: t for name, t in named.items() if id(t) in kept}, None)
+    said = read_dtype(str(base)) if unchanged else dtype
+    return state | {name: _cast_exactly(value, said) for name, value in unchanged.items()}
+
+
+def _cast_exactly(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """In a dtype, where that loses nothing."""
+    cast = value.to(dtype) if value.is_floating_point() else value
+    return cast if torch.equal(cast.to(value.dtype), value) else value
 
 
 def gather_state(named: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
@@ -88,17 +110,20 @@ def gather_state(named: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -
 
 def save_full_model(
     model: PreTrainedModel,
+    base: Path,
     directory: Path,
     state: dict[str, torch.Tensor],
     *,
     dtype: torch.dtype,
     max_shard_size: str = "5GB",
 ) -> None:
-    """Write a model's safetensors and config.json.
+    """Write a model's safetensors and config.json, and what the base's directory holds beside.
 
     state: by the names of its state_dict, in dtype; a tied matrix is one tensor under its names.
     """
+    state = {**read_carried_tensors(model, base), **state}
     model.save_pretrained(directory, state_dict=state, max_shard_size=max_shard_size)
+    copy_processors(base, directory)
     # save_pretrained writes the dtype of the model in memory; loaders take the file's word for it.
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     write_json(directory / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})

@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 
 from tuning.errors import SettingsError
 from tuning.model.lora import add_lora
+from tuning.model.other_parts import freeze_other_parts
 from tuning.model.saved_adapter import SavedAdapter, attach_lora
 from tuning.model.training_model import TrainingModel
 from tuning.settings.options import LoraArguments
@@ -37,7 +38,7 @@ def build_training_model(
     Raises: SettingsError: control tokens outside the embedding, or adapters that do not fit.
     """
     check_vocabulary(model, max(*tokens.template_ids, tokens.stop_id, tokens.largest_id))
-    check_language_model_only(model)
+    freeze_other_parts(model)
     if not lora.use_lora:
         return TrainingModel(model)
     if adapter is not None:
@@ -68,14 +69,4 @@ def check_vocabulary(model: PreTrainedModel, largest_token_id: int) -> None:
         raise SettingsError(
             f"token {largest_token_id} has no row in the model's embedding ({num_rows} rows); the tokenizer belongs to "
             "another checkpoint, or the embedding must be resized first (model.resize_token_embeddings)"
-        )
-
-
-def check_language_model_only(model: PreTrainedModel) -> None:
-    """Raises: SettingsError: the checkpoint has parts beside the language model, such as a vision tower."""
-    inside = {id(p) for part in (model.get_decoder(), model.get_output_embeddings()) for p in part.parameters()}
-    outside = [name for name, p in model.named_parameters() if id(p) not in inside]
-    if outside:
-        raise SettingsError(
-            f"{type(model).__name__} has parts beside the language model ({outside[0]}); only text models are supported"
         )

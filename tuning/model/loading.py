@@ -14,6 +14,7 @@ from transformers.utils import cached_file
 
 from tuning.errors import SettingsError, explain_bad_files, read_json_object
 from tuning.messages import first_line
+from tuning.model.other_parts import choose_auto_class, find_other_parts
 from tuning.model.quantization import (
     Quantization,
     prepare_loading,
@@ -43,7 +44,7 @@ def load_model(
     quantization: Quantization | None = None,
     device: torch.device | None = None,
 ) -> PreTrainedModel:
-    """Load a causal language model from safetensors (or .bin where allow_pickle).
+    """Load a causal language model from safetensors (or .bin where allow_pickle), with all that its checkpoint holds.
 
     meta: build it on the meta device, for a plan or for sharding.shard_model to fill. quantization: quantise it while
     it loads; a checkpoint that is quantised already stays as it is. device: where that is done (default: the CPU);
@@ -68,15 +69,19 @@ def load_model(
         one_dtype = said if isinstance(dtype, str) else dtype
         if meta:
             model = _build_on_meta(path, config, one_dtype, cache_dir, trust_remote_code=trust_remote_code)
-            if kept := own or quantization:
-                quantize_meta_model(model, kept, one_dtype)
+            if wanted := own or quantization:
+                quantize_meta_model(model, wanted, one_dtype, kept=list(find_other_parts(model)))
             return model
         device = device or torch.device("cpu")
+        kept: list[str] = []
+        if quantization and not own and choose_auto_class(config) is not AutoModelForCausalLM:
+            whole = _build_on_meta(path, config, one_dtype, cache_dir, trust_remote_code=trust_remote_code)
+            kept = list(find_other_parts(whole))
         with (
             explain_bad_files(f"{path}: cannot load a model"),
-            prepare_loading(config, own, quantization, one_dtype, device) as options,
+            prepare_loading(config, own, quantization, one_dtype, device, kept=kept) as options,
         ):
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = choose_auto_class(config).from_pretrained(
                 path,
                 config=config,
                 dtype=one_dtype if own or quantization else dtype,
@@ -116,7 +121,7 @@ def _build_on_meta(
     vars(config).pop("quantization_config", None)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            model = choose_auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise SettingsError(f"{path}: cannot load a model: {first_line(error)}") from None
     if (generation_config := load_generation_config(path, cache_dir)) is not None:
@@ -148,6 +153,13 @@ def load_config(path: str, *, cache_dir: str | None = None, trust_remote_code: b
         if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, int | float) and not 0 <= value <= 1:
             raise SettingsError(f"{path}/config.json: {name} {value}: expected a probability, from 0 to 1")
     return config
+
+
+def read_dtype(path: str, *, trust_remote_code: bool = False) -> torch.dtype:
+    """The dtype a checkpoint says its weights have; float32 where it says none."""
+    config = load_config(path, trust_remote_code=trust_remote_code)
+    dtype = config.dtype or config.get_text_config().dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def load_generation_config(path: str, cache_dir: str | None = None) -> GenerationConfig | None:

@@ -14,6 +14,7 @@ from tuning.messages import first_line
 from tuning.model.loading import hide_gptqmodel
 from tuning.model.lora_experts import find_expert_targets, find_experts, set_dropout
 from tuning.model.lora_linear import fuse_lora_forward
+from tuning.model.other_parts import find_other_parts, freeze_other_parts
 from tuning.model.token_rows import TokenRows, find_module_name, is_tied
 
 _ROUTERS = ("gate", "router", "shared_expert_gate")
@@ -21,11 +22,11 @@ _PASSED_BY = ("dt_proj",)  # Mamba multiplies by its weight without calling the 
 
 
 def find_lora_targets(model: PreTrainedModel) -> list[str]:
-    """Names of the linear layers to adapt: all of the decoder's, never the output layer or a router."""
+    """Names of the linear layers to adapt: all of the language model's, never the output layer or a router."""
     output = model.get_output_embeddings()
     names = {
         name.rpartition(".")[2]
-        for name, module in model.named_modules()
+        for name, module in _list_modules(model).items()
         if isinstance(module, (nn.Linear, Conv1D)) and module is not output
     }
     return sorted(name for name in names - {*_ROUTERS, *_PASSED_BY} if _why_peft_refuses(model, name) is None)
@@ -43,12 +44,18 @@ def _why_peft_refuses(model: PreTrainedModel, target: str) -> str | None:
     return None
 
 
+def _list_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The modules of the language model, by their names in the model."""
+    others = tuple(f"{name}." for name in find_other_parts(model))
+    return {name: module for name, module in model.named_modules() if not f"{name}.".startswith(others)}
+
+
 def check_lora_targets(model: PreTrainedModel, targets: list[str] | str) -> None:
     """Check the names of layers, or the regular expression for them.
 
     Raises: SettingsError: it matches no linear layer, a router, or the output layer.
     """
-    layers = dict(model.named_modules())
+    layers = _list_modules(model)
     output = model.get_output_embeddings()
     for target in [targets] if isinstance(targets, str) else targets:
         matched = [name for name in layers if _matches(name, target, is_pattern=isinstance(targets, str))]
@@ -116,6 +123,7 @@ def add_lora(
         use_rslora=use_rslora,
         target_modules=targets,
         target_parameters=expert_targets or None,
+        exclude_modules=_exclude_other_parts(model),
         task_type="CAUSAL_LM",
         **matrices_to_train,
     )
@@ -135,10 +143,17 @@ def add_lora(
         )
     if expert_targets:
         set_dropout(peft_model, dropout)
+    freeze_other_parts(model)  # peft lets every bias train, wherever it is
     fuse_lora_forward(peft_model)
     if bias != "none" and not any("bias" in name for name, p in peft_model.named_parameters() if p.requires_grad):
         raise SettingsError(f"--lora_bias {bias}: the model has no biases")
     return peft_model, rows
+
+
+def _exclude_other_parts(model: PreTrainedModel) -> str | None:
+    """What peft's exclude_modules holds, so that names mean layers of the language model alone."""
+    others = find_other_parts(model)
+    return rf"({'|'.join(map(re.escape, others))})(\..*)?" if others else None
 
 
 def _choose_expert_targets(model: PreTrainedModel, experts: str, *, named: bool, use_dora: bool) -> list[str]:

@@ -111,11 +111,18 @@ def choose_quantization(
 
 @contextlib.contextmanager
 def prepare_loading(
-    config: Any, own: Quantization | None, wanted: Quantization | None, dtype: torch.dtype, device: torch.device
+    config: Any,
+    own: Quantization | None,
+    wanted: Quantization | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    kept: list[str],
 ) -> Iterator[dict[str, Any]]:
     """What from_pretrained needs beside the usual, and silence while it runs.
 
     own: of the checkpoint (read_quantization). wanted: to be done at loading, where the checkpoint is not quantised.
+    kept: names of parts that stay as they are.
 
     Raises: SettingsError: a library is not installed.
     """
@@ -138,6 +145,8 @@ def prepare_loading(
                 "bnb_4bit_use_double_quant": wanted.double,
                 "bnb_4bit_compute_dtype": dtype,
             }
+        if kept:
+            options["llm_int8_skip_modules"] = [*kept, "lm_head"]
         yield {"quantization_config": BitsAndBytesConfig(**options), "device_map": {"": device}}
     elif method == "bitsandbytes":
         require("bitsandbytes")
@@ -185,13 +194,15 @@ def _as_dict(config: Any) -> dict[str, Any]:
     return dict(config) if isinstance(config, dict) else dict(config.to_dict())
 
 
-def quantize_meta_model(model: PreTrainedModel, quantization: Quantization, dtype: torch.dtype) -> None:
-    """Give a meta model the layers that loading it quantised would give it."""
+def quantize_meta_model(
+    model: PreTrainedModel, quantization: Quantization, dtype: torch.dtype, *, kept: list[str]
+) -> None:
+    """Give a meta model the layers that loading it quantised would give it. kept: parts that stay as they are."""
     output = model.get_output_embeddings()
     for name, module in list(model.named_modules()):
         if isinstance(module, Conv1D):  # which bitsandbytes transposes
             raise SettingsError(f"has layers that are no linear ones ({name}); use --use_lora")
-        skipped = any(f".{part}." in f".{name}." for part in quantization.skipped)
+        skipped = any(f".{part}." in f".{name}." for part in (*quantization.skipped, *kept))
         if type(module) is nn.Linear and module is not output and not skipped:
             _put(model, name, _meta_like(module, quantization, dtype))
 

@@ -12,6 +12,7 @@ from tuning.distributed.sharding import SHARDED, shard_model
 from tuning.model.build import TokensInUse, build_training_model
 from tuning.model.loading import load_model
 from tuning.model.lora_experts import count_expert_adapters, find_experts
+from tuning.model.other_parts import find_other_parts
 from tuning.model.packing import describe_rotary_switch, enable_packing
 from tuning.model.stop_token import align_stop_token
 from tuning.model.training_model import (
@@ -81,6 +82,8 @@ def prepare_model(
     dtype = str(base.compute_dtype).removeprefix("torch.")
     say(f"model: {base.evidence.describe()}")
     say(f"       {trainable:,} of {total:,} parameters train; computing in {dtype}")
+    for name, part in find_other_parts(model).items():
+        say(f"       {name} stays as it is ({sum(p.numel() for p in part.parameters()):,} parameters)")
     if adapted := count_expert_adapters(training_model):
         say(f"       {adapted:,} of them adapt experts")
     elif arguments.lora.use_lora and find_experts(model):
