@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.harness import describe_machine  # noqa: E402
 
 SHAPE = dict(
-    vocab_size=1024, hidden_size=512, intermediate_size=1024, moe_intermediate_size=384, num_hidden_layers=2,
+    vocab_size=1024, hidden_size=512, intermediate_size=1024, moe_intermediate_size=768, num_hidden_layers=2,
     num_attention_heads=8, num_key_value_heads=2, head_dim=64, num_experts=64, num_experts_per_tok=4,
 )  # fmt: skip
 TOKENS, RANK = 512, 16

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, PreTrainedModel
 
 from data_utils.conversations import DataOptions
 from data_utils.dataset import TokenizedRows, load_rows
@@ -17,6 +18,7 @@ from tuning.distributed.sharding import shard_model
 from tuning.distributed.startup import start_processes
 from tuning.model.loading import load_model
 from tuning.model.lora import add_lora
+from tuning.model.other_parts import find_other_parts
 from tuning.model.packing import enable_packing
 from tuning.model.quantization import Quantization
 from tuning.model.training_model import TrainingModel
@@ -123,7 +125,9 @@ def reference(
     checkpoint: Path, kind: str, training_model: TrainingModel, rows: TokenizedRows, *, steps: int = 6
 ) -> list[tuple[float, float]]:
     """Plain transformers and peft: one row at a time, their own loss and rows. Starts as training_model."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    model = load_plain(checkpoint)
+    for part in find_other_parts(model).values():
+        part.requires_grad_(False)
     if kind != "full":
         ours = training_model.model, training_model.token_rows
         config, state = adapter_config(*ours), {n: t.detach().clone() for n, t in adapter_state(*ours).items()}
@@ -159,5 +163,11 @@ def probe_logits(base: Path, out: Path) -> torch.Tensor:
     """Logits of a saved result, loaded by plain transformers or peft."""
     ids = torch.tensor([[1022, 40, 41, 1023, 5, 1022, 7, 8, 1023, 1021]])
     if not (out / "adapter_config.json").exists():
-        return AutoModelForCausalLM.from_pretrained(out).eval()(input_ids=ids).logits
-    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out).eval()(input_ids=ids).logits
+        return load_plain(out).eval()(input_ids=ids).logits
+    return PeftModel.from_pretrained(load_plain(base), out).eval()(input_ids=ids).logits
+
+
+def load_plain(directory: Path) -> PreTrainedModel:
+    """A checkpoint by transformers alone, in the class that its configuration names."""
+    (name,) = AutoConfig.from_pretrained(directory).architectures
+    return getattr(transformers, name).from_pretrained(directory)

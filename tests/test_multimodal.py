@@ -8,85 +8,27 @@ import torch
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForImageTextToText,
-    Gemma3Config,
-    Qwen2_5_VLConfig,
-    Qwen3_5Config,
-    Qwen3_5MoeConfig,
-    Qwen3VLConfig,
-    Qwen3VLMoeConfig,
-)
+from transformers import AutoModelForImageTextToText
 
+from tests import architectures
+from tests.architectures import ARCHITECTURES
 from tests.conftest import CONVERSATIONS
-from tests.test_attention import HYBRID
 from tests.test_cli import flags
 from tuning.errors import SettingsError
 from tuning.model.loading import load_model
 from tuning.model.lora import add_lora, check_lora_targets, find_lora_targets
 from tuning.model.other_parts import find_other_parts
 
-TEXT = dict(
-    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    max_position_embeddings=1024, initializer_range=0.1, head_dim=8, bos_token_id=None,
-)  # fmt: skip
-EXPERTS = dict(
-    num_experts=4,
-    num_experts_per_tok=2,
-    moe_intermediate_size=16,
-    shared_expert_intermediate_size=16,
-    norm_topk_prob=True,
-)
-TOWER = dict(
-    depth=2, hidden_size=32, intermediate_size=48, num_heads=2, patch_size=4, spatial_merge_size=2,
-    temporal_patch_size=2, out_hidden_size=32, num_position_embeddings=16,
-)  # fmt: skip
-IDS = dict(image_token_id=60, video_token_id=61, vision_start_token_id=62, vision_end_token_id=63)
-
-
-def rope(*sections, **more):
-    return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections), **more}
-
-
-INTERLEAVED = {"rope_parameters": rope(2, 1, 1, mrope_interleaved=True)}
-FOUR = {"num_hidden_layers": 4, **HYBRID}
-# name: (configuration, fields of the text part, fields of the tower, others)
-KINDS = {
-    "qwen3.5": (Qwen3_5Config, FOUR, {**TOWER, "deepstack_visual_indexes": []}, IDS),
-    "qwen3.5-moe": (Qwen3_5MoeConfig, {**FOUR, **EXPERTS}, {**TOWER, "deepstack_visual_indexes": []}, IDS),
-    "qwen2.5-vl": (Qwen2_5_VLConfig, {"rope_parameters": rope(1, 1, 2)}, {**TOWER, "fullatt_block_indexes": [0]}, IDS),
-    "qwen3-vl": (Qwen3VLConfig, INTERLEAVED, {**TOWER, "deepstack_visual_indexes": [0]}, IDS),
-    "qwen3-vl-moe": (Qwen3VLMoeConfig, {**INTERLEAVED, **EXPERTS}, {**TOWER, "deepstack_visual_indexes": [0]}, IDS),
-    "gemma3": (
-        Gemma3Config,
-        {"sliding_window": 16},
-        dict(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=16,
-            patch_size=4,
-        ),
-        dict(mm_tokens_per_image=4, image_token_index=60, boi_token_index=61, eoi_token_index=62),
-    ),
-}
+NAMES = [name for name, (*_, tower, _) in ARCHITECTURES.items() if tower is not None]
+QWEN = "Qwen3.5, 3.6 (multimodal)"
 PROBE = torch.tensor([[1022, 40, 41, 1023, 5, 1022, 7, 8, 1023, 1021]])
 MTP = {"mtp.fc.weight": torch.randn(32, 64), "mtp.norm.weight": torch.ones(32, dtype=torch.bfloat16)}
 
 
 def write_base(name: str, tokenizer, out: Path, dtype=torch.float32) -> Path:
-    config_class, text, tower, others = KINDS[name]
-    vocabulary = dict(vocab_size=len(tokenizer) + 8, eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
-    config = config_class(text_config={**TEXT, **vocabulary, **text}, vision_config=tower, **others)
-    torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config)
-    for parameter in model.parameters():
-        parameter.data.normal_(std=0.1) if parameter.ndim > 1 else parameter
-    model.to(dtype).save_pretrained(out)
-    if name.startswith("qwen3.5"):  # as real checkpoints do
+    architectures.write(name, tokenizer, out, dtype=dtype)
+    if name.startswith("Qwen3.5"):  # as real checkpoints do
         save_file({**load_file(out / "model.safetensors"), **MTP}, out / "model.safetensors", {"format": "pt"})
-    tokenizer.save_pretrained(out)
     for file in ("preprocessor_config.json", "video_preprocessor_config.json"):
         (out / file).write_text(json.dumps({"size": {"shortest_edge": 64}}))
     return out
@@ -95,7 +37,7 @@ def write_base(name: str, tokenizer, out: Path, dtype=torch.float32) -> Path:
 @pytest.fixture(scope="module")
 def bases(tokenizer, tmp_path_factory):
     root = tmp_path_factory.mktemp("multimodal")
-    return {name: write_base(name, tokenizer, root / name) for name in KINDS}
+    return {name: write_base(name, tokenizer, root / name) for name in NAMES}
 
 
 def read_all(directory):
@@ -129,7 +71,7 @@ def logits(model):
     return model.eval()(input_ids=PROBE).logits.float()
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_lora_from_the_command_line_to_the_merged_model(bases, run_script, tmp_path, name):
     words = flags(bases[name], CONVERSATIONS, tmp_path / "out", "--use_lora", "--lora_r", 4)
     code, stdout, stderr = run_script("finetune.py", *words)
@@ -148,7 +90,7 @@ def test_lora_from_the_command_line_to_the_merged_model(bases, run_script, tmp_p
     assert_whole(bases[name], tmp_path / "merged")
 
 
-@pytest.mark.parametrize("name", ["qwen3.5", "qwen2.5-vl", "gemma3"])
+@pytest.mark.parametrize("name", [QWEN, "Qwen2.5-VL", "Gemma 3 (multimodal)"])
 def test_full_training_keeps_what_is_beside_the_language_model(bases, run_script, tmp_path, name):
     code, stdout, stderr = run_script("finetune.py", *flags(bases[name], CONVERSATIONS, tmp_path / "out"))
     assert code == 0, stderr
@@ -159,7 +101,7 @@ def test_full_training_keeps_what_is_beside_the_language_model(bases, run_script
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_full_training_of_a_half_precision_base(tokenizer, run_script, tmp_path, dtype):
     """Weights train in fp32 and are written in bf16; the tower keeps its dtype."""
-    base = write_base("qwen3.5", tokenizer, tmp_path / "base", dtype)
+    base = write_base(QWEN, tokenizer, tmp_path / "base", dtype)
     code, _, stderr = run_script("finetune.py", *flags(base, CONVERSATIONS, tmp_path / "out", "--bf16"))
     assert code == 0, stderr
     assert_whole(base, tmp_path / "out")
@@ -167,15 +109,15 @@ def test_full_training_of_a_half_precision_base(tokenizer, run_script, tmp_path,
 
 def test_q_lora_leaves_the_tower_alone(bases, run_script, tmp_path):
     pytest.importorskip("bitsandbytes")
-    words = flags(bases["qwen3.5"], CONVERSATIONS, tmp_path / "out", "--q_lora", "--lora_r", 4)
+    words = flags(bases[QWEN], CONVERSATIONS, tmp_path / "out", "--q_lora", "--lora_r", 4)
     code, _, stderr = run_script("finetune.py", *words)
     assert code == 0, stderr
     code, _, stderr = run_script("merge_lora.py", tmp_path / "out", tmp_path / "merged")
     assert code == 0, stderr
-    assert_whole(bases["qwen3.5"], tmp_path / "merged")
+    assert_whole(bases[QWEN], tmp_path / "merged")
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_targets_are_layers_of_the_language_model(bases, name):
     model = load_model(str(bases[name]), dtype=torch.float32)
     assert type(model).__name__.endswith("ForConditionalGeneration")
@@ -184,12 +126,13 @@ def test_targets_are_layers_of_the_language_model(bases, name):
     adapted, _ = add_lora(model, r=2, alpha=4, dropout=0.0)
     trained = [key for key, p in adapted.named_parameters() if p.requires_grad]
     assert trained and not [key for key in trained if key.startswith(others)]
+    fresh = load_model(str(bases[name]), dtype=torch.float32)
     with pytest.raises(SettingsError, match="no such layer"):
-        check_lora_targets(load_model(str(bases[name]), dtype=torch.float32), ["fc2" if name == "gemma3" else "qkv"])
+        check_lora_targets(fresh, ["fc2" if name.startswith("Gemma") else "qkv"])
 
 
 def test_biases_of_the_tower_stay(bases):
-    model = load_model(str(bases["qwen2.5-vl"]), dtype=torch.float32)
+    model = load_model(str(bases["Qwen2.5-VL"]), dtype=torch.float32)
     adapted, _ = add_lora(model, r=2, alpha=4, dropout=0.0, bias="all")
     assert not [key for key, p in adapted.named_parameters() if p.requires_grad and is_other(key)]
 
@@ -197,5 +140,5 @@ def test_biases_of_the_tower_stay(bases):
 def test_images_are_refused_by_name(bases, run_script, write_json, tmp_path):
     content = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What is it?"}]
     row = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "A cat."}]}
-    code, _, stderr = run_script("finetune.py", *flags(bases["qwen3.5"], write_json([row]), tmp_path / "out"))
+    code, _, stderr = run_script("finetune.py", *flags(bases[QWEN], write_json([row]), tmp_path / "out"))
     assert code == 2 and "image" in stderr and "Traceback" not in stderr

@@ -167,9 +167,9 @@ def test_layers_that_a_checkpoint_leaves_alone(packed):
     some = Quantization("bitsandbytes", 4, "nf4", double=True, skipped=("down_proj", "model.layers.0.mlp"))
     model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2))
     with pytest.raises(SettingsError, match="no linear ones"):
-        quantize_meta_model(model, some, torch.float32)
+        quantize_meta_model(model, some, torch.float32, kept=[])
     model = dequantize(packed("nf4"))
-    quantize_meta_model(model, some, torch.float32)
+    quantize_meta_model(model, some, torch.float32, kept=[])
     left = {name for name, m in model.named_modules() if type(m) is nn.Linear}
     mlp = {f"model.layers.0.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
     assert left == {"lm_head", "model.layers.1.mlp.down_proj", *mlp}

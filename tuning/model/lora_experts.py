@@ -99,7 +99,7 @@ def compute_experts(
     adapters: of the experts' parameters, by name. Shapes: hidden [T, H]; index and weights [T, K], the experts of each
     token and how much each counts. Returns: [T, H].
     """
-    num_tokens, top_k = index.shape
+    top_k = index.shape[1]
     expert_ids, order = torch.sort(index.flatten())
     # groups[e]: where the tokens of expert e end.
     groups = torch.searchsorted(expert_ids, torch.arange(experts.num_experts, device=index.device), right=True)
@@ -115,25 +115,28 @@ def compute_experts(
     # Back to the tokens' order and added up there: index_add would add in another order each time on a GPU.
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
-    return x[back].view(num_tokens, top_k, -1).sum(1).to(hidden.dtype)
+    return x[back].unflatten(0, (-1, top_k)).sum(1).to(hidden.dtype)
 
 
 def _project(
     experts: Any, adapters: dict[str, ParamWrapper], expert_ids: Tensor, groups: Tensor, name: str, x: Tensor
 ) -> Tensor:
-    """X @ W[e], with the bias and the adapter of each row's expert. Shapes: x [S, in]; expert_ids [S], ascending."""
+    """Each row times the weight of its expert, with that one's bias and adapter.
+
+    Shapes: x [S, in]; expert_ids [S], ascending. Returns: [S, out].
+    """
     weight = getattr(experts, name)
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     result = grouped_product(x.to(dtype), _in_first(experts, weight).to(dtype), groups)
     if experts.has_bias:
-        result = result + getattr(experts, f"{name}_bias")[expert_ids].to(dtype)
+        result.add_(getattr(experts, f"{name}_bias")[expert_ids].to(dtype))
     if (adapter := adapters.get(name)) is None:
         return result
     x = adapter.lora_dropout["default"](x).to(dtype)
     down, up = split_experts(adapter)
     update = grouped_product(x, down.to(dtype), groups) * adapter.scaling["default"]
-    return result + grouped_product(update, up.to(dtype), groups)
+    return result.add_(grouped_product(update, up.to(dtype), groups))
 
 
 def _in_first(experts: Any, weight: Tensor) -> Tensor:
@@ -148,8 +151,9 @@ def split_experts(adapter: ParamWrapper) -> tuple[Tensor, Tensor]:
     """
     down, up = adapter.lora_A["default"].weight, adapter.lora_B["default"].weight
     num_experts = adapter.num_experts
-    by_expert = up.unflatten(1, (-1, num_experts)).permute(2, 1, 0)
-    return down.unflatten(0, (num_experts, -1)).transpose(1, 2), by_expert.contiguous()
+    by_expert = up.reshape(-1, num_experts).t().contiguous()  # [E, out * r]: as one matrix it is transposed fast
+    by_expert = by_expert.unflatten(1, (len(up), -1)).transpose(1, 2)
+    return down.unflatten(0, (num_experts, -1)).transpose(1, 2), by_expert
 
 
 def grouped_product(x: Tensor, weight: Tensor, groups: Tensor) -> Tensor:
