@@ -28,6 +28,8 @@ from tuning.model.training_model import TrainingModel, enable_gradient_checkpoin
 
 NAMES = [name for name, (_, fields, *_) in ARCHITECTURES.items() if "num_experts" in fields and "multi" not in name]
 NAMES.remove("Qwen3-VL-MoE")  # with a vision tower, as those that are left out by name: tests/test_multimodal.py
+FAST = ("Qwen3-MoE", "Qwen3-Next", "gpt-oss")
+EACH = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 
 
 def build(name):
@@ -69,7 +71,7 @@ IDS = torch.randint(3, 64, (2, 24), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("r, use_rslora", [(2, False), (8, True)])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_products_by_group_are_pefts_whole_deltas(name, r, use_rslora):
     model, _ = add_lora(build(name), r=r, alpha=4, dropout=0.0, use_rslora=use_rslora)
     assert count_expert_adapters(model)
@@ -77,7 +79,7 @@ def test_products_by_group_are_pefts_whole_deltas(name, r, use_rslora):
     assert_same(gradients(model, IDS), gradients(without_ours(model), IDS))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_the_saved_adapter_is_pefts_and_merges(name, tmp_path):
     base = build(name)
     base.save_pretrained(tmp_path / "base")

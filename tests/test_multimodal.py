@@ -21,6 +21,8 @@ from tuning.model.other_parts import find_other_parts
 
 NAMES = [name for name, (*_, tower, _) in ARCHITECTURES.items() if tower is not None]
 QWEN = "Qwen3.5, 3.6 (multimodal)"
+FAST = (QWEN, "Gemma 3 (multimodal)")
+EACH = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 PROBE = torch.tensor([[1022, 40, 41, 1023, 5, 1022, 7, 8, 1023, 1021]])
 MTP = {"mtp.fc.weight": torch.randn(32, 64), "mtp.norm.weight": torch.ones(32, dtype=torch.bfloat16)}
 
@@ -71,7 +73,7 @@ def logits(model):
     return model.eval()(input_ids=PROBE).logits.float()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_lora_from_the_command_line_to_the_merged_model(bases, run_script, tmp_path, name):
     words = flags(bases[name], CONVERSATIONS, tmp_path / "out", "--use_lora", "--lora_r", 4)
     code, stdout, stderr = run_script("finetune.py", *words)
@@ -90,7 +92,7 @@ def test_lora_from_the_command_line_to_the_merged_model(bases, run_script, tmp_p
     assert_whole(bases[name], tmp_path / "merged")
 
 
-@pytest.mark.parametrize("name", [QWEN, "Qwen2.5-VL", "Gemma 3 (multimodal)"])
+@pytest.mark.parametrize("name", FAST)
 def test_full_training_keeps_what_is_beside_the_language_model(bases, run_script, tmp_path, name):
     code, stdout, stderr = run_script("finetune.py", *flags(bases[name], CONVERSATIONS, tmp_path / "out"))
     assert code == 0, stderr
@@ -117,7 +119,7 @@ def test_q_lora_leaves_the_tower_alone(bases, run_script, tmp_path):
     assert_whole(bases[QWEN], tmp_path / "merged")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_targets_are_layers_of_the_language_model(bases, name):
     model = load_model(str(bases[name]), dtype=torch.float32)
     assert type(model).__name__.endswith("ForConditionalGeneration")
