@@ -17,12 +17,13 @@ the start and end of every rotation.
     {"at": 17, "do": "full"}                from here on no file can grow beyond "bytes"
     {"at": 17, "do": "readonly"}            from here on the output directory cannot be written to
     {"do": "readonly at start"}             likewise, before anything else
-    {"at": 17, "do": "kill_loader"}         a data loader process dies
+    {"at": 17, "do": "kill_loader"}         a data loader process dies, "after_s"
     {"at": 17, "do": "SIGINT to all"}       the signal comes to this process and its data loaders
     "only": "step"                          counts only events of this kind
     "slow_s": 0.01                          every fsync takes that much longer
 """
 
+import contextlib
 import ctypes
 import gc
 import json
@@ -33,6 +34,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -222,9 +224,17 @@ def _hurt(plan: dict, trainer) -> None:
     elif action == "readonly":
         _make_read_only(Path(trainer.args.output_dir))
     elif action == "kill_loader":
-        os.kill(_data_loaders()[0], signal.SIGKILL)
+        if "after_s" in plan:
+            threading.Timer(plan["after_s"], _kill, (_data_loaders()[0],)).start()
+        else:
+            _kill(_data_loaders()[0])
     else:
         raise ValueError(action)
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it had ended
+        os.kill(pid, signal.SIGKILL)
 
 
 def _data_loaders() -> list[int]:

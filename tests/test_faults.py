@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import random
 import re
 import signal
 import subprocess
@@ -189,6 +190,21 @@ def test_a_data_loader_that_dies_takes_the_run_down(hurt):
     code, _, stderr, complete = hurt("--dataloader_num_workers", 1, at=3, do="kill_loader", only="step", timeout_s=60)
     assert code == 1 and "checkpoint-2" in complete
     assert len(stderr) == 1 and "error: a data loader process died (DataLoader worker (pid" in stderr[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(12))
+def test_a_data_loader_that_dies_at_any_moment(hurt, calm, tmp_path, seed):
+    """Where it was still needed the run ends with one line; where it was not, the result is that of a calm run."""
+    choose = random.Random(seed)
+    plan = {"at": choose.randrange(1, 7), "after_s": choose.choice([0, 0.01, 0.05, 0.1, 0.2, 0.4])}
+    code, stdout, stderr, _ = hurt("--dataloader_num_workers", 1, do="kill_loader", only="step", **plan)
+    if code:
+        assert code == 1 and len(stderr) == 1 and "error: a data loader process died" in stderr[0]
+        assert hurt()[0] == 0
+    else:
+        assert stderr == []
+    assert_same_run(calm, tmp_path / "out", 6)
 
 
 def test_data_loaders_leave_signals_to_the_run(hurt, calm, tmp_path):

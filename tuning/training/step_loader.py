@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 def build_loader(dataset: Dataset[Any], args: TrainingArguments, sampler: Sampler[int] | None = None) -> DataLoader:
     """Loader of whole steps: in worker processes with --dataloader_num_workers, else one step ahead in a thread."""
     workers = args.dataloader_num_workers
-    return DataLoader(
+    return _StepLoader(
         dataset if workers else _Ahead(dataset),
         batch_size=1,  # not None: accelerate's skip_first_batches needs a batch sampler
         sampler=sampler,
@@ -33,6 +33,21 @@ def move_micro_batch(micro_batch: dict[str, Any], device: torch.device) -> dict[
         name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
         for name, value in micro_batch.items()
     }
+
+
+class _StepLoader(DataLoader[Any]):
+    """Tells of a worker process that died where its item is waited for, and nowhere else.
+
+    torch also raises it from a handler of SIGCHLD, wherever the main process happens to be: in a save that has nothing
+    to do with it, after the last step, or in a callback that Python runs for a weak reference, which swallows it.
+    """
+
+    def __iter__(self) -> Any:
+        before = signal.getsignal(signal.SIGCHLD)
+        iterator = super().__iter__()
+        if signal.getsignal(signal.SIGCHLD) is not before:
+            signal.signal(signal.SIGCHLD, before)
+        return iterator
 
 
 class StepSampler(Sampler[int]):
