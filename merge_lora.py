@@ -1,9 +1,11 @@
 """Merge an adapter into its base model: python merge_lora.py ADAPTER OUT.
 
-Writes a standalone checkpoint and checks that it gives the adapter's logits.
+Writes a standalone checkpoint, a tensor at a time, and checks that it gives the adapter's logits. Several adapters of one
+base are added up by their weights: python merge_lora.py OUT --adapter A:0.7 B:0.3.
 """
 
 import argparse
+import math
 import re
 
 from commands.paths import check_adapter
@@ -15,19 +17,38 @@ from tuning.errors import SettingsError
 def main(argv: list[str] | None = None) -> None:
     """Merge, save, verify. Raises: DataError, SettingsError: the user's mistakes, or a merge that does not verify."""
     args = build_parser().parse_args(argv)
-    if not re.fullmatch(r"\d+(\.\d+)?[KMGT]i?B", args.max_shard_size):
+    if args.max_shard_size is not None and not re.fullmatch(r"\d+(\.\d+)?[KMGT]i?B", args.max_shard_size):
         raise SettingsError(f"--max_shard_size {args.max_shard_size}: expected a size such as 5GB or 500MB")
-    check_adapter(args.adapter, args.base, args.cache_dir)
+    if (args.one is None) == (args.adapter is None):
+        raise SettingsError("name ADAPTER and OUT, or OUT and --adapter A:0.7 B:0.3 behind it; see --help")
+    args.adapters = [(args.one, 1.0)] if args.adapter is None else [read_weight(text) for text in args.adapter]
+    for path, _ in args.adapters:
+        check_adapter(path, args.base, args.cache_dir)
     from commands import merge  # torch and transformers, once nothing is left to say without them
 
     merge.run(args)
 
 
+def read_weight(text: str) -> tuple[str, float]:
+    """Path and weight of PATH:WEIGHT. Raises: SettingsError."""
+    path, colon, weight = text.rpartition(":")
+    try:
+        value = float(weight)
+    except ValueError:
+        value = math.nan
+    if not colon or not path or not math.isfinite(value):
+        raise SettingsError(f"--adapter {text}: expected a directory and a weight, such as output/a:0.7")
+    return path, value
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Command line."""
     parser = OneLineParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("adapter", help="output directory of a LoRA run, or one of its checkpoints")
-    parser.add_argument("out", help="directory for the merged model; absent or empty")
+    parser.add_argument("one", metavar="ADAPTER", nargs="?", help="output directory of a LoRA run, or a checkpoint")
+    parser.add_argument("out", metavar="OUT", help="directory for the merged model; absent or empty")
+    parser.add_argument(
+        "--adapter", metavar="PATH:WEIGHT", nargs="+", help="several adapters of one base, added up by their weights"
+    )
     parser.add_argument("--base", help="base model (default: the one the adapter names)")
     parser.add_argument(
         "--onto",
@@ -35,9 +56,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="of a Q-LoRA adapter: the weights it was trained on, dequantised (default), or the unquantised base",
     )
     parser.add_argument(
-        "--dtype", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="of the result (auto: the base's)"
+        "--dtype",
+        choices=["auto", "bf16", "fp16", "fp32"],
+        default="auto",
+        help="of the result (auto: as in the base's files)",
     )
-    parser.add_argument("--max_shard_size", default="5GB", help="largest weights file")
+    parser.add_argument("--max_shard_size", help="largest weights file, such as 5GB (default: files as the base's)")
     parser.add_argument("--no-verify", action="store_true", help="skip the check of the merged logits")
     parser.add_argument("--overwrite", action="store_true", help="delete OUT first")
     parser.add_argument("--cache_dir", help="where hub downloads are kept")

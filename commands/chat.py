@@ -42,7 +42,7 @@ class Chat:
         if (path / "adapter_config.json").is_file():
             # peft and what it imports take a second, which a model without an adapter need not.
             from tuning.checkpoint.adapter import check_adapter_fits, find_trained_quantization, load_lora
-            from tuning.checkpoint.merge import find_base, tokenizer_source
+            from tuning.checkpoint.adapter_base import find_base, tokenizer_source
             from tuning.model.training_model import TrainingModel
 
             base = find_base(path, args.base, None)

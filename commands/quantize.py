@@ -13,7 +13,8 @@ from data_utils.conversations import DataOptions
 from data_utils.dataset import load_rows
 from data_utils.template import ChatTemplate
 from data_utils.tokenizer import load_tokenizer
-from tuning.checkpoint import gptq, merge
+from tuning.checkpoint import gptq
+from tuning.checkpoint.adapter_base import copy_tokenizer
 from tuning.checkpoint.manifest import write_manifest
 from tuning.checkpoint.output_directory import check_result_directory
 from tuning.checkpoint.ownership import new_result
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
             device=device,
             trust=allow,
         )
-        merge.copy_tokenizer(path, unfinished)
+        copy_tokenizer(path, unfinished)
         for file in [*path.glob("generation_config.json"), *(path.glob("*.py") if trust else ())]:
             shutil.copy2(file, unfinished / file.name)
         model = load_model(str(unfinished), dtype="auto", device=device, trust_remote_code=trust).to(device)

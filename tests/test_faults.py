@@ -198,7 +198,7 @@ def test_a_data_loader_that_dies_at_any_moment(hurt, calm, tmp_path, seed):
     """Where it was still needed the run ends with one line; where it was not, the result is that of a calm run."""
     choose = random.Random(seed)
     plan = {"at": choose.randrange(1, 7), "after_s": choose.choice([0, 0.01, 0.05, 0.1, 0.2, 0.4])}
-    code, stdout, stderr, _ = hurt("--dataloader_num_workers", 1, do="kill_loader", only="step", **plan)
+    code, _, stderr, _ = hurt("--dataloader_num_workers", 1, do="kill_loader", only="step", **plan)
     if code:
         assert code == 1 and len(stderr) == 1 and "error: a data loader process died" in stderr[0]
         assert hurt()[0] == 0

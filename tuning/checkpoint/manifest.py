@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +52,11 @@ def find_fault(directory: Path, names: Iterable[str] | None = None) -> str | Non
     return None
 
 
-def write_manifest(directory: Path, **facts: Any) -> None:
+def write_manifest(directory: Path, known: Mapping[str, dict[str, Any]] | None = None, **facts: Any) -> None:
     """Write the list of a directory's files with sizes and hashes, after they are on disk. facts go with it.
 
-    Hidden files (the owner's mark) are not of it.
+    known: sizes and hashes of files that were hashed while they were written. Hidden files (the owner's mark) are not
+    of it.
     """
     files = {}
     umask = os.umask(0)
@@ -65,7 +66,8 @@ def write_manifest(directory: Path, **facts: Any) -> None:
             path.chmod(0o666 & ~umask)  # safetensors writes for the owner alone
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-        files[path.relative_to(directory).as_posix()] = {"bytes": path.stat().st_size, "sha256": _hash(path)}
+        name = path.relative_to(directory).as_posix()
+        files[name] = (known or {}).get(name) or {"bytes": path.stat().st_size, "sha256": _hash(path)}
     fsync_directory(directory)
     manifest = {**facts, "files": files}
     write_json(directory / MANIFEST_FILE, {**manifest, "sha256": _hash_json(manifest)})

@@ -1,297 +1,267 @@
-"""Adapter -> standalone checkpoint, verified by its logits."""
+"""Adapters and base model -> standalone checkpoint, a tensor at a time.
 
+The base's files are read, changed and written in their order. What no adapter touches is copied byte for byte, under
+its name, whether transformers knows it or not. Memory: the largest matrix (of experts: a layer's) a few times, and the
+adapters.
+"""
+
+import re
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from tuning.checkpoint.adapter import (
-    check_adapter_base,
-    find_trained_quantization,
-    load_lora,
-    read_adapter,
-    read_adapter_config,
-)
-from tuning.checkpoint.manifest import MANIFEST_FILE
+from tuning.checkpoint.adapter_base import copy_tokenizer, tokenizer_source
+from tuning.checkpoint.base_tensors import BaseTensors, Source
+from tuning.checkpoint.carried import copy_processors
+from tuning.checkpoint.changes import Changes, merge_rows
+from tuning.checkpoint.files import write_json
 from tuning.checkpoint.older_readers import add_old_names
-from tuning.checkpoint.result import gather_full_state, save_full_model
-from tuning.errors import SettingsError, explain_bad_files
-from tuning.messages import first_line
-from tuning.model.loading import (
-    Trust,
-    find_quantization,
-    hide_gptqmodel,
-    identify_checkpoint,
-    load_generation_config,
-    load_model,
-    local_directory,
-)
-from tuning.model.quantization import Quantization, dequantize
-from tuning.model.quantized_linear import QuantizedLinear
+from tuning.checkpoint.tensor_files import INDEX_FILE, Entry, StoredTensor, TensorFile, name_files
+from tuning.errors import SettingsError
+from tuning.model.loading import Trust, load_generation_config, read_dtype
+from tuning.model.other_parts import find_other_parts
 from tuning.model.stop_token import list_eos_ids
-from tuning.model.training_model import TrainingModel
 
-# Largest difference of float32 logits that rounding explains, relative to the largest logit.
-TOLERANCE = 1e-4
-
-_PROBE_TOKENS = 2048  # of a template that writes pages around a question, the last ones
-_QUESTIONS = ["Who are you?", "请用一句话介绍你自己。", "def fibonacci(n):", "1 + 1 = ?", "Write a short poem 🙂"]
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+_ROOM = 64 << 20  # bytes of a result beside its weights
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Two models' logits on probe texts, at every position."""
+class Weighted:
+    """An adapter's changes, and how much of them is added."""
 
-    max_difference: float
-    max_logit: float
-    top1_agreement: float
+    changes: Changes
+    weight: float
+
+
+class Merge:
+    """The tensors of a merged model, computed when they are asked for.
+
+    base: the base's tensors. adapters: added up. dtype: of the result; None: each tensor keeps the one it is stored in.
+    """
+
+    def __init__(self, base: BaseTensors, adapters: list[Weighted], *, dtype: torch.dtype | None, trust: Trust):
+        self.base, self.adapters, self.dtype = base, adapters, dtype
+        self._said = read_dtype(str(base.directory), trust_remote_code=trust.trust_remote_code)
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.changed = {name for each in adapters for name in each.changes.names}
+        self.comes_apart = any(each.changes.comes_apart for each in adapters)
+        if unknown := sorted(name for name in self.changed if name not in base):
+            raise SettingsError(f"{base.directory}: has no {unknown[0]}, which an adapter changes")
+        self._kept = {
+            f"{part}.{name}" if part else name
+            for part, module in find_other_parts(base.model).items()
+            for name in module.state_dict()
+        }
+
+    def is_computed(self, name: str) -> bool:
+        """Whether a tensor of the model is another one than the base's."""
+        return name in self.changed or self.base.is_quantized(name)
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype that a tensor of the model has in the result."""
+        stored = self.base.stored_dtype(name)
+        if self.base.is_quantized(name):
+            return self.dtype or self._said
+        if not stored.is_floating_point or (self.dtype is None) or name in self._kept:
+            return stored
+        return self.dtype
+
+    @torch.no_grad()
+    def compute(self, name: str, dtype: torch.dtype | None = torch.float32) -> Tensor:
+        """A tensor of the merged model, in a dtype (None: that of the result).
+
+        Raises: SettingsError: it is not finite in that dtype, or cannot be merged.
+        """
+        dtype = dtype or self.dtype_of(name)
+        touching = [each for each in self.adapters if name in each.changes.names]
+        products = [(each, each.changes.plain(name)) for each in touching]
+        if products and all(pair is not None for _, pair in products):
+            weight = self.base.read(name, None).to(self._device)
+            pairs = [
+                (pair[0].to(self._device) * each.weight, pair[1].to(self._device)) for each, pair in products if pair
+            ]
+            out = torch.empty(weight.shape, dtype=dtype, device=self._device)
+            value = merge_rows(weight, pairs, out)
+        elif not touching:
+            return self.base.read(name, dtype)
+        elif len(touching) == 1 and touching[0].weight == 1:
+            value = touching[0].changes.apply(name, self.base.read).to(dtype)
+        else:
+            weight = self.base.read(name)
+            value = weight.clone()
+            for each in touching:
+                value += (each.changes.apply(name, self.base.read) - weight) * each.weight
+            value = value.to(dtype)
+        if not bool(value.isfinite().all()):
+            raise SettingsError(f"the adapter cannot be merged: {name} becomes no finite numbers in {dtype}")
+        return value.cpu()
+
+
+@dataclass(frozen=True)
+class Item:
+    """A tensor of the result's files. stored: copied as it is; else cast or computed. names: the model's tensors."""
+
+    entry: Entry
+    stored: StoredTensor | None
+    names: tuple[str, ...] = ()
 
     @property
-    def holds(self) -> bool:
-        """Whether rounding in float32 explains the difference; a NaN does not, nor a dead model."""
-        return self.max_logit > 0 and self.max_difference <= TOLERANCE * max(1.0, self.max_logit)
-
-    def describe(self) -> str:
-        """One line for the log."""
-        return (
-            f"max |dlogits| {self.max_difference:.2e} (largest logit {self.max_logit:.1f}), "
-            f"top-1 {100 * self.top1_agreement:.4g} %"
-        )
+    def num_bytes(self) -> int:
+        """Its size in the file."""
+        return self.entry.num_bytes
 
 
-_TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    *("vocab.txt", "merges.txt", "*.model", "*.tiktoken", "chat_template.jinja", "chat_template.json"),
-    *("additional_chat_templates/*.jinja", "preprocessor_config.json", "processor_config.json"),
-)
+def list_items(merge: Merge) -> Iterator[tuple[Path, Item]]:
+    """All tensors of the result, in the order of the base's files, with the file of the base they stand in."""
+    base, seen, last = merge.base, set(), Path()
+    of_stored = {stored.name: source for source in base.sources for stored in source.stored}
+    for stored in base.stored.values():
+        source, last = of_stored.get(stored.name), stored.file
+        as_it_is = Entry(stored.name, stored.dtype, stored.shape, stored.num_bytes)
+        if source is None:
+            yield last, Item(as_it_is, stored)
+        elif source.module is not None:
+            if id(source) not in seen:  # all pieces become one tensor
+                (name,) = source.targets
+                entry = Entry.of(base.plain_name(source), merge.dtype_of(name), base.shape(name))
+                yield last, Item(entry, None, (name,))
+        else:
+            dtype = merge.dtype_of(source.targets[0])
+            computed = any(map(merge.is_computed, source.targets))
+            same = dtype == base.stored_dtype(source.targets[0])
+            item = Item(Entry.of(stored.name, dtype, stored.shape), None, tuple(source.targets))
+            yield last, Item(as_it_is, stored) if same and not computed else item
+        seen.add(id(source))
+    if merge.comes_apart:
+        for name in sorted(name for name in merge.base.names() if name not in base.source_of):
+            yield last, Item(Entry.of(base.new_name(name), merge.dtype_of(name), base.shape(name)), None, (name,))
 
 
-def find_base(adapter: Path, base: str | None, cache_dir: str | None, *, other: bool = False) -> Path:
-    """Directory of the base model: the one named, or the one the adapter names.
+def split_files(items: list[tuple[Path, Item]], max_shard_size: str | None) -> dict[str, list[Item]]:
+    """The result's files: as the base's are, or none larger than a size such as 5GB."""
+    groups: list[list[Item]] = []
+    if max_shard_size is None:
+        by_file: dict[Path, list[Item]] = {}
+        for file, item in items:
+            by_file.setdefault(file, []).append(item)
+        groups = list(by_file.values())
+    else:
+        size = parse_size(max_shard_size)
+        room = 0
+        for _, item in items:
+            if not groups or item.num_bytes > room:
+                groups.append([])
+                room = size
+            groups[-1].append(item)
+            room -= item.num_bytes
+    # Tensors of the widest dtype come first, as the library has them, so that all lie at multiples of their size.
+    ordered = [sorted(group, key=lambda item: -_width(item.entry)) for group in groups]
+    return dict(zip(name_files(len(groups)), ordered, strict=True))
 
-    other: it may be another one than the adapter was trained on.
 
-    Raises: SettingsError: no adapter there, or no base.
-    """
-    config = read_adapter_config(adapter)
-    named = base or config.base_model_name_or_path
-    if not named:
-        raise SettingsError(f"{adapter}: does not say which base model it belongs to; name it with --base")
-    try:
-        directory = local_directory(named, cache_dir, None if base else config.revision)
-    except (OSError, ValueError):
-        raise SettingsError(f"{named}: no such model (the adapter's base model); name it with --base") from None
-    if not (directory / "config.json").is_file():
-        raise SettingsError(f"{directory}: no config.json, so no model; name the adapter's base model with --base")
-    if not other:
-        check_adapter_base(adapter, identify_checkpoint(str(directory))["fingerprint"])
-    return directory
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 5GB or 500MiB. Raises: SettingsError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]i?)B", text)
+    if found is None or not (size := int(float(found[1]) * _UNITS[found[2]])):
+        raise SettingsError(f"--max_shard_size {text}: expected a size such as 5GB or 500MB")
+    return size
 
 
-def choose_onto(
-    adapter: Path, onto: str | None, base: str | None, cache_dir: str | None, *, trust: Trust
-) -> Quantization | None:
-    """Quantisation of the model that the adapter was trained on, after checking --onto; None if it was not quantised.
+def _width(entry: Entry) -> int:
+    elements = 1
+    for size in entry.shape:
+        elements *= size
+    return entry.num_bytes // elements if elements else 0
 
-    onto: of the command line, "dequantized", "base" or None.
 
-    Raises: SettingsError: onto has no effect, or the unquantised base is not known.
-    """
-    trained = find_trained_quantization(adapter)
-    if trained is None and not (adapter / MANIFEST_FILE).is_file():  # a plain peft adapter: its base says it
-        for name in filter(None, (read_adapter_config(adapter).base_model_name_or_path, base)):
-            trained = trained or find_quantization(
-                str(name), cache_dir=cache_dir, trust_remote_code=trust.trust_remote_code
-            )
-    if trained is None and onto is not None:
-        raise SettingsError(f"--onto {onto}: has no effect; {adapter} was not trained on a quantised model")
-    if onto == "base" and trained is not None and trained.dtype is None and base is None:
+def check_room(files: dict[str, list[Item]], out: Path, written: int) -> None:
+    """Raises: SettingsError: the disk is too small. written: bytes that are there already."""
+    needed = sum(item.num_bytes for items in files.values() for item in items) + _ROOM - written
+    existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if (free := shutil.disk_usage(existing).free) < needed:
         raise SettingsError(
-            f"--onto base: {adapter} was trained on a checkpoint that is quantised itself; name the unquantised model "
-            "with --base"
+            f"{out}: the result takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there; make room, or choose "
+            "another disk"
         )
-    return trained
 
 
-def check_same_origin(base: Path, trained_on: Path, *, trust: Trust) -> None:
-    """Raises: SettingsError: a quantised checkpoint was not made from this unquantised one, by some of its layers."""
-    plain = dict(load_model(str(base), dtype="auto", **vars(trust)).named_modules())
-    packed = load_model(str(trained_on), dtype="auto", **vars(trust))
-    layers = [(name, module) for name, module in packed.named_modules() if isinstance(module, QuantizedLinear)]
-    for name, layer in layers[:: max(1, len(layers) // 4)]:
-        weight, dequantized = getattr(plain.get(name), "weight", None), layer.dequantize().float()
-        same = weight is not None and weight.shape == dequantized.shape
-        if weight is None or not same or (weight.float() - dequantized).norm() > 0.5 * dequantized.norm():
-            raise SettingsError(f"--base {base}: {trained_on} was not made from it ({name} is another)")
-
-
-def load_base(base: Path, quantization: Quantization | None, *, trust: Trust) -> PreTrainedModel:
-    """The model to merge onto, in float32: as it is, or quantised as in training and dequantised."""
-    dtype = getattr(torch, quantization.dtype) if quantization and quantization.dtype else torch.float32
-    model = load_model(str(base), dtype=dtype, quantization=quantization, **vars(trust))
-    return dequantize(model)
-
-
-def compute_expected_logits(
-    adapter: Path, base: Path, quantization: Quantization | None, probes: list[list[int]], *, trust: Trust
-) -> list[Tensor]:
-    """Logits of base and adapter as peft itself loads them: independent code, so that our mistakes show."""
-    read_adapter(adapter)  # a damaged file is one line here, and a traceback in peft
-    model = load_base(base, quantization, trust=trust)
-    hide_gptqmodel()
-    with explain_bad_files(f"{adapter}: peft cannot load it"):
-        peft_model = PeftModel.from_pretrained(model, str(adapter))
-    return compute_logits(peft_model.eval(), probes)
-
-
-def merge_adapter(adapter: Path, base: Path, quantization: Quantization | None, *, trust: Trust) -> PreTrainedModel:
-    """The base model in float32 with adapters and trained rows or matrices folded in. Tied weights stay tied."""
-    model = load_base(base, quantization, trust=trust)
-    return merge_weights(TrainingModel(*load_lora(model, adapter)))
-
-
-def merge_weights(training_model: TrainingModel) -> PreTrainedModel:
-    """Fold adapters and trained rows or matrices into the base weights, which must be float32."""
-    peft_model, rows = training_model.model, training_model.token_rows
-    for module in peft_model.modules():
-        if isinstance(module, LoraLayer):
-            try:
-                module.merge(safe_merge=True)
-            except Exception as error:  # not finite, or a kind that peft cannot merge
-                raise SettingsError(f"the adapter cannot be merged: {first_line(error)}") from None
-    model = peft_model.unload()
-    if rows is not None:
-        rows.write_into(model)
-    return model.eval()
-
-
-def save_merged(
-    model: PreTrainedModel,
-    adapter: Path,
-    base: Path,
-    out: Path,
-    *,
-    dtype: torch.dtype,
-    max_shard_size: str,
-    trust: Trust,
+def write_weights(
+    merge: Merge, files: dict[str, list[Item]], directory: Path, finished: dict[str, Any], note: Callable[[], None]
 ) -> None:
-    """Write the merged model with the adapter's tokenizer, chat template and generation config."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingsError(f"{out}: cannot be made: {error.strerror}") from None
-    # A plain peft adapter brings none of these along; then they are the base's.
+    """Write the result's weights, and the index of several files.
+
+    finished: files that are whole, with size and hash; those that it has are left alone, and each is added when it is
+    on disk. note: called then.
+    """
+    ready: dict[str, Tensor] = {}  # computed together with one that was written
+    for name, items in files.items():
+        if name in finished:
+            continue
+        file = TensorFile(directory / name, [item.entry for item in items])
+        try:
+            for item in items:
+                if item.stored is not None:
+                    file.copy(item.stored)
+                    continue
+                if item.entry.name not in ready:
+                    ready |= _compute(merge, item)
+                file.write(ready.pop(item.entry.name))
+        except BaseException:
+            file.abandon()
+            raise
+        finished[name] = file.close()
+        note()
+    if len(files) > 1:
+        sizes = [item.num_bytes for items in files.values() for item in items]
+        weight_map = {item.entry.name: name for name, items in files.items() for item in items}
+        write_json(directory / INDEX_FILE, {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
+
+
+def _compute(merge: Merge, item: Item) -> dict[str, Tensor]:
+    """Tensors of the result's files that come of the same tensors of the model."""
+    base = merge.base
+    source: Source | None = base.source_of.get(item.names[0])
+    if source is None or source.converter is None:
+        (name,) = item.names
+        return {item.entry.name: merge.compute(name, None)}
+    values = {name: merge.compute(name, None) for name in item.names}
+    stored = base.to_stored_names(values)
+    if stored.keys() != {each.name for each in source.stored}:
+        raise SettingsError(
+            f"{base.directory}: {item.names[0]} cannot be brought back into its files' form "
+            f"({min(stored.keys() ^ {each.name for each in source.stored})})"
+        )
+    # A part of a stack keeps all of it: copied, it can go when it is written.
+    return {name: value.clone(memory_format=torch.contiguous_format) for name, value in stored.items()}
+
+
+def write_others(
+    merge: Merge, model: PreTrainedModel, adapter: Path, out: Path, *, dtype: torch.dtype, trust: Trust
+) -> None:
+    """Write what a merged model has beside its weights: of the adapter where it brings it along, else of the base.
+
+    model: of the base's class, on any device; its configuration is changed.
+    """
+    base = merge.base.directory
     source = adapter if (adapter / "generation_config.json").is_file() else base
     if (generation_config := load_generation_config(str(source))) is not None:
-        model.generation_config = generation_config
-        model.config.get_text_config().eos_token_id = next(iter(list_eos_ids(model.generation_config)), None)
-    _describe_tying(model)
-    state = gather_full_state(model, base, dtype)
-    save_full_model(model, base, out, state, dtype=dtype, max_shard_size=max_shard_size)
+        model.config.get_text_config().eos_token_id = next(iter(list_eos_ids(generation_config)), None)
+        generation_config.save_pretrained(out)
+    if merge.comes_apart:
+        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = dtype
+    model.config.save_pretrained(out)
+    add_old_names(out)
+    copy_processors(base, out)
     copy_tokenizer(tokenizer_source(adapter, base), out)
     if trust.trust_remote_code and getattr(model.config, "auto_map", None):
         for file in base.glob("*.py"):
             shutil.copy2(file, out / file.name)
-
-
-def _describe_tying(model: PreTrainedModel) -> None:
-    """Let the configuration say that the two vocabulary matrices are two, where they were trained apart."""
-    output = model.get_output_embeddings()
-    if output is not None and output.weight is not model.get_input_embeddings().weight:
-        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
-
-
-def changes_nothing(adapter: Path) -> bool:
-    """Whether an adapter is as fresh ones are: every B is zero, and nothing else was trained."""
-    state = read_adapter(adapter).state
-    trained = [tensor for name, tensor in state.items() if "lora_A" not in name and "lora_embedding_A" not in name]
-    return bool(trained) and all("lora_" in name for name in state) and not any(bool(t.any()) for t in trained)
-
-
-def copy_tokenizer(source: Path, out: Path) -> None:
-    """Copy the tokenizer's files and its chat templates as they are, and nothing else."""
-    for pattern in _TOKENIZER_FILES:
-        for file in source.glob(pattern):
-            (out / file.relative_to(source)).parent.mkdir(exist_ok=True)
-            shutil.copy2(file, out / file.relative_to(source))
-    add_old_names(out)
-
-
-def tokenizer_source(adapter: Path, base: Path) -> Path:
-    """Where the tokenizer comes from: the adapter's directory, or the base's for a plain peft adapter."""
-    return adapter if (adapter / "tokenizer_config.json").is_file() else base
-
-
-def verify_saved(
-    model: PreTrainedModel,
-    out: Path,
-    expected: list[Tensor],
-    probes: list[list[int]],
-    *,
-    dtype: torch.dtype,
-    trust: Trust,
-) -> Comparison:
-    """Check that OUT loads as the merged model, and compare the merged model's logits with the adapter's.
-
-    The file's tensors must be the merged ones, rounded to dtype; the logits are those of a freshly loaded model with
-    the float32 tensors put in, so that nothing left over in the merged object can hide a mistake.
-
-    Raises: SettingsError: a tensor loads as something else.
-    """
-    saved = load_model(str(out), dtype=dtype, **vars(trust)).eval()
-    merged, rounded = model.state_dict(), saved.state_dict()
-    for name, value in merged.items():
-        if name not in rounded or not torch.equal(rounded[name], value.to(rounded[name].dtype)):
-            raise SettingsError(f"{out}: {name} does not load as it was saved")
-    saved.load_state_dict(merged, assign=True)
-    return compare_logits(expected, compute_logits(saved, probes))
-
-
-def measure_distance(
-    out: Path, expected: list[Tensor], probes: list[list[int]], *, dtype: torch.dtype, trust: Trust
-) -> Comparison:
-    """How far the saved weights, rounded to dtype, are from other logits; computed in float32."""
-    saved = load_model(str(out), dtype=dtype, **vars(trust))
-    return compare_logits(expected, compute_logits(saved.float().eval(), probes))
-
-
-@torch.no_grad()
-def compute_logits(model: nn.Module, probes: list[list[int]]) -> list[Tensor]:
-    """Logits of every position of each probe: float32, [T, V], on the CPU."""
-    device = next(model.parameters()).device
-    return [model(input_ids=torch.tensor([ids], device=device)).logits[0].float().cpu() for ids in probes]
-
-
-def compare_logits(expected: list[Tensor], actual: list[Tensor]) -> Comparison:
-    """Compare two models' logits on the same probes."""
-    positions = sum(len(logits) for logits in expected)
-    agreeing = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(expected, actual, strict=True))
-    return Comparison(
-        max_difference=float(torch.stack([(a - b).abs().max() for a, b in zip(expected, actual, strict=True)]).max()),
-        max_logit=max(logits.abs().max().item() for logits in expected),
-        top1_agreement=agreeing / positions,
-    )
-
-
-def build_probes(tokenizer: PreTrainedTokenizerBase, adapter: Path) -> list[list[int]]:
-    """Token ids of prompts in several languages, rendered with the chat template, and those whose rows were trained."""
-    indices = read_adapter_config(adapter).trainable_token_indices or []
-    by_matrix = indices.values() if isinstance(indices, dict) else [indices]
-    trained = sorted(
-        {token_id for ids in by_matrix if isinstance(ids, list) for token_id in ids if type(token_id) is int}
-    )
-    with explain_bad_files(f"{tokenizer.name_or_path}: the chat template cannot render a question"):
-        probes = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
-            )
-            for question in _QUESTIONS
-        ]
-        if not all(probes):
-            raise ValueError("it writes nothing")
-        return [ids[-_PROBE_TOKENS:] for ids in [*probes, *([trained] if trained else [])]]

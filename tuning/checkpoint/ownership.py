@@ -114,8 +114,10 @@ def withdraw(directory: Path) -> None:
         (directory / MANIFEST_FILE).replace(directory / _WITHDRAWN)
 
 
-def begin_result(directory: Path) -> Path:
+def begin_result(directory: Path, work: str = "") -> Path:
     """Make the directory, UNFINISHED in the other, in which a result is written until it is whole.
+
+    work: what is being written, where it can go on after a kill: the directory of the same work is kept as it is.
 
     Raises: SettingsError: another's file has its name.
     """
@@ -124,10 +126,19 @@ def begin_result(directory: Path) -> Path:
         raise SettingsError(f"{unfinished}: was not written by this program; move it")
     if _moved_names(directory):  # its files stand in no other manifest
         publish_result(directory)
+    if work and _read_work(unfinished) == work:
+        return unfinished
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    write_json(unfinished / _MARK, {"program": PROGRAM})
+    write_json(unfinished / _MARK, {"program": PROGRAM, "work": work})
     return unfinished
+
+
+def _read_work(unfinished: Path) -> str | None:
+    try:
+        return str(json.loads((unfinished / _MARK).read_text(encoding="utf-8"))["work"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def abandon_result(directory: Path) -> None:
@@ -188,13 +199,13 @@ def _is_interrupted(out: Path) -> bool:
 
 @contextlib.contextmanager
 def new_result(
-    out: Path, then: str = "run the command again", check: Callable[[], None] = lambda: None
+    out: Path, then: str = "run the command again", check: Callable[[], None] = lambda: None, work: str = ""
 ) -> Iterator[Path]:
     """A directory to write a result into, its manifest last; then it takes the place of OUT's earlier result.
 
     Until then OUT holds no model that could be loaded, or the earlier one. After an error it is as it was before.
     then: what to do after a failed write, when its cause is gone. check: whether OUT may be written to, once no other
-    process can.
+    process can. work: as begin_result has it.
 
     Raises: MachineError: it could not be written.
     """
@@ -203,7 +214,7 @@ def new_result(
         out.mkdir(parents=True, exist_ok=True)
         lock(out)
         check()
-        unfinished = begin_result(out)
+        unfinished = begin_result(out, work)
         try:
             yield unfinished
         except BaseException:

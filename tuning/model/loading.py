@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
@@ -41,12 +42,14 @@ def load_model(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     meta: bool = False,
+    buffers: bool = False,
     quantization: Quantization | None = None,
     device: torch.device | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model from safetensors (or .bin where allow_pickle), with all that its checkpoint holds.
 
-    meta: build it on the meta device, for a plan or for sharding.shard_model to fill. quantization: quantise it while
+    meta: build it on the meta device, for a plan or for sharding.shard_model to fill; buffers: with its buffers' values.
+    quantization: quantise it while
     it loads; a checkpoint that is quantised already stays as it is. device: where that is done (default: the CPU);
     what is not quantised is always loaded there.
 
@@ -68,7 +71,9 @@ def load_model(
                 check_no_pickle(path, config, cache_dir)
         one_dtype = said if isinstance(dtype, str) else dtype
         if meta:
-            model = _build_on_meta(path, config, one_dtype, cache_dir, trust_remote_code=trust_remote_code)
+            model = _build_on_meta(
+                path, config, one_dtype, cache_dir, trust_remote_code=trust_remote_code, buffers=buffers
+            )
             if wanted := own or quantization:
                 quantize_meta_model(model, wanted, one_dtype, kept=list(find_other_parts(model)))
             return model
@@ -115,15 +120,22 @@ def load_model(
 
 
 def _build_on_meta(
-    path: str, config: PretrainedConfig, dtype: torch.dtype, cache_dir: str | None, *, trust_remote_code: bool
+    path: str,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    cache_dir: str | None,
+    *,
+    trust_remote_code: bool,
+    buffers: bool = False,
 ) -> PreTrainedModel:
     """A model without values. Errors other than OSError and ValueError are not explained: the caller may go without."""
     vars(config).pop("quantization_config", None)
     try:
-        with torch.device("meta"):
+        with init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
             model = choose_auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise SettingsError(f"{path}: cannot load a model: {first_line(error)}") from None
+    model.tie_weights()  # accelerate gives each layer a matrix of its own
     if (generation_config := load_generation_config(path, cache_dir)) is not None:
         model.generation_config = generation_config
     return model

@@ -1,12 +1,16 @@
 """Saved adapters, ours and others': whether one fits a model, and giving it to the model."""
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import peft
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -14,6 +18,9 @@ from tuning.errors import SettingsError, explain_bad_files
 from tuning.model.loading import hide_gptqmodel
 from tuning.model.lora_linear import fuse_lora_forward
 from tuning.model.token_rows import PEFT_SUFFIX, TokenRows, is_tied
+
+
+_MOVE = "_move_adapter_to_device_of_base_layer"
 
 
 @dataclass(frozen=True)
@@ -25,10 +32,13 @@ class SavedAdapter:
     state: dict[str, Tensor]
 
 
-def attach_lora(model: PreTrainedModel, adapter: SavedAdapter) -> tuple[PeftModel, TokenRows | None]:
+def attach_lora(
+    model: PreTrainedModel, adapter: SavedAdapter, *, values: bool = False
+) -> tuple[PeftModel, TokenRows | None]:
     """Give a model the adapters (and trained rows) of a saved adapter, ready to train further.
 
-    A model on the meta device takes no values; everything else is checked with it, too.
+    A model on the meta device takes no values, or those of adapters and whole matrices alone (values), in float32;
+    everything else is checked with it, too.
 
     Raises: SettingsError: it does not fit the model.
     """
@@ -46,7 +56,8 @@ def attach_lora(model: PreTrainedModel, adapter: SavedAdapter) -> tuple[PeftMode
         config.init_lora_weights = False  # some look at the weights
     hide_gptqmodel()
     with explain_bad_files(f"{directory}/adapter_config.json: peft {peft.__version__} cannot apply it to this model"):
-        peft_model = get_peft_model(model, config)
+        with adapters_off_meta() if values else contextlib.nullcontext():
+            peft_model = get_peft_model(model, config, low_cpu_mem_usage=values)
     assert isinstance(peft_model, PeftModel)
     if rows is not None:
         _load_rows(directory, rows, ids, row_state)
@@ -57,8 +68,25 @@ def attach_lora(model: PreTrainedModel, adapter: SavedAdapter) -> tuple[PeftMode
         )
     if not is_meta:  # else there is no storage to load values into
         set_peft_model_state_dict(peft_model, other_state)
+    elif values:
+        in_float32 = {name: value.float() for name, value in other_state.items()}
+        with adapters_off_meta():
+            set_peft_model_state_dict(peft_model, in_float32, low_cpu_mem_usage=True)
     fuse_lora_forward(peft_model)
     return peft_model, rows
+
+
+@contextlib.contextmanager
+def adapters_off_meta() -> Iterator[None]:
+    """Inside, peft does not move an adapter to the device of its base, which is the meta device."""
+    before = {kind: kind.__dict__[_MOVE] for kind in (BaseTunerLayer, ParamWrapper) if _MOVE in kind.__dict__}
+    for kind in before:
+        setattr(kind, _MOVE, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        for kind, function in before.items():
+            setattr(kind, _MOVE, function)
 
 
 def find_row_ids(model: PreTrainedModel, adapter: SavedAdapter) -> dict[str, list[int]]:

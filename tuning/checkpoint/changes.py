@@ -1,0 +1,231 @@
+"""What an adapter makes of its base, a matrix at a time.
+
+The adapter's modules are peft's, over a base on the meta device: a matrix is put into its layer, peft merges it, and it
+is taken out again. Plain LoRA on linear layers, nearly all there is, takes a faster way (merge_rows).
+"""
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tuning.errors import SettingsError
+from tuning.messages import first_line
+from tuning.model.saved_adapter import SavedAdapter, attach_lora, find_row_ids
+from tuning.model.token_rows import PEFT_SUFFIX, is_tied
+
+ADAPTER = "default"
+_ROWS = 1 << 18  # elements of a matrix that are merged at a time: they stay in the processor's cache
+
+
+class Changes:
+    """The tensors that an adapter changes, by their names in the base model's state_dict, and their new values.
+
+    model: the base on the meta device, with plain layers; the adapter's modules are put into it.
+
+    comes_apart: whether a tied matrix becomes two.
+
+    Raises: SettingsError: the adapter does not fit.
+    """
+
+    def __init__(self, model: PreTrainedModel, adapter: SavedAdapter):
+        was_tied = is_tied(model)
+        self.adapter = adapter
+        ids = find_row_ids(model, adapter)
+        embedding, output = _vocabulary_names(model)
+        peft_model, _ = attach_lora(model, adapter, values=True)
+        self._layers: dict[str, tuple[str, LoraLayer]] = {}  # of a tensor: its name in its layer, and the layer
+        self._trained: dict[str, Tensor] = {}  # whole tensors that take the place of the base's
+        self._row_values: dict[str, tuple[Tensor, Tensor]] = {}  # ids and values of rows
+        for name, part in ((embedding, "embedding"), (output, "output")):
+            if ids[part]:
+                values = adapter.state[f"base_model.model.{name.removesuffix('.weight')}.{PEFT_SUFFIX}"]
+                self._row_values[name] = torch.tensor(ids[part]), values
+        self._find(peft_model.get_base_model())
+        self.comes_apart = was_tied and self._differs(embedding, output)
+        if was_tied and not self.comes_apart:  # one matrix: what is done to it is done under both names
+            for known in (self._layers, self._trained, self._row_values):
+                for name, other in ((embedding, output), (output, embedding)):
+                    if name in known:
+                        known.setdefault(other, known[name])  # type: ignore[attr-defined]
+
+    @functools.cached_property
+    def names(self) -> set[str]:
+        """All that are changed."""
+        return {*self._layers, *self._trained, *self._row_values}
+
+    def plain(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """The two matrices, [out, r] and [r, in], whose product is added to a weight; None where more is done to it."""
+        where = self._layers.get(name)
+        if (
+            where is None
+            or name in self._row_values
+            or name in self._trained
+            or not _is_plain(where[1])
+            or where[0] != "weight"
+        ):
+            return None
+        if isinstance(self.adapter.config.init_lora_weights, str):  # it may begin from another weight
+            return None
+        layer: Any = where[1]
+        down, up = layer.lora_A[ADAPTER].weight.detach().float(), layer.lora_B[ADAPTER].weight.detach().float()
+        return up * layer.scaling[ADAPTER], down
+
+    def apply(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
+        """The changed tensor, in float32.
+
+        read: gives a tensor of the base in float32, by name.
+
+        Raises: SettingsError: it is not finite, or peft cannot merge it.
+        """
+        if (plain := self.plain(name)) is not None:
+            value = merge_rows(read(name), [plain])
+        elif name in self._layers:
+            value = self._merge(name, lambda other: self._begin(other, read))
+        else:
+            value = self._begin(name, read)
+        if name in self._row_values:
+            ids, rows = self._row_values[name]
+            value[ids] = rows.float()
+        if not bool(value.isfinite().all()):
+            raise SettingsError(f"the adapter cannot be merged: {name} becomes no finite numbers")
+        return value
+
+    def _begin(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
+        """What an adapter is merged into: the base's tensor, or one that takes its place."""
+        return self._trained[name].float().clone() if name in self._trained else read(name)
+
+    def sample_rows(self, name: str, weight: Tensor, rows: Tensor) -> Tensor | None:
+        """Rows of a changed matrix by peft's own arithmetic; None where apply() is that.
+
+        Shapes: rows [N], their numbers; weight and result [N, in], of the base and changed.
+        """
+        if self.plain(name) is None:
+            return None
+        layer: Any = copy.copy(self._layers[name][1])
+        part = nn.Linear(1, 1, bias=False)
+        part.weight = nn.Parameter(layer.lora_B[ADAPTER].weight.detach()[rows], requires_grad=False)
+        object.__setattr__(layer, "_modules", {**layer._modules, "lora_B": nn.ModuleDict({ADAPTER: part})})
+        delta: Tensor = layer.get_delta_weight(ADAPTER)
+        return weight + delta.float()
+
+    @torch.no_grad()
+    def _merge(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
+        """Have peft merge the layer that holds a tensor."""
+        _, layer = self._layers[name]
+        together = {key: inside for key, (inside, other) in self._layers.items() if other is layer}
+        base: Any = layer.get_base_layer()
+        before = {inside: getattr(base, inside) for inside in together.values()}
+        try:
+            for key, inside in together.items():
+                setattr(base, inside, nn.Parameter(read(key).clone(), requires_grad=False))
+            redo_initialisation(layer, self.adapter.config)
+            for module in _wrappers(layer):
+                module.merge(safe_merge=True)
+            return getattr(base, together[name]).data.float()
+        except Exception as error:  # a kind that peft cannot merge, or not finite
+            raise SettingsError(f"the adapter cannot be merged: {first_line(error)}") from None
+        finally:
+            for inside, value in before.items():
+                setattr(base, inside, value)
+            for module in _wrappers(layer):
+                module.merged_adapters.clear()
+
+    def _find(self, model: nn.Module) -> None:
+        inside = ""
+        for path, module in model.named_modules():
+            if inside and path.startswith(inside):
+                continue
+            if isinstance(module, ModulesToSaveWrapper):
+                inside = f"{path}."
+                trained = module.modules_to_save[ADAPTER].state_dict()
+                self._trained |= {f"{path}.{name}": value for name, value in trained.items()}
+            elif isinstance(module, LoraLayer):
+                inside = f"{path}."
+                for name, changed in _changed_in(module):
+                    if changed:
+                        self._layers[f"{path}.{name}"] = name, module
+                self._trained |= {
+                    f"{path}.{name}": p for name, p in module.get_base_layer().named_parameters() if not p.is_meta
+                }
+            else:
+                own = {f"{path}.{name}": p for name, p in module.named_parameters(recurse=False) if not p.is_meta}
+                self._trained |= own
+
+    def _differs(self, embedding: str, output: str) -> bool:
+        """Whether embedding and output become two matrices, which were one."""
+        values = self._trained.get(embedding), self._trained.get(output)
+        if values == (None, None):
+            return False
+        if values[0] is None or values[1] is None:
+            return True
+        return not torch.equal(values[0], values[1])
+
+
+def _vocabulary_names(model: PreTrainedModel) -> tuple[str, str]:
+    """Names of the embedding's and the output layer's matrices."""
+    names = {id(module): name for name, module in model.named_modules()}
+    return (
+        f"{names[id(model.get_input_embeddings())]}.weight",
+        f"{names[id(model.get_output_embeddings())]}.weight",
+    )
+
+
+def _wrappers(layer: LoraLayer) -> list[Any]:
+    """The layer, and those of peft's that it wraps (one a parameter of experts), from the inside."""
+    found: list[Any] = [layer]
+    while isinstance(found[-1].base_layer, LoraLayer):
+        found.append(found[-1].base_layer)
+    return found[::-1]
+
+
+def _changed_in(layer: LoraLayer) -> Iterator[tuple[str, bool]]:
+    """Parameters of the layer that peft adapts, and whether merging changes them."""
+    for module in _wrappers(layer):
+        yield getattr(module, "parameter_name", "weight"), True
+    if any(layer.lora_bias.values()):
+        yield "bias", True
+
+
+def _is_plain(layer: LoraLayer) -> bool:
+    base: Any = layer.get_base_layer()
+    known = type(layer) is LoraLinear and isinstance(base, nn.Linear) and not layer.fan_in_fan_out
+    return known and ADAPTER not in layer.lora_variant and not layer.lora_bias[ADAPTER]
+
+
+def redo_initialisation(layer: Any, config: Any) -> None:
+    """Change a base's weight as peft does when it adapts a layer (PiSSA, OLoRA), which then adds the trained matrices.
+
+    The layer's weight must be there; its matrices stay as they are.
+    """
+    if not isinstance(config.init_lora_weights, str) or not hasattr(layer, "lora_A") or ADAPTER not in layer.lora_A:
+        return
+    trained = {name: p.data for name, p in layer.named_parameters() if "lora_" in name}
+    layer.update_layer(ADAPTER, layer.r[ADAPTER], layer.lora_alpha[ADAPTER], config)
+    for name, p in layer.named_parameters():
+        if name in trained:
+            p.data = trained[name]
+
+
+@torch.no_grad()
+def merge_rows(weight: Tensor, products: list[tuple[Tensor, Tensor]], out: Tensor | None = None) -> Tensor:
+    """Weight plus the products of pairs of matrices, a few rows at a time.
+
+    Shapes: weight and out [out, in], float32 and any dtype; products of [out, r] and [r, in], float32. Returns: out,
+    or a new matrix in float32.
+    """
+    up = torch.cat([pair[0] for pair in products], 1)
+    down = torch.cat([pair[1] for pair in products], 0)
+    result = torch.empty(weight.shape, dtype=torch.float32) if out is None else out
+    step = max(1, _ROWS // weight.shape[1])
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
+        result[rows] = torch.addmm(weight[rows].float(), up[rows], down)
+    return result

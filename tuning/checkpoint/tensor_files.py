@@ -1,0 +1,273 @@
+"""Weights files, a tensor at a time: what is in them, reading, and writing while the rest is still being computed.
+
+Files are read and written in pieces, never mapped into memory: a checkpoint of any size passes through a few megabytes.
+Format: https://github.com/huggingface/safetensors#format
+"""
+
+import hashlib
+import json
+import os
+import queue
+import threading
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tuning.errors import SettingsError, explain_bad_files, read_json_object
+from tuning.model.untrusted import read_weight_map
+
+INDEX_FILE = "model.safetensors.index.json"
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_PIECE = 8 << 20  # bytes that are read or written at a time
+_QUEUE = 8  # pieces between the computation and the disk
+_LARGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies. dtype: safetensors' name. start: of its bytes in the file."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    num_bytes: int
+
+    @property
+    def is_floating_point(self) -> bool:
+        """Whether it holds numbers with a fraction."""
+        return self.dtype[:1] == "F" or self.dtype == "BF16"
+
+    def pieces(self) -> Iterator[bytes]:
+        """Its bytes, in order."""
+        with open(self.file, "rb") as opened:
+            opened.seek(self.start)
+            left = self.num_bytes
+            while left:
+                piece = opened.read(min(_PIECE, left))
+                if not piece:
+                    raise SettingsError(f"{self.file}: ends within {self.name}; copy it again")
+                left -= len(piece)
+                yield piece
+
+    def read(self) -> Tensor:
+        """The tensor, in its dtype. Raises: SettingsError: a dtype that torch does not have, or a file that was cut."""
+        if self.dtype not in DTYPES:
+            raise SettingsError(f"{self.file}: {self.name} has the dtype {self.dtype}, which is not supported")
+        buffer = torch.empty(self.num_bytes, dtype=torch.uint8)
+        with open(self.file, "rb", buffering=0) as opened:
+            opened.seek(self.start)
+            view, done = memoryview(buffer.numpy()), 0
+            while done < self.num_bytes:
+                count = opened.readinto(view[done:])
+                if not count:
+                    raise SettingsError(f"{self.file}: ends within {self.name}; copy it again")
+                done += count
+        return buffer.view(DTYPES[self.dtype]).view(self.shape)
+
+
+def list_tensors(directory: Path, *, allow_pickle: bool = False) -> dict[str, StoredTensor]:
+    """The tensors of a checkpoint, file by file and in the order of the files.
+
+    allow_pickle: read .bin weights where there are no safetensors.
+
+    Raises: SettingsError: no safetensors there, or damaged ones.
+    """
+    if allow_pickle and (pickled := _list_pickled(directory)):
+        return pickled
+    files = _list_files(directory)
+    tensors: dict[str, StoredTensor] = {}
+    for file, named in files.items():
+        found = read_header(file)
+        for tensor in found if named is None else [each for each in found if each.name in named]:
+            tensors[tensor.name] = tensor
+        if named is not None and (absent := named - {tensor.name for tensor in found}):
+            raise SettingsError(f"{file}: has no {min(absent)}, which {INDEX_FILE} names; copy it again")
+    return tensors
+
+
+@dataclass(frozen=True)
+class PickledTensor(StoredTensor):
+    """A tensor of a .bin file, which torch has mapped into memory."""
+
+    value: Tensor
+
+    def read(self) -> Tensor:
+        """The tensor."""
+        return self.value.clone(memory_format=torch.contiguous_format)
+
+    def pieces(self) -> Iterator[bytes]:
+        """Its bytes."""
+        yield self.read().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _list_pickled(directory: Path) -> dict[str, StoredTensor]:
+    """Tensors of .bin weights, which the user trusts, where there are no safetensors."""
+    if any(directory.glob("model*.safetensors")):
+        return {}
+    tensors: dict[str, StoredTensor] = {}
+    for file in sorted(directory.glob("pytorch_model*.bin")):
+        with explain_bad_files(f"{file}: cannot be read; copy it again"):
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+            for name, value in state.items():
+                entry = Entry.of(name, value.dtype, value.shape)
+                tensors[name] = PickledTensor(name, file, entry.dtype, entry.shape, 0, entry.num_bytes, value)
+    return tensors
+
+
+def _list_files(directory: Path) -> dict[Path, set[str] | None]:
+    """Weights files of a checkpoint, each with the names that an index has for it."""
+    explicit = read_json_object(directory / "config.json").get("transformers_weights")
+    for name in filter(None, (explicit, "model.safetensors", INDEX_FILE)):
+        path = directory / str(name)
+        if not path.is_file():
+            continue
+        if not path.name.endswith(".json"):
+            return {path: None}
+        named: dict[Path, set[str]] = {}
+        for tensor, file in read_weight_map(path).items():
+            if Path(file).name != file:
+                raise SettingsError(f"{path}: names {file}, which is no file beside it")
+            named.setdefault(directory / file, set()).add(tensor)
+        return {file: named[file] for file in sorted(named)}
+    raise SettingsError(f"{directory}: has no model.safetensors and no {INDEX_FILE}")
+
+
+def read_header(file: Path) -> list[StoredTensor]:
+    """What a safetensors file holds, in its order. Raises: SettingsError: it is none, or was cut."""
+    with explain_bad_files(f"{file}: cannot be read; copy it again"):
+        size = file.stat().st_size
+        with open(file, "rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            if not 2 <= length <= min(_LARGEST_HEADER, size - 8):
+                raise ValueError("not a safetensors file, or only the beginning of one")
+            entries: dict[str, Any] = json.loads(opened.read(length))
+        tensors = []
+        for name, entry in entries.items():
+            if name != "__metadata__":
+                start, end = entry["data_offsets"]
+                shape = tuple(map(int, entry["shape"]))
+                tensors.append(StoredTensor(name, file, entry["dtype"], shape, 8 + length + start, end - start))
+        tensors.sort(key=lambda tensor: tensor.start)
+        at = 8 + length
+        for tensor in tensors:
+            dtype = DTYPES.get(tensor.dtype)
+            wrong = dtype is not None and tensor.num_bytes != dtype.itemsize * int(np.prod(tensor.shape, dtype=int))
+            if tensor.start != at or tensor.num_bytes < 0 or wrong:
+                raise ValueError(f"{tensor.name} does not lie where it should")
+            at += tensor.num_bytes
+        if at != size:
+            raise ValueError(f"has {size:,} bytes instead of {at:,}")
+    return tensors
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor to be written."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    num_bytes: int
+
+    @staticmethod
+    def of(name: str, dtype: torch.dtype, shape: Sequence[int]) -> "Entry":
+        """Of a dtype and a shape of torch."""
+        return Entry(name, _NAMES[dtype], tuple(shape), dtype.itemsize * int(np.prod(shape, dtype=int)))
+
+
+class TensorFile:
+    """A safetensors file that is being written: its tensors come one after another, in the order of the entries.
+
+    A thread writes and hashes, so that the disk and the computation do not wait for each other.
+    """
+
+    def __init__(self, path: Path, entries: Sequence[Entry]):
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        at = 0
+        for entry in entries:
+            header[entry.name] = {
+                "dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [at, at + entry.num_bytes],
+            }  # fmt: skip
+            at += entry.num_bytes
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._num_bytes = 8 + len(text) + at
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115
+        self._hash = hashlib.sha256()
+        self._error: BaseException | None = None
+        self._pieces: queue.Queue[Any] = queue.Queue(_QUEUE)
+        self._thread = threading.Thread(target=self._write_all, daemon=True)
+        self._thread.start()
+        self._put(len(text).to_bytes(8, "little") + text)
+
+    def write(self, tensor: Tensor) -> None:
+        """The next tensor, or a part of it: its rows in order. It must not change afterwards."""
+        flat = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+        for start in range(0, len(flat), _PIECE):
+            self._put(memoryview(flat[start : start + _PIECE]))
+
+    def copy(self, stored: StoredTensor) -> None:
+        """The next tensor, byte for byte."""
+        for piece in stored.pieces():
+            self._put(piece)
+
+    def close(self) -> dict[str, Any]:
+        """Have everything on disk. Returns: size and hash, as manifests have them. Raises: OSError."""
+        self._put(None)
+        self._thread.join()
+        self._file.close()
+        if self._error is not None:
+            raise self._error
+        return {"bytes": self._num_bytes, "sha256": self._hash.hexdigest()}
+
+    def abandon(self) -> None:
+        """End without the rest."""
+        self._error = self._error or RuntimeError("abandoned")
+        self._pieces.put(None)
+        self._thread.join()
+        self._file.close()
+
+    def _put(self, piece: Any) -> None:
+        if self._error is not None:
+            raise self._error
+        self._pieces.put(piece)
+
+    def _write_all(self) -> None:
+        written = 0
+        while (piece := self._pieces.get()) is not None:
+            if self._error is not None:
+                continue
+            try:
+                view = memoryview(piece)
+                self._hash.update(view)
+                while view:
+                    view = view[self._file.write(view) :]
+                written += len(piece)
+            except BaseException as error:
+                self._error = error
+        if self._error is None:
+            try:
+                assert written == self._num_bytes, "every tensor of the header, and no more"
+                os.fsync(self._file.fileno())
+            except BaseException as error:
+                self._error = error
+
+
+def name_files(count: int) -> list[str]:
+    """Names of the weights files of a model in so many of them."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
