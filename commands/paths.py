@@ -5,6 +5,7 @@ from pathlib import Path
 
 from data_utils.conversations import DataOptions, check_first_rows, read_names
 from data_utils.model_path import explain_missing_model, explain_unreachable_model, find_template
+from data_utils.new_tokens import read_new_tokens
 from data_utils.sources import DataError, find_sources
 from tuning.checkpoint.output_directory import check_run_directory
 from tuning.console import is_rank_0
@@ -53,6 +54,11 @@ def find_missing_paths(settings: Settings) -> Iterator[str]:
     ):
         if file is not None and not Path(file).is_file():
             yield f"--{name} {file}: {'is a directory' if Path(file).is_dir() else 'no such file'}"
+    if data.add_special_tokens:
+        try:
+            read_new_tokens(data.add_special_tokens)
+        except DataError as error:
+            yield str(error)
     if lora.lora_weight_path and (mistake := _explain_adapter(lora.lora_weight_path)):
         yield f"--lora_weight_path {mistake}"
     if run.output_dir:

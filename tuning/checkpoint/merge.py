@@ -31,6 +31,7 @@ from tuning.model.loading import (
     load_model,
     local_directory,
 )
+from tuning.model.new_tokens import resize_for_adapter
 from tuning.model.quantization import Quantization, dequantize
 from tuning.model.quantized_linear import QuantizedLinear
 from tuning.model.stop_token import list_eos_ids
@@ -141,8 +142,9 @@ def compute_expected_logits(
     adapter: Path, base: Path, quantization: Quantization | None, probes: list[list[int]], *, trust: Trust
 ) -> list[Tensor]:
     """Logits of base and adapter as peft itself loads them: independent code, so that our mistakes show."""
-    read_adapter(adapter)  # a damaged file is one line here, and a traceback in peft
+    saved = read_adapter(adapter)  # a damaged file is one line here, and a traceback in peft
     model = load_base(base, quantization, trust=trust)
+    resize_for_adapter(model, saved.config, saved.state)
     hide_gptqmodel()
     with explain_bad_files(f"{adapter}: peft cannot load it"):
         peft_model = PeftModel.from_pretrained(model, str(adapter))

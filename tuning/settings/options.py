@@ -70,6 +70,11 @@ class DataArguments:
     chat_template_kwargs: str | None = option(
         "defaults for the template, as JSON: '{\"enable_thinking\": false}'", default=None, trajectory=True
     )
+    add_special_tokens: list[str] | None = option(
+        "new tokens for markers in conversations, in any role: words, or a file with one a line; their vocabulary rows "
+        "train, with LoRA as token rows",
+        default=None, trajectory=True,
+    )  # fmt: skip
     data_format: Literal["conversations", "messages", "alpaca", "prompt", "text"] | None = option(
         "format of the data", default=None, shown="told by the keys of each record"
     )
