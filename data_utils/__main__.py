@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from data_utils.conversations import DataOptions, read_conversations, read_names
 from data_utils.model_path import explain_missing_model, explain_unreachable_model
+from data_utils.new_tokens import read_new_tokens
 from data_utils.report import Account, Statistics, group_problems, hash_conversation
 from data_utils.schema import FORMATS, Conversation, parse_record
 from data_utils.sources import DataError, find_sources, printable, read_records
@@ -76,6 +77,7 @@ def _build_parser() -> argparse.ArgumentParser:
         command.add_argument("--system_message", help="system turn for conversations without one")
         command.add_argument("--chat_template", help="file with a chat template to use, or chatml-tools")
         command.add_argument("--chat_template_kwargs", help="defaults for the template, as JSON")
+        command.add_argument("--add_special_tokens", nargs="+", help="new tokens that conversations may use, or a file")
         command.add_argument(
             "--label_mask", choices=["assistant", "qwen"], default="assistant", help="which tokens are trained"
         )
@@ -98,6 +100,7 @@ def _load_template(args: argparse.Namespace) -> "ChatTemplate":
         chat_template_kwargs=args.chat_template_kwargs,
         cache_dir=args.cache_dir,
         trust_remote_code=args.trust_remote_code,
+        new_tokens=read_new_tokens(args.add_special_tokens) if args.add_special_tokens else (),
     )
     return ChatTemplate(tokenizer, system_message=args.system_message, label_mask=args.label_mask)
 

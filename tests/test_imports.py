@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import ROOT, run_python
 
-STANDARD_ONLY = {"sources", "turns", "schema", "layout", "model_path", "conversations", "report"}
+STANDARD_ONLY = {"sources", "turns", "schema", "layout", "model_path", "conversations", "report", "new_tokens"}
 OPTIONAL = {"deepspeed", "bitsandbytes", "gptqmodel", "mpi4py", "optimum", "tiktoken"}
 LEAVES = {"errors", "messages", "machine", "console"}
 # Folders of tuning/ and what each may import beside itself and the leaves.
