@@ -6,9 +6,9 @@ Writes a standalone checkpoint and checks that it gives the adapter's logits.
 import argparse
 import re
 
-from commands.paths import check_adapter
+from commands.paths import find_adapter_base
 from data_utils.sources import DataError
-from tuning.entry import OneLineParser, add_trust_flags, run_entry
+from tuning.entry import OneLineParser, add_hub_flag, add_trust_flags, run_entry
 from tuning.errors import SettingsError
 
 
@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if not re.fullmatch(r"\d+(\.\d+)?[KMGT]i?B", args.max_shard_size):
         raise SettingsError(f"--max_shard_size {args.max_shard_size}: expected a size such as 5GB or 500MB")
-    check_adapter(args.adapter, args.base, args.cache_dir)
+    args.base = find_adapter_base(args.adapter, args.base, args.hub, args.cache_dir, allow_pickle=args.allow_pickle)
     from commands import merge  # torch and transformers, once nothing is left to say without them
 
     merge.run(args)
@@ -41,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-verify", action="store_true", help="skip the check of the merged logits")
     parser.add_argument("--overwrite", action="store_true", help="delete OUT first")
     parser.add_argument("--cache_dir", help="where hub downloads are kept")
+    add_hub_flag(parser)
     add_trust_flags(parser)
     return parser
 

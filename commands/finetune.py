@@ -5,6 +5,7 @@ from pathlib import Path
 from commands.paths import read_options
 from data_utils.cache import RowCache, default_root
 from data_utils.dataset import DROPPED_FILE, TokenizedRows
+from data_utils.hub import fetch_model
 from data_utils.new_tokens import find_pieces, read_new_tokens, read_saved_tokens
 from data_utils.steps import StepDataset
 from data_utils.template import ChatTemplate
@@ -23,7 +24,7 @@ from tuning.model.new_tokens import NewTokens
 from tuning.planning.plan import check_plan, plan_run
 from tuning.planning.survey import survey_steps
 from tuning.settings.arguments import Arguments, RunArguments, build_arguments
-from tuning.settings.options import Settings
+from tuning.settings.options import ModelArguments, Settings
 from tuning.training.announce import describe_checkpoints, describe_training, find_doubts, find_rates
 from tuning.training.prepare import prepare_model
 from tuning.training.run import begin_run, check_run, describe_run, finish_dry_run, run_training, say_summary
@@ -36,6 +37,7 @@ def run(settings: Settings, *, began: float) -> int:
     Returns: exit code. Raises: DataError, SettingsError: the user's mistakes. MachineError: what could not be done.
     """
     # ---- processes ----
+    download_model(settings.model)
     new_tokens = read_tokens_to_add(settings)
     arguments = build_arguments(settings)
     start_processes(arguments)
@@ -109,6 +111,13 @@ def run(settings: Settings, *, began: float) -> int:
     if code == 0:
         say_summary(record, Path(__file__).parent.parent, use_lora=arguments.lora.use_lora)
     return code
+
+
+def download_model(model: ModelArguments) -> None:
+    """Have a model of ModelScope's hub in a directory, and train that."""
+    model.model_name_or_path = fetch_model(
+        model.model_name_or_path, hub=model.hub, cache_dir=model.cache_dir, allow_pickle=model.allow_pickle
+    )
 
 
 def read_tokens_to_add(settings: Settings) -> list[str]:

@@ -343,7 +343,7 @@ def test_a_chat_model_trains_the_new_rows_alone(forks, checkpoints, data, tmp_pa
     path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_format": "chatml"}))
     train(forks, *command(chat, data, tmp_path / "out", "rows", steps=1))
     indices = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["trainable_token_indices"]
-    assert indices == dict.fromkeys(("embed_tokens", "lm_head"), list(range(1024, 1036)))
+    assert indices == {name: list(range(1024, 1036)) for name in ("embed_tokens", "lm_head")}
 
 
 def read_losses(out):

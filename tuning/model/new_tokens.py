@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tuning.errors import SettingsError
-from tuning.model.token_rows import is_tied
+from tuning.model.token_rows import find_module_name, is_tied
 
 _MULTIPLE = 64
 
@@ -122,26 +122,34 @@ def resize_for_adapter(model: PreTrainedModel, config: Any, state: Mapping[str, 
 
     config, state: the adapter's LoraConfig and tensors.
     """
-    num_rows = len(model.get_input_embeddings().weight)
-    if (needed := _rows_of_adapter(config, state, num_rows, tied=is_tied(model))) is not None:
+    num_rows, tied = len(model.get_input_embeddings().weight), is_tied(model)
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = [find_module_name(model, layer).rpartition(".")[2] for layer in layers]
+    kept = set(config.modules_to_save or ())
+    is_whole = names[0] in kept and (tied or names[1] in kept)
+    needed = _find_whole_rows(state, names, num_rows) if is_whole else _find_rows(config, num_rows, tied=tied)
+    if needed is not None:
         resize_model(model, needed)
 
 
-def _rows_of_adapter(config: Any, state: Mapping[str, Tensor], num_rows: int, *, tied: bool) -> int | None:
+def _find_rows(config: Any, num_rows: int, *, tied: bool) -> int | None:
+    """Rows that a base needs for an adapter's token rows; None where they are not all of the new ones."""
     indices = config.trainable_token_indices
-    if indices is not None:
-        by_matrix = list(indices.values()) if isinstance(indices, dict) else [indices]
-        if not all(isinstance(ids, list) and all(type(each) is int for each in ids) for ids in by_matrix):
-            return None
-        beyond = [sorted(each for each in ids if each >= num_rows) for ids in by_matrix]
-        whole = all(ids == list(range(num_rows, num_rows + len(ids))) and ids == beyond[0] for ids in beyond)
-        if not whole or not beyond[0] or len(beyond) < (1 if tied else 2):
-            return None
-        return count_rows(num_rows, beyond[0][-1])
-    kept = config.modules_to_save or []
+    by_matrix = list(indices.values()) if isinstance(indices, dict) else [indices]
+    if not all(isinstance(ids, list) and all(type(each) is int for each in ids) for ids in by_matrix):
+        return None
+    beyond = [sorted(each for each in ids if each >= num_rows) for ids in by_matrix]
+    without_gap = all(ids == list(range(num_rows, num_rows + len(ids))) and ids == beyond[0] for ids in beyond)
+    if not beyond or not beyond[0] or not without_gap or len(beyond) < (1 if tied else 2):
+        return None
+    return count_rows(num_rows, beyond[0][-1])
+
+
+def _find_whole_rows(state: Mapping[str, Tensor], names: list[str], num_rows: int) -> int | None:
+    """Rows of both matrices in an adapter, where they have more than the base's."""
     sizes = [
         len(tensor)
         for name, tensor in state.items()
-        if name.endswith(".weight") and tensor.ndim == 2 and name.split(".")[-2] in kept and len(tensor) > num_rows
+        if tensor.ndim == 2 and name.split(".")[-2:] in ([each, "weight"] for each in names) and len(tensor) > num_rows
     ]
     return sizes[0] if len(sizes) == 2 and sizes[0] == sizes[1] else None

@@ -129,6 +129,7 @@ _SAY = {
     "overwrite_cache": "here --no_cache",
     "no_cuda": "here --use_cpu",
     "additional_target": "here --train_embeddings full",
+    "use_hf": "here --hub huggingface, which is the default, or modelscope",
     "gpu_memory_limit": "here --device_memory_gib",
 }  # fmt: skip
 _HERE = {other: own for own, others in _RENAMED.items() for other in others.split()}
