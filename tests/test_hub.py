@@ -291,7 +291,7 @@ def test_rows_of_a_data_set_are_rows_of_a_file(load_dataset, checkpoints):
     records = list(read_records(source))
     assert [record.value for record in records] == ROWS
     assert [record.where for record in records] == [f"hf:org/set:train:{row}" for row in range(1, 7)]
-    rows, account = load_rows(["hf:org/set#4", CONVERSATIONS], ChatTemplate(load_tokenizer(str(checkpoints["untied"]))))
+    _, account = load_rows(["hf:org/set#4", CONVERSATIONS], ChatTemplate(load_tokenizer(str(checkpoints["untied"]))))
     assert account.files[0]["path"] == "hf:org/set:train#4" and account.files[0]["conversations"] == 4
     assert len(load_dataset.calls) == 1, "once a process"
 

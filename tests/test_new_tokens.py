@@ -311,7 +311,8 @@ def check_result(run_script, checkpoint, out, tmp_path, kind):
         real = len(tokenizer)
         torch.testing.assert_close(found[..., :real], expected[..., :real], atol=1e-4, rtol=0)
     assert merged.config.vocab_size == 1088
-    assert not load_file(tmp_path / "merged" / "model.safetensors")["model.embed_tokens.weight"][1040:].any()
+    if kind != "matrices":  # there, rows of no token train with the others
+        assert not load_file(tmp_path / "merged" / "model.safetensors")["model.embed_tokens.weight"][1040:].any()
     return found
 
 
