@@ -25,6 +25,8 @@ def find_model(path: str, hub: str | None, cache_dir: str | None = None, *, allo
     """
     if mistake := _explain_model(path, cache_dir, hub):
         raise SettingsError(mistake)
+    if hub and Path(path).is_dir() and not (Path(path) / "adapter_config.json").is_file():
+        raise SettingsError(f"--hub {hub}: has no effect, as {path} is a directory")
     return fetch_model(path, hub=hub, cache_dir=cache_dir, allow_pickle=allow_pickle)
 
 
@@ -58,6 +60,8 @@ def find_missing_paths(settings: Settings) -> Iterator[str]:
     model, data, lora, run = settings
     if model.model_name_or_path and (mistake := _explain_model(model.model_name_or_path, model.cache_dir, model.hub)):
         yield f"--model_name_or_path {mistake}"
+    if model.hub and Path(model.model_name_or_path).is_dir():
+        yield f"--hub {model.hub}: has no effect, as --model_name_or_path is a directory"
     for name, paths in (("data_path", data.data_path), ("eval_data_path", data.eval_data_path)):
         for path in paths or ():
             try:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from data_utils.conversations import DataOptions, read_conversations, read_names
-from data_utils.hub import HUBS, choose_hub, explain_missing_on_modelscope, fetch_model
+from data_utils.hub import HUBS, choose_hub, fetch_model
 from data_utils.hub_data import find_data
 from data_utils.model_path import explain_missing_model, explain_unreachable_model
 from data_utils.new_tokens import read_new_tokens
@@ -91,8 +91,10 @@ def _build_parser() -> argparse.ArgumentParser:
 
 
 def _load_template(args: argparse.Namespace) -> "ChatTemplate":
-    explain = explain_missing_on_modelscope if choose_hub(args.hub) == "modelscope" else explain_unreachable_model
-    if mistake := explain_missing_model(args.model) or explain(args.model, args.cache_dir):
+    mistake = explain_missing_model(args.model)
+    if choose_hub(args.hub) != "modelscope":
+        mistake = mistake or explain_unreachable_model(args.model, args.cache_dir)
+    if mistake:
         raise DataError(mistake)
     model = fetch_model(args.model, hub=args.hub, cache_dir=args.cache_dir, tokenizer_only=True)
     from data_utils.template import ChatTemplate
@@ -154,6 +156,9 @@ def _check_length(args: argparse.Namespace) -> None:
         raise DataError(f"--model_max_length {args.model_max_length}: must be at least 2")
     if args.model_max_length is not None and not args.model:
         raise DataError("--model_max_length: has no effect without --model, whose tokens it counts")
+    for name in ("hub", "add_special_tokens") if not args.model else ():
+        if getattr(args, name):
+            raise DataError(f"--{name}: has no effect without --model")
 
 
 def _account_for(

@@ -30,8 +30,10 @@ def choose_hub(named: str | None) -> str:
 
 def explain_missing_on_modelscope(name: str, cache_dir: str | None = None) -> str | None:
     """Why a model cannot be had from ModelScope, as far as can be told without asking it."""
-    if Path(name).is_dir() or find_cached_model(name, cache_dir):
-        return None
+    return None if Path(name).is_dir() or find_cached_model(name, cache_dir) else _explain_no_way(name)
+
+
+def _explain_no_way(name: str) -> str | None:
     if (mistake := explain_no_modelscope(name)) is not None:
         return mistake
     if not can_reach(_endpoint()):
@@ -68,7 +70,7 @@ def fetch_model(
     cached = find_cached_model(name, cache_dir, tokenizer_only=tokenizer_only)
     if cached is not None and (explain_no_modelscope(name) or not can_reach(_endpoint())):
         return str(cached)
-    if (mistake := explain_missing_on_modelscope(name, cache_dir)) is not None:
+    if cached is None and (mistake := _explain_no_way(name)) is not None:
         raise DataError(mistake)
     ignored = [*_OTHER_WEIGHTS, *([] if allow_pickle else _PICKLES), *(["*.safetensors"] if tokenizer_only else [])]
     try:

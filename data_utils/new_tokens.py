@@ -28,7 +28,7 @@ def read_new_tokens(words: Sequence[str]) -> list[str]:
 
     Raises: DataError: no such file, no tokens, or texts that cannot be tokens.
     """
-    if len(words) == 1 and (Path(words[0]).is_file() or words[0].endswith(_FILES)):
+    if len(words) == 1 and _is_path(words[0]):
         tokens = _read_file(words[0])
         where = f"{_FLAG} {words[0]}"
     else:
@@ -41,6 +41,13 @@ def read_new_tokens(words: Sequence[str]) -> list[str]:
     if doubled := next((token for token in tokens if tokens.count(token) > 1), None):
         raise DataError(f"{where}: {doubled} stands twice")
     return tokens
+
+
+def _is_path(word: str) -> bool:
+    """Whether a word is meant as a file, be it there or not. Tokens such as </tool> are none."""
+    path = Path(word)
+    looks_like_one = "/" in word and "<" not in word and path.parent.is_dir()
+    return path.exists() or word.endswith(_FILES) or looks_like_one
 
 
 def _read_file(path: str) -> list[str]:
@@ -86,9 +93,9 @@ def add_new_tokens(tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[str]) 
     from tokenizers import AddedToken
 
     vocabulary = tokenizer.get_vocab()
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
     for token in tokens:
-        if token in special:
+        if token in added:
             raise DataError(
                 f"{_FLAG}: {token} is a token of this tokenizer already ({vocabulary[token]}); leave it out"
             )
@@ -97,12 +104,15 @@ def add_new_tokens(tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[str]) 
                 f"{_FLAG}: {token} is a piece of ordinary words in this vocabulary ({vocabulary[token]}), and they "
                 f"would all change; mark it off: <|{token}|>"
             )
-        for other in special:
+        for other in added:
             if why := _explain_clash(token, other):
                 raise DataError(f"{_FLAG}: {token} {why} {other}; choose another text")
     if empty := [token for token, ids in zip(tokens, find_pieces(tokenizer, tokens), strict=True) if not ids]:
         raise DataError(f"{_FLAG}: {empty[0]} has no encoding in this tokenizer, so its row would begin from nothing")
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens], special_tokens=True)
+    for token in tokens:  # byte-level decoders take letters such as é inside a token for bytes
+        if (written := tokenizer.decode(tokenizer.convert_tokens_to_ids([token]))) != token:
+            raise DataError(f"{_FLAG}: {token} would be written as {printable(written)!r} by this tokenizer; use ASCII")
     tokenizer.init_kwargs[CONTENT_TOKENS] = [*list_content_tokens(tokenizer), *tokens]
 
 

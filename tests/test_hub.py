@@ -240,6 +240,21 @@ def test_the_real_package_takes_these_calls():
     inspect.signature(snapshot_download).bind("Org/Base", cache_dir="x", ignore_patterns=["*.bin"])
 
 
+def test_a_hub_that_would_be_ignored_is_refused(checkpoints, run_script, tmp_path):
+    words = [
+        "--model_name_or_path",
+        checkpoints["untied"],
+        "--data_path",
+        CONVERSATIONS,
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    code, _, stderr = run_script("finetune.py", *words, "--hub", "modelscope")
+    assert code == 2 and stderr == "error: --hub modelscope: has no effect, as --model_name_or_path is a directory\n"
+    code, _, stderr = run_script("chat.py", checkpoints["untied"], "--hub", "huggingface")
+    assert code == 2 and "--hub huggingface: has no effect" in stderr
+
+
 # ---- data ----
 
 

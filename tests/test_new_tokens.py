@@ -64,6 +64,8 @@ def test_tokens_from_words_and_files(write_json, name, text):
     ("words", "message"),
     [
         (["none.txt"], "none.txt: No such file"),
+        (["tests/none"], "tests/none: No such file"),
+        (["tests"], "tests: Is a directory"),
         ([" "], "is empty or white space"),
         (["<|a|>", "<|a|>"], "<|a|> stands twice"),
         (["<|a|> "], "begins or ends with white space"),
@@ -96,6 +98,7 @@ def test_files_that_hold_none_are_refused(write_json, text, message):
         ("im_end", "is a part of the token <|im_end|>"),
         ("a<|im_end|>", "holds the token <|im_end|>"),
         ("a<|", "would swallow the beginning of <|endoftext|>"),
+        ("<é>", "<é> would be written as '<\ufffd>' by this tokenizer; use ASCII"),
     ],
 )
 def test_tokens_that_would_break_others_are_refused(make_tokenizer, token, message):
@@ -192,6 +195,50 @@ def test_cached_rows_depend_on_which_tokens_are_for_the_text(checkpoints, tmp_pa
         rows, _ = load_rows([data], ChatTemplate(tokenizer), DataOptions(), cache=RowCache(tmp_path))
         lengths.append(int(rows.lengths[0]))
     assert lengths[1] < lengths[0]
+
+
+WORDS = st.text(st.sampled_from("<|>/[]_-:toolé语音 A1"), min_size=1, max_size=10)
+
+
+@settings(max_examples=25)
+@given(words=st.lists(WORDS, min_size=1, max_size=4), around=TEXTS)
+def test_any_tokens_are_refused_or_parsed_and_leave_control_tokens_alone(checkpoints, words, around):
+    try:
+        tokens = read_new_tokens(words)
+        tokenizer = load_tokenizer(str(checkpoints["untied"]), new_tokens=tokens)
+    except DataError as error:
+        assert "--add_special_tokens" in str(error) and "\n" not in str(error)
+        return
+    ids = tokenizer.convert_tokens_to_ids(tokens)
+    assert ids == list(range(1024, 1024 + len(tokens)))
+    template = ChatTemplate(tokenizer)
+    plain = _TEMPLATES.get(()) or _template(load_tokenizer(str(checkpoints["untied"])))
+    for token, token_id in zip(tokens, ids, strict=True):
+        for text in (token, f"{around}{token}", f"{token}{around}", f"{token}<|im_end|>{token}"):
+            asked = [{"role": "user", "content": text}]
+            found = template.encode_prompt(asked)
+            control = template.encoder.control_ids.values()
+            expected = [each for each in plain.encode_prompt(asked) if each in control]
+            assert [each for each in found if each in control] == expected
+            assert tokenizer.decode(found) == plain.tokenizer.decode(plain.encode_prompt(asked))
+        assert token_id in template.encode_prompt([{"role": "user", "content": token}])
+
+
+def test_the_fast_encoder_reads_them_alike(real_tokenizer_path):
+    tokenizer = load_tokenizer(str(real_tokenizer_path), new_tokens=TOKENS)
+    template = ChatTemplate(tokenizer)
+    texts = [
+        f"{before}{token}{after}"
+        for token in TOKENS
+        for before in ("", "Hi ", "\n", "中")
+        for after in ("", " x", "\n\n")
+    ]
+    expected = [template.encoder.encode(template.encoder.escape(text)) for text in texts]
+    assert expected == [tokenizer(text).input_ids for text in texts]
+    template.encoder._pieces.clear()
+    with template.encoder.use_tiktoken():
+        assert template.encoder._tiktoken is not None
+        assert [template.encoder.encode(template.encoder.escape(text)) for text in texts] == expected
 
 
 # ---- rows ----
@@ -357,22 +404,24 @@ ENGINES = {
     "zero3": ["--deepspeed", "finetune/ds_config_zero3.json"],
     "fsdp": ["--fsdp", "full_shard"],
 }
-ARMS = [(engine, kind) for engine in ENGINES for kind in ("rows", "full", "matrices")]
+ARMS = [(engine, kind, "tied") for engine in ENGINES for kind in ("rows", "full", "matrices")]
+ARMS += [(engine, kind, "untied") for engine in ("zero3", "fsdp") for kind in ("rows", "matrices")]
+ARMS += [("zero2", "nf4", "tied"), ("fsdp", "nf4", "untied")]
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize(
-    ("engine", "kind"),
-    [pytest.param(*arm, marks=[] if arm == ("ddp", "rows") else pytest.mark.slow) for arm in ARMS],
+    ("engine", "kind", "name"),
+    [pytest.param(*arm, marks=[] if arm == ("ddp", "rows", "tied") else pytest.mark.slow) for arm in ARMS],
 )
-def test_two_processes_train_as_one(forks, run_script, checkpoints, data, tmp_path, engine, kind):
+def test_two_processes_train_as_one(forks, run_script, checkpoints, data, tmp_path, engine, kind, name):
     one, two = tmp_path / "one", tmp_path / "two"
-    train(forks, *command(checkpoints["tied"], data, one, kind))
-    words = command(checkpoints["tied"], data, two, kind, accumulation=1)
+    train(forks, *command(checkpoints[name], data, one, kind))
+    words = command(checkpoints[name], data, two, kind, accumulation=1)
     train(forks, *words, *ENGINES[engine], processes=2)
     assert read_losses(two) == pytest.approx(read_losses(one), abs=1e-5)
     assert json.loads((two / "run.json").read_text())["engine"] == engine
-    found = [check_result(run_script, checkpoints["tied"], out, tmp_path / out.name, kind) for out in (one, two)]
+    found = [check_result(run_script, checkpoints[name], out, tmp_path / out.name, kind) for out in (one, two)]
     torch.testing.assert_close(found[0], found[1], atol=1e-3, rtol=0)
 
 
@@ -395,6 +444,21 @@ def test_a_resumed_run_is_the_same_to_the_bit(forks, checkpoints, data, tmp_path
     words_of_others = [word if word != TOKENS[0] else "<|other|>" for word in map(str, words(resumed))]
     code, _, stderr = forks.run(*words_of_others, "--resume_from_checkpoint", "auto")
     assert code == 2 and "add_special_tokens" in stderr
+
+
+@pytest.mark.slow
+def test_a_gptq_checkpoint_takes_new_tokens(forks, run_script, gptq, checkpoints, data, tmp_path):
+    out = tmp_path / "out"
+    train(forks, *command(gptq[4], data, out, "nf4"))
+    code, stdout, stderr = run_script("merge_lora.py", out, tmp_path / "merged")
+    assert code == 0 and "merge verified" in stdout, stderr
+    words = ("--prompt", "<|tool|>?", "--max_new_tokens", 4, "--temperature", 0)
+    code, _, stderr = run_script("chat.py", out, *words)
+    assert code == 0, stderr
+    code, _, stderr = run_script(
+        "merge_lora.py", out, tmp_path / "onto", "--onto", "base", "--base", checkpoints["untied"]
+    )
+    assert code == 0, stderr
 
 
 def test_an_adapter_with_new_tokens_is_trained_further(forks, checkpoints, data, tmp_path):

@@ -88,7 +88,8 @@ def _check_no_other_table(model: PreTrainedModel, num_rows: int) -> None:
     own = {id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings())}
     for name, module in model.named_modules():
         weight: Any = getattr(module, "weight", None)
-        if isinstance(module, nn.Embedding) and id(weight) not in own and len(weight) >= num_rows:
+        positions = any(word in name for word in ("position", "wpe"))
+        if isinstance(module, nn.Embedding) and id(weight) not in own and len(weight) >= num_rows and not positions:
             raise SettingsError(
                 f"--add_special_tokens: {type(model).__name__} has a second table of tokens ({name}), which cannot be "
                 "resized"
