@@ -77,15 +77,19 @@ def _fetch(wanted: HubData) -> tuple[Path, str]:
     """The parquet file of a data set's split, and its label with the split."""
     try:
         loaded = _load_from_hf(wanted) if wanted.hub == "hf" else _load_from_modelscope(wanted)
+        data, split = _choose_split(loaded, wanted)
+        label = HubData(wanted.hub, wanted.name, wanted.subset, split).label
+        return _write_once(data, label), label
     except DataError:
         raise
     except Exception as error:  # whatever the libraries and the network may do
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        hint = f"; name a subset: {wanted.hub}:{wanted.name}/SUBSET" if "config name is missing" in line.lower() else ""
+        hint = ""
+        if "config name is missing" in line.lower():
+            hint = f"; name a subset: {wanted.hub}:{wanted.name}/SUBSET"
+        elif isinstance(error, ConnectionError):
+            hint = "; it is not in the cache here: set HF_ENDPOINT to a mirror (https://hf-mirror.com), or name a file"
         raise DataError(f"{wanted.label}: cannot be loaded: {line}{hint}") from None
-    data, split = _choose_split(loaded, wanted)
-    label = HubData(wanted.hub, wanted.name, wanted.subset, split).label
-    return _write_once(data, label), label
 
 
 def _load_from_hf(wanted: HubData) -> Any:
@@ -124,7 +128,7 @@ def _without_code(load: Any) -> dict[str, Any]:
 def _choose_split(loaded: Any, wanted: HubData) -> tuple[Any, str]:
     """The split that was named; else the only one, or `train`."""
     if not isinstance(loaded, dict):
-        return loaded, wanted.split or "train"
+        return loaded, wanted.split or str(getattr(loaded, "split", None) or "train")
     names = list(loaded)
     split = wanted.split or (names[0] if len(names) == 1 else "train")
     if split not in loaded:
@@ -134,6 +138,8 @@ def _choose_split(loaded: Any, wanted: HubData) -> tuple[Any, str]:
 
 def _write_once(data: Any, label: str) -> Path:
     """The rows as a parquet file, named by what they are: one that is there already stays."""
+    if not hasattr(data, "to_parquet"):
+        raise DataError(f"{label}: is a {type(data).__name__}, not a table of rows; download its files, and name those")
     fingerprint = getattr(data, "_fingerprint", None) or f"{len(data)}"
     digest = hashlib.sha256(f"{label}\n{fingerprint}".encode()).hexdigest()[:32]
     file = _cache_root() / f"{digest}.parquet"

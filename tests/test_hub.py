@@ -20,6 +20,7 @@ from data_utils.sources import DataError, read_records
 from data_utils.template import ChatTemplate
 from data_utils.tokenizer import load_tokenizer
 from tests.conftest import CONVERSATIONS, run_python
+from tuning.settings.other_tools import translate
 
 ROWS = [
     {"messages": [{"role": "user", "content": f"Q{n}"}, {"role": "assistant", "content": f"A{n}"}]} for n in range(6)
@@ -340,7 +341,7 @@ def test_changed_data_are_read_anew_and_equal_ones_are_written_once(load_dataset
     [
         ({"a": ROWS, "b": ROWS}, "hf:org/set", "hf:org/set: name a split: hf:org/set:a, hf:org/set:b"),
         (ValueError("Config name is missing.\nPick one"), "hf:org/set", "missing.; name a subset: hf:org/set/SUBSET"),
-        (ConnectionError(), "hf:org/set/main", "hf:org/set/main: cannot be loaded: ConnectionError"),
+        (ConnectionError(), "hf:org/set/main", "hf:org/set/main: cannot be loaded: ConnectionError; it is not"),
     ],
 )
 def test_what_is_not_there_is_one_line(load_dataset, splits, wanted, message):
@@ -350,6 +351,29 @@ def test_what_is_not_there_is_one_line(load_dataset, splits, wanted, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_the_real_library_reads_splits_parts_and_rows_of_several_shapes(monkeypatch, tmp_path):
+    """It takes a directory of that name for the data set."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "set").mkdir(parents=True)
+    rows = [*ROWS[:3], {**ROWS[3], "system": "S", "tools": None}]
+    for split in ("train", "test"):
+        text = "".join(json.dumps(row) + "\n" for row in (rows if split == "train" else ROWS[:1]))
+        (tmp_path / "org" / "set" / f"{split}.jsonl").write_text(text)
+    hub_data._fetch.cache_clear()
+    for name, expected in (
+        ("hf:org/set", [*ROWS[:3], {**ROWS[3], "system": "S"}]),
+        ("hf:org/set:test", ROWS[:1]),
+        ("hf:org/set:train[:50%]", ROWS[:2]),
+        ("hf:org/set:train+test", [*ROWS[:3], {**ROWS[3], "system": "S"}, ROWS[0]]),
+    ):
+        (source,) = find_data([name])
+        assert [record.value for record in read_records(source)] == expected
+    with pytest.raises(DataError, match='hf:org/set:nothing: cannot be loaded: Unknown split "nothing"'):
+        find_data(["hf:org/set:nothing"])
+
+
 def test_data_of_modelscope(modelscope, load_dataset):
     (source,) = find_data(["ms:Org/set/main:test#1"])
     assert str(source) == "ms:Org/set/main:test#1" and source.name == "main:test"
@@ -357,6 +381,12 @@ def test_data_of_modelscope(modelscope, load_dataset):
     assert record.value["messages"][0]["content"] == "Org/set" and record.where == "ms:Org/set/main:test:1"
     (source,) = find_data(["ms:Org/set"])
     assert str(source) == "ms:Org/set:train"
+
+
+def test_what_is_no_table_of_rows_is_one_line(load_dataset, monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: object())
+    with pytest.raises(DataError, match="hf:org/set:train: is a object, not a table of rows"):
+        find_data(["hf:org/set"])
 
 
 def test_a_missing_package_is_one_line(tmp_path):
@@ -370,3 +400,10 @@ def test_a_missing_package_is_one_line(tmp_path):
     if importlib.util.find_spec("modelscope") is None:
         done = run_python("-m", "data_utils", "check", "ms:org/set", check=False)
         assert done.stderr == "error: ms:org/set: ModelScope's hub needs its package: pip install modelscope\n"
+
+
+def test_names_in_files_of_other_tools_become_names_here():
+    trl = {"dataset_name": "org/set", "dataset_config": "main", "dataset_train_split": "test"}
+    assert "- hf:org/set/main:test" in translate(trl)
+    assert "- hf:org/set:train" in translate({"datasets": [{"path": "org/set", "split": "train", "type": "alpaca"}]})
+    assert "- rows/a.jsonl" in translate({"datasets": [{"path": "rows/a.jsonl"}]})

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
@@ -27,6 +28,7 @@ from tuning.errors import SettingsError
 from tuning.model.new_tokens import NewTokens, add_rows, count_rows, merge_rows, resize_model
 from tuning.model.token_rows import is_tied
 from tuning.settings.command_line import read_settings
+from tuning.settings.other_tools import translate
 
 TOKENS = ["<|tool|>", "<|end_tool|>", "[[语音]]"]
 MANY = [*TOKENS, *(f"<|t{number}|>" for number in range(9))]  # more than the checkpoints have spare rows (8)
@@ -472,3 +474,8 @@ def test_an_adapter_with_new_tokens_is_trained_further(forks, checkpoints, data,
     states = [load_file(out / "adapter_model.safetensors") for out in (first, second)]
     assert {n: t.shape for n, t in states[0].items()} == {n: t.shape for n, t in states[1].items()}
     assert list_content_tokens(load_tokenizer(str(second))) == MANY
+
+
+def test_lists_of_other_tools_become_lists_here():
+    for name in ("add_special_tokens", "new_special_tokens", "tokens"):
+        assert yaml.safe_load(translate({name: "<a>,<b>"}))["add_special_tokens"] == ["<a>", "<b>"]

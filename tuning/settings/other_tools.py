@@ -120,9 +120,9 @@ _SAY = {
     "quantization_bit": "here --q_lora --bits 4 or 8",
     "val_size": "here --eval_share 0.05, with --eval_strategy epoch or steps",
     "val_set_size": "here --eval_share 0.05, with --eval_strategy epoch or steps",
-    "dataset": "here --data_path, with paths of files",
-    "datasets": "here --data_path, with paths of files",
-    "dataset_name": "here --data_path, with paths of files",
+    "dataset": "here --data_path, with paths of files, or hf:OWNER/NAME",
+    "datasets": "here --data_path, with paths of files, or hf:OWNER/NAME",
+    "dataset_name": "here --data_path, with paths of files, or hf:OWNER/NAME",
     "dataset_dir": "here --data_path takes paths of files or a directory",
     "saves_per_epoch": "here --save_strategy epoch, or --save_steps",
     "evals_per_epoch": "here --eval_strategy epoch, or --eval_steps",
@@ -261,10 +261,23 @@ def _translate_one(name: str, value: Any, settings: Mapping[str, Any]) -> list[t
 def _translate_files(value: Any, settings: Mapping[str, Any]) -> list[tuple[str | None, Any, str]]:
     folder = settings.get("dataset_dir")
     entries = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
-    paths = [str(each.get("path", each) if isinstance(each, Mapping) else each).strip() for each in entries]
+    of_all = {"name": settings.get("dataset_config"), "split": settings.get("dataset_train_split")}  # TRL's
+    described = [{**of_all, **each} if isinstance(each, Mapping) else {**of_all, "path": each} for each in entries]
+    paths = [str(each.get("path", each)).strip() for each in described]
     if isinstance(folder, str):
         paths = [path if Path(path).suffix else f"{folder}/{path}.json" for path in paths]
-    return [("data_path", paths, "names of data sets become paths of files here: check them")]
+    else:
+        paths = [_as_hub_name(path, each) for path, each in zip(paths, described, strict=True)]
+    note = "names of data sets become paths of files here, or names on the Hugging Face hub: check them"
+    return [("data_path", paths, note)]
+
+
+def _as_hub_name(path: str, entry: Mapping[str, Any]) -> str:
+    """A data set's name on the hub in our form; what looks like a file stays as it is."""
+    if path.count("/") != 1 or Path(path).suffix or path[0] in "/.~" or Path(path).exists():
+        return path
+    subset, split = entry.get("name"), entry.get("split")
+    return f"hf:{path}{f'/{subset}' if subset else ''}{f':{split}' if split else ''}"
 
 
 def _translate_method(value: Any, settings: Mapping[str, Any]) -> list[tuple[str | None, Any, str]]:
