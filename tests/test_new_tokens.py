@@ -18,6 +18,7 @@ from data_utils.new_tokens import add_new_tokens, find_pieces, list_content_toke
 from data_utils.render_cache import RowEncoder
 from data_utils.rows import encode_row
 from data_utils.schema import parse_record
+from data_utils.show import as_text
 from data_utils.sources import DataError, Record
 from data_utils.template import ChatTemplate
 from data_utils.tokenizer import load_tokenizer
@@ -173,6 +174,14 @@ def test_the_saved_tokenizer_parses_and_writes_them_alike(make_tokenizer, tmp_pa
     assert AutoTokenizer.from_pretrained(tmp_path)("<|tool|>").input_ids == tokenizer.convert_tokens_to_ids(
         ["<|tool|>"]
     )
+
+
+def test_show_marks_them(make_tokenizer):
+    template = _template(make_tokenizer(*TOKENS))
+    messages = [{"role": "user", "content": "a<|tool|>"}, {"role": "assistant", "content": "[[语音]]"}]
+    (row,) = template.encode_conversation(parse_record(Record({"messages": messages}, "f:1", 0)))
+    shown = as_text("0", row, template, colour=False, ids=False)
+    assert "a«<|tool|>»" in shown and "[[«[[语音]]»«<|im_end|>»]]" in shown
 
 
 def test_tokens_that_the_template_writes_follow_its_rules(make_tokenizer):
