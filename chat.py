@@ -6,10 +6,10 @@ One answer with --prompt, many with --prompts FILE (a prompt a line; JSON lines 
 import argparse
 from pathlib import Path
 
-from commands.paths import check_adapter, check_model
+from commands.paths import find_adapter_base, find_model
 from data_utils.sources import DataError, read_lines
 from inference.decoding import read_setting
-from tuning.entry import OneLineParser, add_trust_flags, run_entry
+from tuning.entry import OneLineParser, add_hub_flag, add_trust_flags, run_entry
 from tuning.errors import SettingsError
 
 
@@ -23,9 +23,9 @@ def main(argv: list[str] | None = None) -> None:
             args.temperature = read_setting("temperature", args.temperature)
         except SettingsError as error:
             raise SettingsError(f"--temperature {args.temperature}: {error}") from None
-    check_model(args.model)
+    args.model = find_model(args.model, args.hub, allow_pickle=args.allow_pickle)
     if (Path(args.model) / "adapter_config.json").is_file():
-        check_adapter(args.model, args.base)
+        args.base = find_adapter_base(args.model, args.base, args.hub, allow_pickle=args.allow_pickle)
     prompts = read_lines(args.prompts) if args.prompts else []
     from commands import chat  # torch and transformers, once nothing is left to say without them
 
@@ -47,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--temperature", help="0: greedy; above, samples (default: the model's own)")
     parser.add_argument("--seed", type=int, help="random seed of sampled answers")
     parser.add_argument("--base", help="base model of an adapter (default: the one it names)")
+    add_hub_flag(parser)
     add_trust_flags(parser)
     return parser
 

@@ -8,9 +8,9 @@ import argparse
 import math
 import re
 
-from commands.paths import check_adapter
+from commands.paths import find_adapter_base
 from data_utils.sources import DataError
-from tuning.entry import OneLineParser, add_trust_flags, run_entry
+from tuning.entry import OneLineParser, add_hub_flag, add_trust_flags, run_entry
 from tuning.errors import SettingsError
 
 
@@ -22,8 +22,11 @@ def main(argv: list[str] | None = None) -> None:
     if (args.one is None) == (args.adapter is None):
         raise SettingsError("name ADAPTER and OUT, or OUT and --adapter A:0.7 B:0.3 behind it; see --help")
     args.adapters = [(args.one, 1.0)] if args.adapter is None else [read_weight(text) for text in args.adapter]
-    for path, _ in args.adapters:
-        check_adapter(path, args.base, args.cache_dir)
+    found = [
+        find_adapter_base(path, args.base, args.hub, args.cache_dir, allow_pickle=args.allow_pickle)
+        for path, _ in args.adapters
+    ]
+    args.base = found[0]
     from commands import merge  # torch and transformers, once nothing is left to say without them
 
     merge.run(args)
@@ -65,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-verify", action="store_true", help="skip the check of the merged logits")
     parser.add_argument("--overwrite", action="store_true", help="delete OUT first")
     parser.add_argument("--cache_dir", help="where hub downloads are kept")
+    add_hub_flag(parser)
     add_trust_flags(parser)
     return parser
 

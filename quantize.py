@@ -5,9 +5,10 @@ Calibrates on conversations rendered as in training, and prints the perplexity o
 
 import argparse
 
-from commands.paths import check_model
-from data_utils.sources import DataError, find_sources
-from tuning.entry import OneLineParser, add_trust_flags, run_entry
+from commands.paths import find_model
+from data_utils.hub_data import find_data
+from data_utils.sources import DataError
+from tuning.entry import OneLineParser, add_hub_flag, add_trust_flags, run_entry
 from tuning.errors import SettingsError
 
 _GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)  # gptqmodel's
@@ -18,8 +19,8 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if args.num_rows < 1 or args.model_max_length < 2:
         raise SettingsError("--num_rows: must be at least 1, and --model_max_length at least 2")
-    check_model(args.model, args.cache_dir)
-    find_sources(args.data)
+    args.model = find_model(args.model, args.hub, args.cache_dir, allow_pickle=args.allow_pickle)
+    find_data(args.data)
     from commands import quantize  # torch and transformers, once nothing is left to say without them
 
     quantize.run(args)
@@ -44,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=42, help="of the choice of rows (default 42)")
     parser.add_argument("--overwrite", action="store_true", help="delete OUT first")
     parser.add_argument("--cache_dir", help="where hub downloads are kept")
+    add_hub_flag(parser)
     add_trust_flags(parser)
     return parser
 

@@ -5,6 +5,8 @@ from pathlib import Path
 from commands.paths import read_options
 from data_utils.cache import RowCache, default_root
 from data_utils.dataset import DROPPED_FILE, TokenizedRows
+from data_utils.hub import fetch_model
+from data_utils.new_tokens import find_pieces, read_new_tokens, read_saved_tokens
 from data_utils.steps import StepDataset
 from data_utils.template import ChatTemplate
 from data_utils.tokenizer import load_tokenizer
@@ -17,10 +19,12 @@ from tuning.console import is_rank_0, say
 from tuning.distributed.processes import check_agreement, leave_processes, on_all_ranks, on_rank_0
 from tuning.distributed.startup import start_processes
 from tuning.model.build import TokensInUse
+from tuning.model.loading import local_directory
+from tuning.model.new_tokens import NewTokens
 from tuning.planning.plan import check_plan, plan_run
 from tuning.planning.survey import survey_steps
 from tuning.settings.arguments import Arguments, RunArguments, build_arguments
-from tuning.settings.options import Settings
+from tuning.settings.options import ModelArguments, Settings
 from tuning.training.announce import describe_checkpoints, describe_training, find_doubts, find_rates
 from tuning.training.prepare import prepare_model
 from tuning.training.run import begin_run, check_run, describe_run, finish_dry_run, run_training, say_summary
@@ -33,17 +37,19 @@ def run(settings: Settings, *, began: float) -> int:
     Returns: exit code. Raises: DataError, SettingsError: the user's mistakes. MachineError: what could not be done.
     """
     # ---- processes ----
+    download_model(settings.model)
+    new_tokens = read_tokens_to_add(settings)
     arguments = build_arguments(settings)
     start_processes(arguments)
     environment = check_run(arguments)
     run = arguments.run
 
     # ---- data ----
-    data = on_all_ranks(lambda: read_data(arguments))
+    data = on_all_ranks(lambda: read_data(arguments, new_tokens))
     check_agreement(data.fingerprints)
 
     # ---- plan ----
-    tokens = describe_tokens(data)
+    tokens = describe_tokens(data, new_tokens)
     base = inspect_base(arguments, tokens)
     plan = on_rank_0(
         lambda: plan_run(
@@ -107,7 +113,30 @@ def run(settings: Settings, *, began: float) -> int:
     return code
 
 
-def read_data(arguments: Arguments) -> TrainingData:
+def download_model(model: ModelArguments) -> None:
+    """Have a model of ModelScope's hub in a directory, and train that."""
+    model.model_name_or_path = fetch_model(
+        model.model_name_or_path, hub=model.hub, cache_dir=model.cache_dir, allow_pickle=model.allow_pickle
+    )
+
+
+def read_tokens_to_add(settings: Settings) -> list[str]:
+    """The tokens of --add_special_tokens, or of the adapter that training starts from and not of its base.
+
+    A file is replaced by what it has, so that run.json and a resumed run know the tokens themselves.
+    """
+    if settings.lora.lora_weight_path:
+        saved = read_saved_tokens(Path(settings.lora.lora_weight_path))
+        base = local_directory(settings.model.model_name_or_path, settings.model.cache_dir) if saved else Path()
+        known = read_saved_tokens(base) if saved else []
+        return [token for token in saved if token not in known]
+    if settings.data.add_special_tokens is None:
+        return []
+    settings.data.add_special_tokens = read_new_tokens(settings.data.add_special_tokens)
+    return settings.data.add_special_tokens
+
+
+def read_data(arguments: Arguments, new_tokens: list[str]) -> TrainingData:
     """Tokenise the files, or find them tokenised. Raises: DataError, SettingsError."""
     model, data, run = arguments.model, arguments.data, arguments.run
     if data.lazy_preprocess:
@@ -119,6 +148,7 @@ def read_data(arguments: Arguments) -> TrainingData:
         chat_template_kwargs=data.chat_template_kwargs,
         cache_dir=model.cache_dir,
         trust_remote_code=model.trust_remote_code,
+        new_tokens=new_tokens,
     )
     template = ChatTemplate(tokenizer, system_message=data.system_message, label_mask=data.label_mask)
     options = read_options(data, seed=run.order_seed)
@@ -135,15 +165,19 @@ def read_data(arguments: Arguments) -> TrainingData:
     )
 
 
-def describe_tokens(data: TrainingData) -> TokensInUse:
+def describe_tokens(data: TrainingData, new_tokens: list[str]) -> TokensInUse:
     """What the model must know of the template and the data."""
-    template = data.template
+    template, tokenizer, new = data.template, data.tokenizer, None
+    if new_tokens:
+        pieces = find_pieces(tokenizer, new_tokens)
+        new = NewTokens(tuple(tokenizer.convert_tokens_to_ids(new_tokens)), tuple(map(tuple, pieces)))
     return TokensInUse(
         stop_id=template.stop_id,
         stop=template.stop,
         template_ids=template.encoder.template_ids,
         largest_id=data.largest_token_id,
-        vocabulary_size=len(data.tokenizer),
+        vocabulary_size=len(tokenizer) - len(new_tokens),
+        new=new,
     )
 
 

@@ -82,8 +82,7 @@ def run(args: argparse.Namespace) -> None:
         merge.write_weights(
             merged, files, unfinished, finished, lambda: write_json(unfinished / _FINISHED_FILE, finished)
         )
-        model = _build_model(base, trust)
-        merge.write_others(merged, model, first, unfinished, dtype=said, trust=trust)
+        merge.write_others(merged, first, unfinished, dtype=said, trust=trust)
         verdict = "merge not verified (--no-verify)"
         if probes is not None:
             verdict = _verify(sources, merged, unfinished, probes)
@@ -133,6 +132,10 @@ def _prepare(sources: _Sources, dtype: torch.dtype | None) -> merge.Merge:
     for path, weight in sources.adapters:
         model = _open_plain(sources)
         weighted.append(merge.Weighted(Changes(model, read_adapter(path)), weight))
+    sizes = {each.changes.num_rows for each in weighted}
+    if len(sizes) > 1:
+        raise SettingsError(f"--adapter: trained with {sizes} vocabulary rows, so with other new tokens each")
+    base.grow(sizes.pop())
     return merge.Merge(base, weighted, dtype=dtype, trust=sources.trust)
 
 
@@ -159,6 +162,7 @@ def _verify(sources: _Sources, merged: merge.Merge, directory: Path, probes: lis
     of_trained: Any = expected
     if sources.onto != sources.trained:
         trained = _open(sources.trained_on, sources.trained, sources.trust)
+        trained.grow(merged.base.num_rows)
         plain = _open(sources.trained_on, sources.trained, sources.trust).model
         of_trained = verify.compute_adapter_logits(trained, plain, sources.adapters, probes)
     rounded = _open(directory, None, Trust(sources.trust.trust_remote_code))

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from data_utils.conversations import DataOptions, read_conversations, read_names
+from data_utils.hub import HUBS, choose_hub, fetch_model
+from data_utils.hub_data import find_data
 from data_utils.model_path import explain_missing_model, explain_unreachable_model
+from data_utils.new_tokens import read_new_tokens
 from data_utils.report import Account, Statistics, group_problems, hash_conversation
 from data_utils.schema import FORMATS, Conversation, parse_record
-from data_utils.sources import DataError, find_sources, printable, read_records
+from data_utils.sources import DataError, printable, read_records
 
 if TYPE_CHECKING:  # transformers and pyarrow take seconds to import: only where tokens are asked for
     from data_utils.rows import Row
@@ -45,14 +48,14 @@ def _build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, parser_class=_Parser)
 
     check = commands.add_parser("check", help="read everything, name every problem, account for every row")
-    check.add_argument("data", nargs="+", help="data files, FILE#N (a sample of N rows) or directories")
+    check.add_argument("data", nargs="+", help="data files, FILE#N (a sample of N rows), directories, hf:OWNER/NAME")
     check.add_argument("--model", help="model or tokenizer directory, or hub name; without it no tokens are counted")
     check.add_argument("--eval_data_path", nargs="+", help="evaluation data, to count what is in both")
     check.add_argument("--json", action="store_true", help="print one JSON object")
     check.set_defaults(command=_check)
 
     show = commands.add_parser("show", help="print conversations as they would be trained")
-    show.add_argument("data", nargs="+", help="data files, FILE#N (a sample of N rows) or directories")
+    show.add_argument("data", nargs="+", help="data files, FILE#N (a sample of N rows), directories, hf:OWNER/NAME")
     show.add_argument("--model", required=True, help="model or tokenizer directory, or hub name")
     which = show.add_mutually_exclusive_group()
     which.add_argument("--num", type=int, default=3, help="conversations to print (default 3)")
@@ -76,28 +79,35 @@ def _build_parser() -> argparse.ArgumentParser:
         command.add_argument("--system_message", help="system turn for conversations without one")
         command.add_argument("--chat_template", help="file with a chat template to use, or chatml-tools")
         command.add_argument("--chat_template_kwargs", help="defaults for the template, as JSON")
+        command.add_argument("--add_special_tokens", nargs="+", help="new tokens that conversations may use, or a file")
         command.add_argument(
             "--label_mask", choices=["assistant", "qwen"], default="assistant", help="which tokens are trained"
         )
         command.add_argument("--data_seed", type=int, default=42, help="of samples")
+        command.add_argument("--hub", choices=HUBS, help="of the model's name (default: huggingface)")
         command.add_argument("--cache_dir", help="where hub downloads are kept")
         command.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the checkpoint")
     return parser
 
 
 def _load_template(args: argparse.Namespace) -> "ChatTemplate":
-    if mistake := explain_missing_model(args.model) or explain_unreachable_model(args.model, args.cache_dir):
+    mistake = explain_missing_model(args.model)
+    if choose_hub(args.hub) != "modelscope":
+        mistake = mistake or explain_unreachable_model(args.model, args.cache_dir)
+    if mistake:
         raise DataError(mistake)
+    model = fetch_model(args.model, hub=args.hub, cache_dir=args.cache_dir, tokenizer_only=True)
     from data_utils.template import ChatTemplate
     from data_utils.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(
-        args.model,
+        model,
         system_message=args.system_message,
         chat_template=args.chat_template,
         chat_template_kwargs=args.chat_template_kwargs,
         cache_dir=args.cache_dir,
         trust_remote_code=args.trust_remote_code,
+        new_tokens=read_new_tokens(args.add_special_tokens) if args.add_special_tokens else (),
     )
     return ChatTemplate(tokenizer, system_message=args.system_message, label_mask=args.label_mask)
 
@@ -118,7 +128,7 @@ def _options(args: argparse.Namespace) -> DataOptions:
 
 
 def _check(args: argparse.Namespace) -> int:
-    find_sources([*args.data, *(args.eval_data_path or [])])  # what does not exist is said before a tokenizer loads
+    find_data([*args.data, *(args.eval_data_path or [])])  # what does not exist is said before a tokenizer loads
     _check_length(args)
     template = _load_template(args) if args.model else None
     account, seen = _account_for(args.data, args, template)
@@ -146,13 +156,16 @@ def _check_length(args: argparse.Namespace) -> None:
         raise DataError(f"--model_max_length {args.model_max_length}: must be at least 2")
     if args.model_max_length is not None and not args.model:
         raise DataError("--model_max_length: has no effect without --model, whose tokens it counts")
+    for name in ("hub", "add_special_tokens") if not args.model else ():
+        if getattr(args, name):
+            raise DataError(f"--{name}: has no effect without --model")
 
 
 def _account_for(
     paths: list[str], args: argparse.Namespace, template: "ChatTemplate | None"
 ) -> tuple[Account, set[int]]:
     """The account of data files, and the hashes of their conversations."""
-    sources, options = find_sources(paths), _options(args)
+    sources, options = find_data(paths), _options(args)
     if template is not None:
         from data_utils.dataset import TokenizedRows, build_rows
 
@@ -178,7 +191,7 @@ def _account_for(
 
 
 def _show(args: argparse.Namespace) -> int:
-    find_sources(args.data)
+    find_data(args.data)
     _check_length(args)
     template = _load_template(args)
     from data_utils.show import as_html, as_json, as_text
@@ -216,7 +229,7 @@ def _conversations(args: argparse.Namespace, template: "ChatTemplate") -> Iterat
         raise DataError("--num: at least 1; --index: counts from 0")
     options = _options(args)
     number = found = 0
-    for source in find_sources(args.data):
+    for source in find_data(args.data):
         for record in read_records(source, seed=args.data_seed):
             chosen = number < args.num or args.all
             try:

@@ -21,6 +21,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from data_utils.new_tokens import list_content_tokens
 from data_utils.sources import DataError, hash_file
 from data_utils.template import ChatTemplate
 
@@ -120,6 +121,7 @@ def _describe_template(template: ChatTemplate) -> list[Any]:
         tokenizer.backend_tokenizer.to_str(),
         tokenizer.chat_template,
         tokenizer.special_tokens_map,
+        list_content_tokens(tokenizer),
         template.system_message,
         template.label_mask,
         date.today().isoformat() if "strftime_now" in str(tokenizer.chat_template) else None,  # it writes the date

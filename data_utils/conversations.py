@@ -1,11 +1,13 @@
 """Data files to conversations, without a tokenizer. Standard library only."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from data_utils.hub_data import find_data
 from data_utils.report import Account, DataErrors
 from data_utils.schema import Conversation, parse_record
-from data_utils.sources import DataError, Source, find_sources, printable, read_records
+from data_utils.sources import DataError, Source, printable, read_records
 
 _FIRST_ROWS = 200  # of each file, in which a mistake shows at once
 
@@ -66,10 +68,10 @@ def check_first_rows(paths: Sequence[str], options: DataOptions) -> None:
     """
     if options.on_bad_row == "skip":
         return
-    sources = find_sources(paths)
+    sources = find_data(paths)
     for source in sources:
         account = Account()
-        rows = read_conversations(Source(source.path), options, account)
+        rows = read_conversations(dataclasses.replace(source, sample=None), options, account)
         for _ in zip(range(_FIRST_ROWS), rows, strict=False):
             if account.problems:
                 break

@@ -14,12 +14,13 @@ import pyarrow as pa
 from data_utils.cache import RowCache
 from data_utils.chunks import TOO_LONG, EncodedChunk, encode_chunk
 from data_utils.conversations import DataOptions, read_conversations
+from data_utils.hub_data import find_data
 from data_utils.render_cache import RowEncoder
 from data_utils.report import Account, DataErrors, Statistics
 from data_utils.rows import DROPPED_FILE, ROWS_FILE, SCHEMA, TokenizedRows
 from data_utils.safe_encoder import TiktokenDiffers
 from data_utils.schema import Conversation
-from data_utils.sources import DataError, Source, find_sources, hash_file
+from data_utils.sources import DataError, Source, hash_file
 from data_utils.template import ChatTemplate
 from data_utils.worker_pool import WorkerDied, count_workers, map_in_order
 
@@ -44,7 +45,7 @@ def load_rows(
     """
     options = options or DataOptions()
     cache = cache or RowCache(None)
-    sources = find_sources(paths)
+    sources = find_data(paths)
     hashes = [hash_file(source.path) for source in sources]
     key = [[str(source), digest] for source, digest in zip(sources, hashes, strict=True)]
     matters = vars(options) | ({} if any(source.sample for source in sources) else {"seed": None})

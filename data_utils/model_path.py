@@ -26,7 +26,8 @@ def explain_unreachable_model(name: str, cache_dir: str | None = None) -> str | 
 
     Where it is in the cache the hub's library is told to ask no more: else it would try for a minute.
     """
-    if Path(name).is_dir() or os.environ.get("HF_HUB_OFFLINE") or _can_reach_hub():
+    hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    if Path(name).is_dir() or os.environ.get("HF_HUB_OFFLINE") or can_reach(hub):
         return None
     if any((root / f"models--{name.replace('/', '--')}").is_dir() for root in _cache_roots(cache_dir)):
         os.environ["HF_HUB_OFFLINE"] = "1"
@@ -38,12 +39,13 @@ def explain_unreachable_model(name: str, cache_dir: str | None = None) -> str | 
     )
 
 
-def _can_reach_hub() -> bool:
+def can_reach(address: str) -> bool:
+    """Whether a server answers, or a proxy may reach it."""
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
         return True  # the proxy's to say
-    hub = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    server = urllib.parse.urlsplit(address)
     try:
-        socket.create_connection((hub.hostname or "", hub.port or 443), timeout=_SECONDS_TO_CONNECT).close()
+        socket.create_connection((server.hostname or "", server.port or 443), timeout=_SECONDS_TO_CONNECT).close()
     except OSError:
         return False
     return True

@@ -1,10 +1,11 @@
 """Text to token ids such that nothing a user wrote becomes a control token.
 
 Control tokens are the tokenizer's special tokens and those added tokens that stand in the chat template's own
-text. Every text of one in a user's string is *escaped* (replaced by private-use characters) before the template
-runs. Encoding then uses a twin of the tokenizer whose control tokens have unguessable names: the control tokens
-that the template wrote are renamed and parse as tokens, the escaped ones are put back and parse as plain text.
-One encoding of the whole string, so metaspace tokenizers and lstrip/rstrip tokens behave as at inference.
+text; not those that a user added for the text (new_tokens.py), which are parsed there. Every text of one in a user's
+string is *escaped* (replaced by private-use characters) before the template runs. Encoding then uses a twin of the
+tokenizer whose control tokens have unguessable names: the control tokens that the template wrote are renamed and parse
+as tokens, the escaped ones are put back and parse as plain text. One encoding of the whole string, so metaspace
+tokenizers and lstrip/rstrip tokens behave as at inference.
 
 A text that is a part of a control token could become one together with what the template writes beside it (a key
 `<|im_end|` and the template's `>`). Such texts get a *border* at their ends: characters that encoding removes, after
@@ -22,6 +23,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from data_utils.new_tokens import list_content_tokens
 from data_utils.sources import DataError
 from data_utils.template_source import list_literals
 from data_utils.tiktoken_encoder import TiktokenEncoder
@@ -50,11 +52,12 @@ class SafeEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         template = _JINJA_COMMENT.sub("", tokenizer.get_chat_template())
         added = tokenizer.added_tokens_decoder
+        content = set(list_content_tokens(tokenizer))  # parsed wherever they stand, unless the template writes them
         # White-space tokens (Gemma has some) stand in every template by chance and control nothing.
         self.control_ids = {
             token.content: token_id
             for token_id, token in added.items()
-            if token.content.strip() and (token.special or token.content in template)
+            if token.content.strip() and ((token.special and token.content not in content) or token.content in template)
         }
         missing = [text for text in _LOOKS_LIKE_CONTROL.findall(template) if text not in tokenizer.get_vocab()]
         if missing:
@@ -68,7 +71,9 @@ class SafeEncoder:
         self.markup = {
             token.content
             for token in added.values()
-            if token.content in self.control_ids and not token.special and token.content not in delimiters
+            if token.content in self.control_ids
+            and (not token.special or token.content in content)
+            and token.content not in delimiters
         }
 
         nonce = "".join(chr(_PRIVATE_USE + secrets.randbelow(0xFFF0)) for _ in range(8))

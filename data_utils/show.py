@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console
 from rich.text import Text
 
+from data_utils.new_tokens import list_content_tokens
 from data_utils.sources import printable
 from data_utils.template import IGNORE_INDEX, ChatTemplate, Row
 
@@ -105,7 +106,9 @@ def _stretches(row: Row, template: ChatTemplate) -> Iterator[tuple[bool, list[tu
 
 
 def _pieces(ids: list[int], template: ChatTemplate) -> Iterator[tuple[str, bool, list[int]]]:
-    control = set(template.encoder.control_ids.values())
+    tokenizer = template.tokenizer
+    new = tokenizer.convert_tokens_to_ids(list_content_tokens(tokenizer))
+    control = {*template.encoder.control_ids.values(), *new}
     plain: list[int] = []
     for token_id in ids:
         if token_id in control:

@@ -43,18 +43,20 @@ class Record:
 
 @dataclass(frozen=True)
 class Source:
-    """One data file. sample: how many of its rows to take, or None for all."""
+    """One data file. sample: how many of its rows to take, or None for all. label: its name, where the path is none."""
 
     path: Path
     sample: int | None = None
+    label: str | None = None
 
     @property
     def name(self) -> str:
         """The file's name without what says its format."""
-        return self.path.name.partition(".")[0]
+        return self.path.name.partition(".")[0] if self.label is None else self.label.rpartition("/")[2]
 
     def __str__(self) -> str:
-        return str(self.path) if self.sample is None else f"{self.path}#{self.sample}"
+        name = self.label or str(self.path)
+        return name if self.sample is None else f"{name}#{self.sample}"
 
 
 def printable(text: str) -> str:
@@ -91,10 +93,12 @@ def read_records(source: Source, *, seed: int = 0) -> Iterator[Record | DataErro
     Raises: DataError: a sample of more rows than there are.
     """
     rows = _read_rows(source.path)
+    if source.label is not None:
+        rows = _relabel(rows, str(source.path), source.label)
     if source.sample is None:
         yield from rows
         return
-    chance, seen = random.Random(f"{seed}/{source.path.name}"), 0
+    chance, seen = random.Random(f"{seed}/{source.label or source.path.name}"), 0
     kept: list[Record] = []
     for row in rows:
         if isinstance(row, DataError):
@@ -108,6 +112,16 @@ def read_records(source: Source, *, seed: int = 0) -> Iterator[Record | DataErro
     if seen < source.sample:
         raise DataError(f"{source}: the file has only {seen:,} rows; name it without #{source.sample}")
     yield from sorted(kept, key=lambda record: record.index)
+
+
+def _relabel(rows: Iterator[Record | DataError], path: str, label: str) -> Iterator[Record | DataError]:
+    """Rows with a label in place of the file's path, also in what is wrong with them."""
+    path = printable(path)
+    for row in rows:
+        if isinstance(row, DataError):
+            yield DataError(str(row).replace(path, label, 1))
+        else:
+            yield Record(row.value, row.where.replace(path, label, 1), row.index)
 
 
 def read_lines(path: str | Path) -> list[str]:

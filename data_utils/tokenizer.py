@@ -1,6 +1,7 @@
 """Load a tokenizer with its chat template."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
@@ -8,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
 from data_utils.model_path import explain_missing_model, find_template
+from data_utils.new_tokens import add_new_tokens
 from data_utils.sources import DataError
 from data_utils.template_source import explain_no_variable, find_variables
 
@@ -35,6 +37,7 @@ def load_tokenizer(
     chat_template_kwargs: str | None = None,
     cache_dir: str | None = None,
     trust_remote_code: bool = False,
+    new_tokens: Sequence[str] = (),
 ) -> PreTrainedTokenizerBase:
     """Load a tokenizer; one without a chat template gets plain ChatML, which is saved with the result.
 
@@ -42,6 +45,7 @@ def load_tokenizer(
     chat_template: file with a template to use instead of the tokenizer's own, or the name of one of templates/.
     chat_template_kwargs: JSON object of defaults for the template's variables. They become part of the template, so
         that every server that loads the result has them.
+    new_tokens: special tokens to add, which conversations may use (new_tokens.py).
 
     Raises: DataError: no tokenizer there, no fast tokenizer, or no ChatML tokens for the default template.
     """
@@ -57,6 +61,8 @@ def load_tokenizer(
         raise DataError(f"{path}: cannot load a tokenizer: {line}") from error
     if not tokenizer.is_fast:
         raise DataError(f"{path}: only fast tokenizers are supported; convert it to a tokenizer.json first")
+    if new_tokens:
+        add_new_tokens(tokenizer, new_tokens)
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template)
     if not tokenizer.chat_template:

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from data_utils.new_tokens import list_content_tokens
 from tuning.errors import explain_bad_files
 from tuning.model.stop_token import list_eos_ids
 
@@ -50,7 +51,16 @@ class TextPieces(BaseStreamer):
     @property
     def text(self) -> str:
         """All of the answer so far."""
-        return str(self._tokenizer.decode(self.ids, skip_special_tokens=True))
+        return decode_answer(self._tokenizer, self.ids)
+
+
+def decode_answer(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """Text of generated tokens, without special tokens but for those that were added for the text."""
+    kept = list_content_tokens(tokenizer)
+    if not kept:
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special and token.content not in kept}
+    return str(tokenizer.decode([token_id for token_id in ids if token_id not in special]))
 
 
 @torch.no_grad()
@@ -78,7 +88,7 @@ def generate_answers(
             output = model.generate(**inputs, **_complete(model, tokenizer, options))
         for new in output[:, width:].tolist():
             end = next((position for position, token_id in enumerate(new) if token_id in stops), None)
-            text = tokenizer.decode(new if end is None else new[:end], skip_special_tokens=True)
+            text = decode_answer(tokenizer, new if end is None else new[:end])
             yield Answer(text, "length" if end is None else "stop")
 
 

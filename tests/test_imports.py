@@ -8,8 +8,19 @@ import pytest
 
 from tests.conftest import ROOT, run_python
 
-STANDARD_ONLY = {"sources", "turns", "schema", "layout", "model_path", "conversations", "report"}
-OPTIONAL = {"deepspeed", "bitsandbytes", "gptqmodel", "mpi4py", "optimum", "tiktoken"}
+STANDARD_ONLY = {
+    "sources",
+    "turns",
+    "schema",
+    "layout",
+    "model_path",
+    "conversations",
+    "report",
+    "new_tokens",
+    "hub",
+    "hub_data",
+}
+OPTIONAL = {"deepspeed", "bitsandbytes", "gptqmodel", "mpi4py", "optimum", "tiktoken", "datasets", "modelscope"}
 LEAVES = {"errors", "messages", "machine", "console"}
 # Folders of tuning/ and what each may import beside itself and the leaves.
 MAY_IMPORT = {

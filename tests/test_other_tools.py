@@ -202,7 +202,7 @@ output_dir: data/out
         (
             "TRL's", TRL,
             dict(use_lora=True, lora_r=16, lora_alpha=8, learning_rate=2e-5, model_max_length=1024,
-                 gradient_checkpointing=True, data_path=["trl-lib/Capybara"]),
+                 gradient_checkpointing=True, data_path=["hf:trl-lib/Capybara"]),
         ),
     ],
 )  # fmt: skip

@@ -47,6 +47,15 @@ def add_trust_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_hub_flag(parser: argparse.ArgumentParser) -> None:
+    """Which hub the names of models belong to."""
+    parser.add_argument(
+        "--hub",
+        choices=["huggingface", "modelscope"],
+        help="where names of models are looked up (default: huggingface; modelscope with USE_MODELSCOPE_HUB=1)",
+    )
+
+
 def _read_bool(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError("expected True or False")

@@ -25,6 +25,7 @@ from transformers.core_model_loading import (
 
 from tuning.checkpoint.tensor_files import DTYPES, StoredTensor, list_tensors, read_header
 from tuning.errors import SettingsError, explain_bad_files, read_json_object
+from tuning.model.new_tokens import append_rows, resize_model
 from tuning.model.quantization import Quantization
 from tuning.model.quantized_linear import QuantizedLinear
 from tuning.model.quantized_pieces import dequantize_pieces, quantize_and_dequantize
@@ -67,6 +68,7 @@ class BaseTensors:
         self.stored |= _find_beside(model, directory, self.stored)
         self.sources: list[Source] = []
         self.source_of: dict[str, Source] = {}  # by name in the model
+        self._grown: set[str] = set()
         self._read_last: tuple[Source, dict[str, Tensor]] | None = None
         with explain_bad_files(f"{directory}: its tensors have names that cannot be understood"):
             self._find_sources()
@@ -83,7 +85,24 @@ class BaseTensors:
         value = self._read_last[1][self.own_name(name)]
         if len(source.targets) == 1:
             self._read_last = None  # nothing else is in it
+        value = append_rows(value, len(self._state[name])) if name in self._grown else value
         return value.to(dtype) if dtype is not None and value.is_floating_point() else value
+
+    def grow(self, num_rows: int) -> None:
+        """Have vocabulary matrices of so many rows, where they have fewer: with zeros behind their own."""
+        before = {name: tensor.shape for name, tensor in self._state.items()}
+        resize_model(self.model, num_rows)
+        self._state = self.model.state_dict(keep_vars=True)
+        self._grown |= {name for name, tensor in self._state.items() if tensor.shape != before[name]}
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the vocabulary matrices."""
+        return len(self.model.get_input_embeddings().weight)
+
+    def is_grown(self, name: str) -> bool:
+        """Whether a tensor has more rows than the stored one."""
+        return name in self._grown
 
     def own_name(self, name: str) -> str:
         """The name under which a tensor is stored; of a tied matrix that may be its other one."""

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from tuning.errors import SettingsError
 from tuning.messages import first_line
+from tuning.model.new_tokens import resize_for_adapter
 from tuning.model.saved_adapter import SavedAdapter, attach_lora, find_row_ids
 from tuning.model.token_rows import PEFT_SUFFIX, is_tied
 
@@ -30,7 +31,7 @@ class Changes:
 
     model: the base on the meta device, with plain layers; the adapter's modules are put into it.
 
-    comes_apart: whether a tied matrix becomes two.
+    comes_apart: whether a tied matrix becomes two. num_rows: rows of the vocabulary matrices.
 
     Raises: SettingsError: the adapter does not fit.
     """
@@ -38,9 +39,11 @@ class Changes:
     def __init__(self, model: PreTrainedModel, adapter: SavedAdapter):
         was_tied = is_tied(model)
         self.adapter = adapter
+        resize_for_adapter(model, adapter.config, adapter.state)
         ids = find_row_ids(model, adapter)
         embedding, output = _vocabulary_names(model)
         peft_model, _ = attach_lora(model, adapter, values=True)
+        self.num_rows = len(model.get_input_embeddings().weight)  # more than the base's where it has new tokens
         self._layers: dict[str, tuple[str, LoraLayer]] = {}  # of a tensor: its name in its layer, and the layer
         self._trained: dict[str, Tensor] = {}  # whole tensors that take the place of the base's
         self._row_values: dict[str, tuple[Tensor, Tensor]] = {}  # ids and values of rows

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from tuning.checkpoint.adapter_base import copy_tokenizer, tokenizer_source
 from tuning.checkpoint.base_tensors import BaseTensors, Source
@@ -62,7 +61,7 @@ class Merge:
 
     def is_computed(self, name: str) -> bool:
         """Whether a tensor of the model is another one than the base's."""
-        return name in self.changed or self.base.is_quantized(name)
+        return name in self.changed or self.base.is_quantized(name) or self.base.is_grown(name)
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The dtype that a tensor of the model has in the result."""
@@ -136,7 +135,8 @@ def list_items(merge: Merge) -> Iterator[tuple[Path, Item]]:
             dtype = merge.dtype_of(source.targets[0])
             computed = any(map(merge.is_computed, source.targets))
             same = dtype == base.stored_dtype(source.targets[0])
-            item = Item(Entry.of(stored.name, dtype, stored.shape), None, tuple(source.targets))
+            shape = stored.shape if source.converter is not None else base.shape(source.targets[0])
+            item = Item(Entry.of(stored.name, dtype, shape), None, tuple(source.targets))
             yield last, Item(as_it_is, stored) if same and not computed else item
         seen.add(id(source))
     if merge.comes_apart:
@@ -242,14 +242,9 @@ def _compute(merge: Merge, item: Item) -> dict[str, Tensor]:
     return {name: value.clone(memory_format=torch.contiguous_format) for name, value in stored.items()}
 
 
-def write_others(
-    merge: Merge, model: PreTrainedModel, adapter: Path, out: Path, *, dtype: torch.dtype, trust: Trust
-) -> None:
-    """Write what a merged model has beside its weights: of the adapter where it brings it along, else of the base.
-
-    model: of the base's class, on any device; its configuration is changed.
-    """
-    base = merge.base.directory
+def write_others(merge: Merge, adapter: Path, out: Path, *, dtype: torch.dtype, trust: Trust) -> None:
+    """Write what a merged model has beside its weights: of the adapter where it brings it along, else of the base."""
+    base, model = merge.base.directory, merge.base.model
     source = adapter if (adapter / "generation_config.json").is_file() else base
     if (generation_config := load_generation_config(str(source))) is not None:
         model.config.get_text_config().eos_token_id = next(iter(list_eos_ids(generation_config)), None)

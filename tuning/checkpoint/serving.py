@@ -3,14 +3,15 @@
 from typing import Any
 
 
-def describe_serving(training_model: Any, *, quantized: bool) -> dict[str, Any]:
+def describe_serving(training_model: Any, *, quantized: bool, resized_to: int | None = None) -> dict[str, Any]:
     """What a server can take, for run.json and the end of the log.
 
     Servers that load adapters beside the base (vLLM) take low-rank products of linear layers only: they refuse
     vocabulary rows and whole matrices (vllm issues 36501, 9280), and know adapters of experts in other forms than
     peft's. A result without an adapter loads everywhere.
 
-    training_model: a TrainingModel. quantized: whether the adapter was trained on quantised weights.
+    training_model: a TrainingModel. quantized: whether the adapter was trained on quantised weights. resized_to: rows
+    that a base needs for the adapter's new tokens.
 
     Returns: {"as_it_is": where the directory can be served, "merge_first": why it must be merged elsewhere, or None}.
     """
@@ -31,7 +32,8 @@ def describe_serving(training_model: Any, *, quantized: bool) -> dict[str, Any]:
         obstacles.append("biases")
     if obstacles:
         why = f"it holds {' and '.join(obstacles)}, which servers that load adapters refuse"
-        return {"as_it_is": "peft", "merge_first": why}
+        where = "peft" if resized_to is None else f"peft, after base.resize_token_embeddings({resized_to})"
+        return {"as_it_is": where, "merge_first": why}
     if quantized:
         return {"as_it_is": "peft, on the same quantised base", "merge_first": "it was trained on quantised weights"}
     return {"as_it_is": f"peft, and servers that load adapters of rank {config.r}", "merge_first": None}

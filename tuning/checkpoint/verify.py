@@ -26,6 +26,7 @@ from tuning.checkpoint.changes import redo_initialisation
 from tuning.checkpoint.merge import Merge
 from tuning.errors import SettingsError, explain_bad_files
 from tuning.model.loading import hide_gptqmodel
+from tuning.model.new_tokens import resize_model
 from tuning.model.saved_adapter import adapters_off_meta
 
 # Largest difference of float32 logits that rounding explains, relative to the largest logit.
@@ -101,6 +102,7 @@ def compute_adapter_logits(
     Returns: None where peft cannot add adapters up (anything but LoRA on layers).
     """
     hide_gptqmodel()
+    resize_model(model, base.num_rows)
     peft_model: Any = None
     configs = [read_adapter_config(path) for path, _ in adapters]
     for number, ((path, _), config) in enumerate(zip(adapters, configs, strict=True)):

@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 
 from tuning.errors import SettingsError
 from tuning.model.lora import add_lora
+from tuning.model.new_tokens import NewTokens, add_rows, resize_for_adapter
 from tuning.model.other_parts import freeze_other_parts
 from tuning.model.saved_adapter import SavedAdapter, attach_lora
 from tuning.model.training_model import TrainingModel
@@ -17,7 +18,8 @@ class TokensInUse:
     """Tokens of the chat template and the data.
 
     stop_id, stop: the token that ends an answer, and its text. template_ids: the template's control tokens.
-    largest_id: in the data. vocabulary_size: ids from here on belong to no token.
+    largest_id: in the data. vocabulary_size: ids from here on belong to no token of the checkpoint. new: tokens that
+    were added to it.
     """
 
     stop_id: int
@@ -25,6 +27,7 @@ class TokensInUse:
     template_ids: list[int]
     largest_id: int
     vocabulary_size: int
+    new: NewTokens | None = None
 
 
 def build_training_model(
@@ -37,15 +40,21 @@ def build_training_model(
 
     Raises: SettingsError: control tokens outside the embedding, or adapters that do not fit.
     """
+    if adapter is not None:
+        resize_for_adapter(model, adapter.config, adapter.state)
+    elif tokens.new is not None:
+        add_rows(model, tokens.new)
     check_vocabulary(model, max(*tokens.template_ids, tokens.stop_id, tokens.largest_id))
     freeze_other_parts(model)
     if not lora.use_lora:
         return TrainingModel(model)
     if adapter is not None:
         return TrainingModel(*attach_lora(model, adapter))
-    embeddings = lora.train_embeddings
+    embeddings, new_ids = lora.train_embeddings, set(tokens.new.ids) if tokens.new else set()
+    token_ids = {*tokens.template_ids, tokens.stop_id, *new_ids}
     if embeddings == "auto":
-        embeddings = "tokens" if is_base else "off"
+        embeddings = "tokens" if is_base or new_ids else "off"
+        token_ids = token_ids if is_base else new_ids
     peft_model, rows = add_lora(
         model,
         r=lora.lora_r,
@@ -57,7 +66,7 @@ def build_training_model(
         target_modules=lora.lora_target_modules,
         experts=lora.lora_experts,
         embeddings=embeddings,
-        token_ids=sorted({*tokens.template_ids, tokens.stop_id}),
+        token_ids=sorted(token_ids),
     )
     return TrainingModel(peft_model, rows)
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from tuning.errors import SettingsError, explain_bad_files
 from tuning.model.loading import hide_gptqmodel
 from tuning.model.lora_linear import fuse_lora_forward
+from tuning.model.new_tokens import resize_for_adapter
 from tuning.model.token_rows import PEFT_SUFFIX, TokenRows, is_tied
 
 
@@ -37,12 +38,14 @@ def attach_lora(
 ) -> tuple[PeftModel, TokenRows | None]:
     """Give a model the adapters (and trained rows) of a saved adapter, ready to train further.
 
+    Where the adapter has rows of new tokens, the model's vocabulary matrices are made as large.
     A model on the meta device takes no values, or those of adapters and whole matrices alone (values), in float32;
     everything else is checked with it, too.
 
     Raises: SettingsError: it does not fit the model.
     """
     directory, config, state = adapter.directory, copy.deepcopy(adapter.config), adapter.state
+    resize_for_adapter(model, config, state)
     is_meta = model.get_input_embeddings().weight.is_meta
     row_state = {name: value for name, value in state.items() if name.endswith(PEFT_SUFFIX)}
     other_state = {name: value for name, value in state.items() if name not in row_state}

@@ -45,6 +45,7 @@ def check_settings(settings: Settings) -> Iterator[str]:
             if name in given and meaning.needs and not _is_met(meaning.needs, values):
                 yield f"--{name}: has no effect without --{meaning.needs.replace('|', ' or ')}"
     yield from _check_lora(lora, model, given)
+    yield from _check_new_tokens(data, lora)
     yield from _check_schedule(run)
     yield from _check_run(run, model, given)
     yield from _check_processes(run, given)
@@ -87,6 +88,15 @@ def _check_lora(lora: LoraArguments, model: ModelArguments, given: frozenset[str
         of_the_adapter = {name for name, each in list_meanings(lora).items() if each.needs == "use_lora"}
         if taken := sorted(given & of_the_adapter - _NOT_IN_ADAPTER - {"lora_weight_path"}):
             yield f"--{taken[0]}: has no effect with --lora_weight_path, whose adapter says it"
+
+
+def _check_new_tokens(data: DataArguments, lora: LoraArguments) -> Iterator[str]:
+    if not data.add_special_tokens:
+        return
+    if lora.lora_weight_path:
+        yield "--add_special_tokens: has no effect with --lora_weight_path, whose adapter brings its tokens along"
+    elif lora.use_lora and lora.train_embeddings == "off":
+        yield "--add_special_tokens and --train_embeddings off: new tokens would never be learnt; use auto or full"
 
 
 def _check_run(run: RunOptions, model: ModelArguments, given: frozenset[str]) -> Iterator[str]:

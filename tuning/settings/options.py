@@ -30,6 +30,10 @@ class ModelArguments:
     """What is trained."""
 
     model_name_or_path: str = option("checkpoint directory or hub name", section="model", main=True)
+    hub: Literal["huggingface", "modelscope"] | None = option(
+        "where names of models are looked up",
+        default=None, shown="huggingface; modelscope with USE_MODELSCOPE_HUB=1",
+    )  # fmt: skip
     cache_dir: str | None = option(
         "where hub downloads and tokenised data are kept", default=None, shown="the user's cache directory"
     )
@@ -45,7 +49,9 @@ class DataArguments:
     """What it is trained on."""
 
     data_path: list[str] = option(
-        "training data: files, FILE#N (a sample of N conversations), directories", section="data", main=True
+        "training data: files, FILE#N (a sample of N conversations), directories, hf:OWNER/NAME, ms:OWNER/NAME",
+        section="data",
+        main=True,
     )
     eval_data_path: list[str] | None = option("conversations to evaluate on", default=None)
     eval_share: float | None = option(
@@ -70,6 +76,11 @@ class DataArguments:
     chat_template_kwargs: str | None = option(
         "defaults for the template, as JSON: '{\"enable_thinking\": false}'", default=None, trajectory=True
     )
+    add_special_tokens: list[str] | None = option(
+        "new tokens for markers in conversations, in any role: words, or a file with one a line; their vocabulary rows "
+        "train, with LoRA as token rows",
+        default=None, trajectory=True,
+    )  # fmt: skip
     data_format: Literal["conversations", "messages", "alpaca", "prompt", "text"] | None = option(
         "format of the data", default=None, shown="told by the keys of each record"
     )

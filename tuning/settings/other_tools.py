@@ -27,6 +27,7 @@ _RENAMED = {
     "eval_share": "val_size val_set_size split_dataset_ratio test_size validation_split",
     "system_message": "system default_system system_prompt",
     "on_bad_row": "skip_bad_rows",
+    "add_special_tokens": "new_special_tokens additional_special_tokens add_tokens tokens",
     "use_lora": "use_peft lora peft",
     "q_lora": "use_qlora qlora load_in_4bit",
     "bits": "quantization_bit quant_bits num_bits",
@@ -87,15 +88,16 @@ _NOT_HERE = {
         "train_on_responses_only loss_scale roles_to_train train_on_eos"
     ),
     "not needed: the stop token follows from the chat template and is trained": (
-        "special_tokens eos_token pad_token add_eos_token new_special_tokens"
+        "special_tokens eos_token pad_token add_eos_token"
     ),
+    "not needed: --add_special_tokens makes the vocabulary matrices as large as they must be": "resize_vocab",
     "not needed: rows are tokenised by all cores": ("preprocessing_num_workers dataset_processes dataset_num_proc"),
     "not needed: loss.png and metrics.jsonl are always written": ("plot_loss include_effective_tokens_per_second"),
     "not needed: what is trained is printed by python -m data_utils show": ("debug_tokens print_samples"),
     "here FILE#N after a path takes a sample of N rows": ("max_samples max_train_samples max_eval_samples"),
     "here --report_to wandb": ("wandb_project wandb_entity use_wandb wandb use_swanlab"),
     "here --fsdp full_shard": ("fsdp_version tensor_parallel tp_size device_map"),
-    "here --train_embeddings full": ("additional_target lora_modules_to_save modules_to_save resize_vocab"),
+    "here --train_embeddings full": ("additional_target lora_modules_to_save modules_to_save"),
     "not available yet": (
         "neftune_alpha early_stopping_patience freeze_trainable_layers use_galore use_badam llama_pro use_apollo "
         "loraplus_lr_embedding curriculum_sampling"
@@ -118,15 +120,16 @@ _SAY = {
     "quantization_bit": "here --q_lora --bits 4 or 8",
     "val_size": "here --eval_share 0.05, with --eval_strategy epoch or steps",
     "val_set_size": "here --eval_share 0.05, with --eval_strategy epoch or steps",
-    "dataset": "here --data_path, with paths of files",
-    "datasets": "here --data_path, with paths of files",
-    "dataset_name": "here --data_path, with paths of files",
+    "dataset": "here --data_path, with paths of files, or hf:OWNER/NAME",
+    "datasets": "here --data_path, with paths of files, or hf:OWNER/NAME",
+    "dataset_name": "here --data_path, with paths of files, or hf:OWNER/NAME",
     "dataset_dir": "here --data_path takes paths of files or a directory",
     "saves_per_epoch": "here --save_strategy epoch, or --save_steps",
     "evals_per_epoch": "here --eval_strategy epoch, or --eval_steps",
     "overwrite_cache": "here --no_cache",
     "no_cuda": "here --use_cpu",
     "additional_target": "here --train_embeddings full",
+    "use_hf": "here --hub huggingface, which is the default, or modelscope",
     "gpu_memory_limit": "here --device_memory_gib",
 }  # fmt: skip
 _HERE = {other: own for own, others in _RENAMED.items() for other in others.split()}
@@ -258,10 +261,23 @@ def _translate_one(name: str, value: Any, settings: Mapping[str, Any]) -> list[t
 def _translate_files(value: Any, settings: Mapping[str, Any]) -> list[tuple[str | None, Any, str]]:
     folder = settings.get("dataset_dir")
     entries = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
-    paths = [str(each.get("path", each) if isinstance(each, Mapping) else each).strip() for each in entries]
+    of_all = {"name": settings.get("dataset_config"), "split": settings.get("dataset_train_split")}  # TRL's
+    described = [{**of_all, **each} if isinstance(each, Mapping) else {**of_all, "path": each} for each in entries]
+    paths = [str(each.get("path", each)).strip() for each in described]
     if isinstance(folder, str):
         paths = [path if Path(path).suffix else f"{folder}/{path}.json" for path in paths]
-    return [("data_path", paths, "names of data sets become paths of files here: check them")]
+    else:
+        paths = [_as_hub_name(path, each) for path, each in zip(paths, described, strict=True)]
+    note = "names of data sets become paths of files here, or names on the Hugging Face hub: check them"
+    return [("data_path", paths, note)]
+
+
+def _as_hub_name(path: str, entry: Mapping[str, Any]) -> str:
+    """A data set's name on the hub in our form; what looks like a file stays as it is."""
+    if path.count("/") != 1 or Path(path).suffix or path[0] in "/.~" or Path(path).exists():
+        return path
+    subset, split = entry.get("name"), entry.get("split")
+    return f"hf:{path}{f'/{subset}' if subset else ''}{f':{split}' if split else ''}"
 
 
 def _translate_method(value: Any, settings: Mapping[str, Any]) -> list[tuple[str | None, Any, str]]:
@@ -287,6 +303,10 @@ def _translate_targets(value: Any, settings: Mapping[str, Any]) -> list[tuple[st
     return [(None, None, "")] if value in ("all", "all-linear", True) else [("lora_target_modules", value, "")]
 
 
+def _translate_tokens(value: Any, settings: Mapping[str, Any]) -> list[tuple[str | None, Any, str]]:
+    return [("add_special_tokens", value.split(",") if isinstance(value, str) else value, "")]
+
+
 def _translate_share(value: Any, settings: Mapping[str, Any]) -> list[tuple[str | None, Any, str]]:
     if not isinstance(value, int | float) or value <= 0:
         return [(None, None, "")]
@@ -310,6 +330,7 @@ _CONVERT: dict[str, _Convert] = {
     "sft_type": _translate_method,
     "adapter": _translate_method,
     "stage": _translate_stage,
+    **dict.fromkeys(("add_special_tokens", *_RENAMED["add_special_tokens"].split()), _translate_tokens),
     "quantization_bit": lambda value, _: _translate_quantization(value),
     "load_in_4bit": lambda value, _: _translate_quantization(4 if value else 0),
     "load_in_8bit": lambda value, _: _translate_quantization(8 if value else 0),

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import transformers
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tuning.checkpoint.base import BaseModel
 from tuning.console import is_rank_0, say
@@ -31,7 +31,8 @@ class PreparedModel:
     """A model that is ready to train.
 
     generation_config: saved with the result, which then stops on the template's stop token. padded_because: why it
-    cannot train packed sequences; None where it can. trainable, total: numbers of parameters.
+    cannot train packed sequences; None where it can. trainable, total: numbers of parameters. resized_to: rows of the
+    vocabulary matrices, where new tokens made them larger.
     """
 
     training_model: TrainingModel
@@ -39,6 +40,7 @@ class PreparedModel:
     padded_because: str | None
     trainable: int
     total: int
+    resized_to: int | None = None
 
 
 def prepare_model(
@@ -71,8 +73,9 @@ def prepare_model(
             trust_remote_code=model_args.trust_remote_code,
         )
     )
-    is_base = base.evidence.is_base
+    is_base, num_rows = base.evidence.is_base, _count_vocabulary(model)
     training_model = build_training_model(model, arguments.lora, is_base=is_base, tokens=tokens, adapter=base.adapter)
+    resized_to = after if (after := _count_vocabulary(model)) != num_rows else None
     if checkpointing:
         enable_gradient_checkpointing(model)
     if not is_sharded:
@@ -82,6 +85,10 @@ def prepare_model(
     dtype = str(base.compute_dtype).removeprefix("torch.")
     say(f"model: {base.evidence.describe()}")
     say(f"       {trainable:,} of {total:,} parameters train; computing in {dtype}")
+    if tokens.new is not None:
+        new = f"{len(tokens.new.ids)} new tokens, from {tokens.new.ids[0]} on"
+        where = f"the vocabulary matrices now have {resized_to:,} rows" if resized_to else "in rows that no token used"
+        say(f"       {new}; {where}")
     for name, part in find_other_parts(model).items():
         say(f"       {name} stays as it is ({sum(p.numel() for p in part.parameters()):,} parameters)")
     if adapted := count_expert_adapters(training_model):
@@ -103,4 +110,8 @@ def prepare_model(
         say(f"batches: {warning}")
     generation_config = align_stop_token(model, tokenizer, stop_id=tokens.stop_id, is_base=is_base)
     shard_model(training_model, run, base.compute_dtype)
-    return PreparedModel(training_model, generation_config, obstacle, trainable, total)
+    return PreparedModel(training_model, generation_config, obstacle, trainable, total, resized_to)
+
+
+def _count_vocabulary(model: PreTrainedModel) -> int:
+    return len(model.get_input_embeddings().weight)

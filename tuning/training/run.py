@@ -75,7 +75,9 @@ def describe_run(
         "parameters": {"trainable": model.trainable, "total": model.total},
         "layout": {"packed": model.padded_because is None, "padded_because": model.padded_because},
         "plan": plan.to_json(),
-        "serving": describe_serving(model.training_model, quantized=base.quantization is not None),
+        "serving": describe_serving(
+            model.training_model, quantized=base.quantization is not None, resized_to=model.resized_to
+        ),
         "processes": run.world_size,
         "engine": run.engine,
     }
