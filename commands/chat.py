@@ -46,7 +46,7 @@ class Chat:
             from tuning.checkpoint.merge import find_base, tokenizer_source
             from tuning.model.training_model import TrainingModel
 
-            base = find_base(path, find_adapter_base(path, args.base, allow_pickle=args.allow_pickle, say=_note), None)
+            base = find_base(path, find_adapter_base(path, args.base, args, _note), None)
             self.tokenizer = load_tokenizer(str(tokenizer_source(path, base)), trust_remote_code=args.trust_remote_code)
             check_adapter_fits(path, base, trust_remote_code=args.trust_remote_code)
             model = load_model(

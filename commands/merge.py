@@ -29,12 +29,12 @@ def run(args: argparse.Namespace) -> None:
     onto = None if args.onto == "base" else trained
     # A checkpoint that is quantised itself has another one that it was made from.
     other = args.onto == "base" and trained is not None and trained.dtype is None
-    base = merge.find_base(adapter, find_adapter_base(adapter, args.base, args.cache_dir), args.cache_dir, other=other)
+    base = merge.find_base(adapter, find_adapter_base(adapter, args.base, args), args.cache_dir, other=other)
     if onto is None and (own := find_quantization(str(base), cache_dir=None, trust_remote_code=args.trust_remote_code)):
         raise SettingsError(f"--onto base: {base} is quantised ({own.describe()}); --base must name another")
     trained_on = base
     if other and not args.no_verify:
-        trained_on = merge.find_base(adapter, find_adapter_base(adapter, None, args.cache_dir), args.cache_dir)
+        trained_on = merge.find_base(adapter, find_adapter_base(adapter, None, args), args.cache_dir)
         merge.check_same_origin(base, trained_on, trust=trust)
     check_adapter_fits(adapter, base, trust_remote_code=args.trust_remote_code)
 

@@ -4,6 +4,7 @@ A conversion is named by the original's name and by a hash of what it follows fr
 which is written last; who makes one holds its lock, and who comes later waits for that.
 """
 
+import argparse
 import hashlib
 import os
 from collections.abc import Callable
@@ -47,41 +48,36 @@ def find_model(
     path: str,
     cache_dir: str | None = None,
     *,
-    revision: str | None = None,
     allow_pickle: bool = False,
     say: Callable[[str], None] = say,
 ) -> str:
     """PATH as it is, or of an original Qwen checkpoint the directory of its conversion, which is made if need be.
 
-    path: directory or hub name. revision: of a hub name. say: takes the line that tells of a conversion.
+    path: directory or hub name. say: takes the line that tells of a conversion.
 
     Raises: DataError, SettingsError: a checkpoint that cannot be converted. MachineError: no room for it.
     """
-    found = _find(path, cache_dir, revision=revision, allow_pickle=allow_pickle, say=say)
+    found = _find(path, cache_dir, allow_pickle=allow_pickle, say=say)
     return path if found is None else found.directory
 
 
 def find_adapter_base(
-    adapter: Path,
-    named: str | None,
-    cache_dir: str | None = None,
-    *,
-    allow_pickle: bool = False,
-    say: Callable[[str], None] = say,
+    adapter: Path, named: str | None, args: argparse.Namespace, say: Callable[[str], None] = say
 ) -> str | None:
     """What to name as an adapter's base: `named` as it is, or the conversion of an original Qwen checkpoint.
 
-    named: of --base; None: the base that the adapter names, and None again where that is no original Qwen.
+    named: of --base; None: the base that the adapter names, and None again where that is no original Qwen. args: of the
+    script, which may have cache_dir and allow_pickle.
 
     Raises: as find_model.
     """
     from tuning.checkpoint.adapter import read_adapter_config
 
     config = read_adapter_config(adapter)
-    path = named or config.base_model_name_or_path
+    path, revision = (named, None) if named else (config.base_model_name_or_path, config.revision)
     if not path:
         return named
-    revision = None if named else config.revision
+    cache_dir, allow_pickle = getattr(args, "cache_dir", None), getattr(args, "allow_pickle", False)
     found = _find(str(path), cache_dir, revision=revision, allow_pickle=allow_pickle, say=say)
     return named if found is None else found.directory
 

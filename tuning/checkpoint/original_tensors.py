@@ -196,7 +196,8 @@ def copy_tensors(shards: Shards, out: Path, shape: Shape) -> None:
     names_in = {file: [name for name, (where, *_) in shards.found.items() if where == file] for file in shards.files}
     kept = {file: [name for name in names if name in origins] for file, names in names_in.items()}
     files = [file for file, names in kept.items() if names]
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
     for number, file in enumerate(files, 1):
         name = "model.safetensors" if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
         written, size = _write_file(out / name, shards, {old: origins[old] for old in sorted(kept[file])})
@@ -255,5 +256,5 @@ def _write_file(path: Path, shards: Shards, origins: dict[str, Origin]) -> tuple
             count = len(origin.targets)
             parts = (tensor,) * count if origin.cut < 0 else tensor.chunk(count, dim=origin.cut)
             for part in parts:
-                file.write(memoryview(part.contiguous().view(torch.uint8).flatten().numpy()))
+                file.write(part.contiguous().view(torch.uint8).flatten().numpy().data)
     return [name for name in header if name != "__metadata__"], position
