@@ -38,14 +38,10 @@ def write_conversion(source: Path, out: Path, *, allow_pickle: bool) -> None:
 
     Raises: DataError, SettingsError: a file of it that is damaged, or holds what cannot be taken over.
     """
-    tokenizer_files = (VOCABULARY_FILE, "tokenizer.json")
-    if not any((source / name).is_file() for name in tokenizer_files):
+    if not (source / VOCABULARY_FILE).is_file():
         raise SettingsError(f"{source}: no {VOCABULARY_FILE} in it, the original Qwen's vocabulary; copy it there")
     tokenizer = load_tokenizer(str(source))
-    known = tokenizer.get_vocab()
-    if lacking := [text for text in (END_OF_TEXT, IM_END) if text not in known]:
-        raise SettingsError(f"{source}: its tokenizer has no {lacking[0]}, so it is none of the original Qwen")
-    stop = StopTokens(known[END_OF_TEXT], known[IM_END])
+    stop = StopTokens(*tokenizer.convert_tokens_to_ids([END_OF_TEXT, IM_END]))
     convert_checkpoint(source, out, stop, allow_pickle=allow_pickle)
     with explain_bad_files(f"{out}: the tokenizer cannot be written"):
         tokenizer.save_pretrained(out)

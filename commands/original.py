@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # peft takes a second, which chat.py need not wait for
 
 _VERSION = 1  # of what is written; another one converts anew
 _NEEDED = ("*.json", "*.safetensors", "*.tiktoken")  # of a hub repository
-_DESCRIBING = ("config.json", "generation_config.json", "quantize_config.json", VOCABULARY_FILE, "tokenizer.json")
+_DESCRIBING = ("config.json", "generation_config.json", "quantize_config.json", VOCABULARY_FILE)
 
 
 @dataclass(frozen=True)

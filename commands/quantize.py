@@ -33,8 +33,9 @@ def run(args: argparse.Namespace) -> None:
     out, allow = Path(args.out), Trust(args.trust_remote_code, args.allow_pickle)
     trust = args.trust_remote_code
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = find_model(args.model, args.cache_dir, allow_pickle=args.allow_pickle)
     try:
-        path = local_directory(find_model(args.model, args.cache_dir, allow_pickle=args.allow_pickle), args.cache_dir)
+        path = local_directory(found, args.cache_dir)
     except (OSError, ValueError):
         raise SettingsError(f"{args.model}: no such model") from None
 

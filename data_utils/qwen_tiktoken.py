@@ -29,8 +29,11 @@ _LARGEST_PADDING = 1024  # rows of the vocabulary matrix that belong to no token
 
 
 def needs_conversion(directory: Path) -> bool:
-    """Whether a directory has this vocabulary and no fast tokenizer."""
-    return (directory / VOCABULARY_FILE).is_file() and not (directory / "tokenizer.json").is_file()
+    """Whether a directory has this vocabulary and no fast tokenizer, or none that belongs to an original model."""
+    if not (directory / VOCABULARY_FILE).is_file():
+        return False
+    is_original = _read_json(directory / "config.json").get("model_type") == "qwen"
+    return is_original or not (directory / "tokenizer.json").is_file()
 
 
 def load_qwen_tokenizer(directory: Path) -> PreTrainedTokenizerFast:

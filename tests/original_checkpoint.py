@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from data_utils.tiktoken_encoder import byte_letters
 from tests.conftest import SHARED
+from tuning import convert
+from tuning.model.loading import load_model
 
 GOLDEN = SHARED / "golden" / "qwen_v1_tiny"
 LINEAR = ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj")
@@ -166,3 +168,26 @@ def read_all(directory: Path) -> dict[str, torch.Tensor]:
     return {
         name: tensor for file in sorted(directory.glob("*.safetensors")) for name, tensor in load_file(file).items()
     }
+
+
+def convert_to(source: Path, out: Path, *more: str) -> Path:
+    """python -m tuning.convert, in this process."""
+    convert.main([str(source), str(out), *more])
+    return out
+
+
+def change(source: Path, name: str, **values) -> None:
+    """Change values of a JSON file; "absent" takes them out."""
+    path = source / name
+    found = {**json.loads(path.read_text()), **values}
+    path.write_text(json.dumps({key: value for key, value in found.items() if value != "absent"}))
+
+
+def truncate(path: Path, share: float = 0.5) -> None:
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
+
+@torch.no_grad()
+def logits_of(directory, ids, **options):
+    """Logits by our loader, float32."""
+    return load_model(str(directory), dtype=torch.float32, **options).eval()(input_ids=ids).logits
