@@ -16,7 +16,7 @@ from transformers import GenerationConfig, Qwen2Config
 
 from tuning.checkpoint.files import write_json
 from tuning.checkpoint.older_readers import add_old_names
-from tuning.checkpoint.original_tensors import Shape, copy_tensors, open_shards
+from tuning.checkpoint.original_tensors import Shape, Shards, copy_tensors
 from tuning.errors import SettingsError, explain_bad_files, read_json_object
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -47,18 +47,18 @@ def is_original_qwen(directory: Path) -> bool:
 def convert_checkpoint(source: Path, out: Path, stop: StopTokens, *, allow_pickle: bool = False) -> None:
     """Write config.json, generation_config.json and safetensors into OUT, which is there and empty.
 
-    Everything is checked before the first tensor is written, and one tensor at a time is in memory.
+    Everything is checked before the first tensor is written, and one file at a time is in memory.
 
     Raises: SettingsError: what could not be taken over to the letter.
     """
     values = _read_config(source)
-    with open_shards(source, allow_pickle=allow_pickle) as shards:
-        stored = _stored_dtype(values, source / "config.json") or shards.dtype_of("transformer.wte.weight")
-        config = build_config(source / "config.json", values, stored)
-        generation = build_generation_config(source / "generation_config.json", stop)
-        config.pad_token_id, ends = stop.end_of_text, generation["eos_token_id"]
-        config.eos_token_id = ends[0] if isinstance(ends, list) else ends
-        copy_tensors(shards, out, _read_shape(values, source / "config.json"))
+    shards = Shards(source, allow_pickle=allow_pickle)
+    stored = _stored_dtype(values, source / "config.json") or shards.dtype_of("transformer.wte.weight")
+    config = build_config(source / "config.json", values, stored)
+    generation = build_generation_config(source / "generation_config.json", stop)
+    config.pad_token_id, ends = stop.end_of_text, generation["eos_token_id"]
+    config.eos_token_id = ends[0] if isinstance(ends, list) else ends
+    copy_tensors(shards, out, _read_shape(values, source / "config.json"))
     with explain_bad_files(f"{source}/config.json"):
         config.save_pretrained(out)
     write_json(out / "generation_config.json", generation)

@@ -1,4 +1,4 @@
-"""Tensors of an original Qwen checkpoint under Qwen2's names: copied byte for byte, one at a time.
+"""Tensors of an original Qwen checkpoint under Qwen2's names: copied byte for byte.
 
 A fused c_attn is cut in three: q, k and v are thirds of its rows (packed by GPTQ: of its columns).
 """
@@ -68,53 +68,57 @@ class Origin:
 
 
 class Shards:
-    """The weights files of a checkpoint, opened: where each tensor is, and what is known without reading it."""
+    """The weights files of a checkpoint: where each tensor is, and what is known without reading it.
 
-    def __init__(self, files: dict[Path, Any]):
-        self.files = files
+    One file at a time is open, so that no more than it is ever in memory.
+
+    Raises: SettingsError: one is absent, cut short or no such file, or they are pickles.
+    """
+
+    def __init__(self, source: Path, *, allow_pickle: bool):
+        self.files = _list_files(source, allow_pickle=allow_pickle)
         self.found: dict[str, tuple[Path, tuple[int, ...], str]] = {}
-        for file, opened in files.items():
-            for name in opened.keys():  # noqa: SIM118
-                if name in self.found:
-                    raise SettingsError(f"{file}: {name} is also in {self.found[name][0].name}; copy the files again")
-                tensor = opened[name] if isinstance(opened, dict) else opened.get_slice(name)
-                pickled = isinstance(opened, dict)
-                shape = tuple(tensor.shape if pickled else tensor.get_shape())
-                dtype = _DTYPES.get(tensor.dtype, str(tensor.dtype)) if pickled else str(tensor.get_dtype())
-                self.found[name] = (file, shape, dtype)
+        for file in self.files:
+            with open_file(file) as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    if name in self.found:
+                        raise SettingsError(
+                            f"{file}: {name} is also in {self.found[name][0].name}; copy the files again"
+                        )
+                    self.found[name] = (file, *_describe(opened, name))
 
     def dtype_of(self, name: str) -> str:
         """A tensor's dtype by torch's name, "float32" if there is none."""
         dtype = self.found[name][2] if name in self.found else "F32"
         return {"F16": "float16", "BF16": "bfloat16"}.get(dtype, "float32")
 
-    def read(self, name: str) -> Tensor:
-        """A whole tensor."""
-        file = self.found[name][0]
-        opened = self.files[file]
-        with explain_bad_files(f"{file}: {name} cannot be read; copy it again"):
-            tensor: Tensor = opened[name] if isinstance(opened, dict) else opened.get_tensor(name)
-        return tensor
-
 
 @contextlib.contextmanager
-def open_shards(source: Path, *, allow_pickle: bool) -> Iterator[Shards]:
-    """Open a checkpoint's weights files.
-
-    Raises: SettingsError: one is absent, cut short or no such file, or they are pickles.
-    """
-    files = _list_files(source, allow_pickle=allow_pickle)
+def open_file(file: Path) -> Iterator[Any]:
+    """Open a weights file: a safetensors handle, or the dict of a pickle. Raises: SettingsError: it cannot be read."""
     with contextlib.ExitStack() as stack:
-        opened: dict[Path, Any] = {}
-        for file in files:
-            with explain_bad_files(f"{file}: cannot be read; copy it again"):
-                if file.suffix == ".bin":
-                    opened[file] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-                    if not isinstance(opened[file], dict) or not all(map(torch.is_tensor, opened[file].values())):
-                        raise ValueError("no names with tensors in it")
-                else:
-                    opened[file] = stack.enter_context(safe_open(file, "pt"))
-        yield Shards(opened)
+        with explain_bad_files(f"{file}: cannot be read; copy it again"):
+            if file.suffix == ".bin":
+                opened = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                named = isinstance(opened, dict) and all(isinstance(name, str) for name in opened)
+                if not named or not all(map(torch.is_tensor, opened.values())):
+                    raise ValueError("no names with tensors in it")
+            else:
+                opened = stack.enter_context(safe_open(file, "pt"))
+        yield opened
+
+
+def _describe(opened: Any, name: str) -> tuple[tuple[int, ...], str]:
+    """Shape and dtype (by its name in safetensors) of a tensor of an open file."""
+    if isinstance(opened, dict):
+        return tuple(opened[name].shape), _DTYPES.get(opened[name].dtype, str(opened[name].dtype))
+    part = opened.get_slice(name)
+    return tuple(part.get_shape()), str(part.get_dtype())
+
+
+def _read(opened: Any, name: str) -> Tensor:
+    tensor: Tensor = opened[name] if isinstance(opened, dict) else opened.get_tensor(name)
+    return tensor
 
 
 def _list_files(source: Path, *, allow_pickle: bool) -> list[Path]:
@@ -200,7 +204,7 @@ def copy_tensors(shards: Shards, out: Path, shape: Shape) -> None:
     total = 0
     for number, file in enumerate(files, 1):
         name = "model.safetensors" if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
-        written, size = _write_file(out / name, shards, {old: origins[old] for old in sorted(kept[file])})
+        written, size = _write_file(out / name, file, shards, {old: origins[old] for old in sorted(kept[file])})
         weight_map |= dict.fromkeys(written, name)
         total += size
     if len(files) > 1:
@@ -217,7 +221,7 @@ def _check(shards: Shards, origins: dict[str, Origin]) -> None:
         elif dtype not in (_FLOATS if origin.floats else ("I32",)):
             raise SettingsError(f"{file}: {name} has the dtype {dtype}, which it cannot have; copy it again")
     if missing := [name for name in origins if name not in shards.found]:
-        source = next(iter(shards.files)).parent
+        source = shards.files[0].parent
         raise SettingsError(f"{source}: {len(missing)} tensors are missing, the first: {missing[0]}; copy it again")
 
 
@@ -228,13 +232,15 @@ def _check_left_out(shards: Shards, name: str) -> None:
         return
     # AutoGPTQ gave every layer a bias, of zeros where the model has none.
     is_bias = any(name.startswith("transformer.h.") and name.endswith(f".{layer}.bias") for layer in _LINEAR)
-    if is_bias and not bool(shards.read(name).any()):
-        return
+    if is_bias:
+        with open_file(file) as opened:
+            if not bool(_read(opened, name).any()):
+                return
     raise SettingsError(f"{file}: {name} is unknown in an original Qwen checkpoint; it would be lost")
 
 
-def _write_file(path: Path, shards: Shards, origins: dict[str, Origin]) -> tuple[list[str], int]:
-    """Write a safetensors file, one tensor of the original at a time. Returns: names in it, bytes of its tensors."""
+def _write_file(path: Path, source: Path, shards: Shards, origins: dict[str, Origin]) -> tuple[list[str], int]:
+    """Write a safetensors file from one of the original's. Returns: names in it, bytes of its tensors."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for old, origin in origins.items():
@@ -249,11 +255,10 @@ def _write_file(path: Path, shards: Shards, origins: dict[str, Origin]) -> tuple
             position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
-    with open(path, "wb") as file:
+    with open_file(source) as opened, open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for old, origin in origins.items():
-            tensor = shards.read(old)
-            count = len(origin.targets)
+            tensor, count = _read(opened, old), len(origin.targets)
             parts = (tensor,) * count if origin.cut < 0 else tensor.chunk(count, dim=origin.cut)
             for part in parts:
                 file.write(part.contiguous().view(torch.uint8).flatten().numpy().data)
