@@ -31,6 +31,7 @@ from tests.original_checkpoint import (
     read_all,
     truncate,
 )
+from tests.test_chaos import ENGINES
 from tests.test_cli import flags
 from tuning.errors import SettingsError
 from tuning.model.loading import load_model
@@ -131,6 +132,7 @@ def test_rows_beyond_seq_length_are_warned_of(original, forks, tmp_path):
     code, stdout, stderr = forks.run(*words)
     assert code == 0, stderr
     assert "was made for 64 tokens (seq_length)" in stdout
+    assert "GiB a device at the peak" in stdout
     code, stdout, _ = forks.run(*words, "--model_max_length", 64)
     assert code == 0 and "(seq_length)" not in stdout
 
@@ -145,13 +147,20 @@ def test_quantize_takes_it_as_it_is(golden, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_two_processes_convert_once(golden, forks, tmp_path):
-    source, *_ = golden
-    words = flags(source, CONVERSATIONS, tmp_path / "out", "--cache_dir", tmp_path / "cache", "--max_steps", 1)
-    code, stdout, stderr = forks.run(*words, processes=2)
-    assert code == 0, stderr
-    assert stdout.count("an original Qwen checkpoint; converted once") == 1
-    assert len(list((tmp_path / "cache" / "finetune" / "converted").glob("*/manifest.json"))) == 1
+def test_two_processes_convert_once_and_engines_train_alike(original, forks, tmp_path):
+    """On rows within and beyond seq_length, between which the rotary embedding switches."""
+    source, losses = original(random_state()), []
+    for engine in ("ddp", "zero3", "fsdp"):
+        out, cache = tmp_path / engine, tmp_path / f"cache-{engine}"
+        words = flags(source, CONVERSATIONS, out, "--learning_rate", 1e-3, "--cache_dir", cache, *ENGINES[engine])
+        code, stdout, stderr = forks.run(*words, processes=2)
+        assert code == 0, stderr
+        assert stdout.count("an original Qwen checkpoint; converted once") == 1
+        assert "rotary embedding dynamic: a micro-batch with a row beyond 64 tokens" in stdout
+        assert len(list((cache / "finetune" / "converted").glob("*/manifest.json"))) == 1
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        losses.append([line["loss"] for line in lines if "loss" in line])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) == pytest.approx(losses[2], rel=1e-5)
 
 
 @pytest.mark.slow
