@@ -88,6 +88,8 @@ def run(settings: Settings, *, began: float) -> int:
     eval_steps = build_eval_steps(arguments, data.eval_rows, budget, packed=packed)
     facts = facts.with_step(steps.rows_per_step)
     record = describe_run(given, base, model, plan, facts, environment, start, data, began=began)
+    if arguments is not given and arguments.lora.use_lora:  # peft and servers cannot load the original that it names
+        record.values["serving"]["as_it_is"] += f", on {arguments.model.model_name_or_path}"
     writer = ResultWriter(model.training_model, data.tokenizer, model.generation_config, base=base, facts=facts)
     dropped = data.rows.directory / DROPPED_FILE if data.account.dropped or data.account.num_problems else None
     trainer = StepTrainer(

@@ -96,6 +96,10 @@ def test_an_adapters_base_is_found_again_when_the_cache_is_gone(golden, forks, t
     code, _, stderr = forks.run(*words)
     assert code == 0, stderr
     first = next((tmp_path / "cache" / "finetune" / "converted").glob("mine-*/manifest.json")).read_bytes()
+    assert first.count(b"sha256") > 3
+    shutil.rmtree(tmp_path / "cache")
+    code, stdout, _ = forks.run(*words, "--resume_from_checkpoint", "auto")
+    assert code == 0 and "this run is finished" in stdout
     shutil.rmtree(tmp_path / "cache")
     merge_lora.main([str(tmp_path / "out"), str(tmp_path / "merged"), "--cache_dir", str(tmp_path / "cache")])
     again = next((tmp_path / "cache" / "finetune" / "converted").glob("mine-*/manifest.json")).read_bytes()
@@ -160,7 +164,8 @@ def test_two_processes_convert_once_and_engines_train_alike(original, forks, tmp
         assert len(list((cache / "finetune" / "converted").glob("*/manifest.json"))) == 1
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         losses.append([line["loss"] for line in lines if "loss" in line])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5) == pytest.approx(losses[2], rel=1e-5)
+    for other in losses[1:]:
+        assert losses[0] == pytest.approx(other, rel=1e-5)
 
 
 @pytest.mark.slow
