@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 
 import chat
 import commands.chat
-import commands.convert
 import commands.original
 import merge_lora
 import quantize
@@ -30,6 +29,7 @@ from tests.original_checkpoint import (
     random_state,
     read_all,
     truncate,
+    write_original,
 )
 from tests.test_chaos import ENGINES
 from tests.test_cli import flags
@@ -189,10 +189,10 @@ def test_a_hub_name_is_converted_and_recorded(original, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_q_lora_trains_on_it_and_merges(original, forks, tmp_path, monkeypatch):
+def test_q_lora_trains_on_it_and_merges(original, tokenizer, forks, tmp_path):
     quantization = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": True, "sym": False}
     config = {**CONFIG, "seq_length": 512, "fp32": False, "fp16": True, "quantization_config": quantization}
-    packed, _ = packed_state(config, bits=4, group_size=16)
+    packed, plain = packed_state(config, bits=4, group_size=16)
     source, out = original(packed, config=config), tmp_path / "out"
     code, stdout, stderr = forks.run(*flags(source, CONVERSATIONS, out, "--q_lora", "--max_steps", 6))
     assert code == 0, stderr
@@ -201,6 +201,12 @@ def test_q_lora_trains_on_it_and_merges(original, forks, tmp_path, monkeypatch):
     assert losses[-1] < losses[0]
     merge_lora.main([str(out), str(tmp_path / "merged")])
     assert load_model(str(tmp_path / "merged"), dtype="auto").config.model_type == "qwen2"
+    # Onto the unquantised checkpoint, in the original layout as well; here it has the same weights.
+    plain_config = {name: value for name, value in config.items() if name != "quantization_config"}
+    base = write_original(tmp_path / "plain", tokenizer, plain, config=plain_config)
+    merge_lora.main([str(out), str(tmp_path / "onto-base"), "--onto", "base", "--base", str(base)])
+    one, other = read_all(tmp_path / "merged"), read_all(tmp_path / "onto-base")
+    assert all(torch.allclose(one[name].float(), other[name].float(), atol=1e-3) for name in one)
 
 
 def test_the_command(original, tmp_path, run_script):

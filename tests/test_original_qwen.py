@@ -10,9 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig
 
-import commands.chat
 import commands.convert
-import commands.original
 from data_utils.sources import DataError
 from tests.original_checkpoint import (
     CHAT,
