@@ -1,7 +1,7 @@
 """Merge an adapter into its base model: python merge_lora.py ADAPTER OUT.
 
-Writes a standalone checkpoint, a tensor at a time, and checks that it gives the adapter's logits. Several adapters of one
-base are added up by their weights: python merge_lora.py OUT --adapter A:0.7 B:0.3.
+Writes a standalone checkpoint, a tensor at a time, and checks that it gives the adapter's logits. Several adapters of
+one base are added up by their weights: python merge_lora.py OUT --adapter A:0.7 B:0.3.
 """
 
 import argparse

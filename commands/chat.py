@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 
+from commands.original import find_loadable, find_loadable_base
 from data_utils.sources import printable
 from data_utils.template import ChatTemplate
 from data_utils.tokenizer import load_tokenizer
@@ -45,7 +46,7 @@ class Chat:
             from tuning.checkpoint.adapter_base import find_base, tokenizer_source
             from tuning.model.training_model import TrainingModel
 
-            base = find_base(path, args.base, None)
+            base = find_base(path, find_loadable_base(path, args.base, args, _note), None)
             self.tokenizer = load_tokenizer(str(tokenizer_source(path, base)), trust_remote_code=args.trust_remote_code)
             check_adapter_fits(path, base, trust_remote_code=args.trust_remote_code)
             model = load_model(
@@ -57,8 +58,9 @@ class Chat:
             if (generation_config := load_generation_config(str(path))) is not None:
                 model.generation_config = generation_config  # where the adapter was trained to stop
         else:
-            self.tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
-            model = load_model(args.model, dtype=dtype, device=device, **options).to(device).eval()
+            name = find_loadable(args.model, allow_pickle=args.allow_pickle, say=_note)
+            self.tokenizer = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
+            model = load_model(name, dtype=dtype, device=device, **options).to(device).eval()
         self.model = model
         self.template = ChatTemplate(self.tokenizer)
         self.system = _trained_system_message(path) if args.system is None else args.system
@@ -201,6 +203,11 @@ def _trained_system_message(path: Path) -> str | None:
     with explain_bad_files(f"{run}: is not as it was written"):
         message = read_json_object(run)["settings"]["data"]["system_message"]
     return None if message is None else str(message)
+
+
+def _note(line: str) -> None:
+    """Tell of a conversion where answers do not go."""
+    print(printable(line), file=sys.stderr)
 
 
 def _write(text: str) -> None:

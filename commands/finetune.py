@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from commands.original import find_training_model
 from commands.paths import read_options
 from data_utils.cache import RowCache, default_root
 from data_utils.dataset import DROPPED_FILE, TokenizedRows
@@ -42,7 +43,8 @@ def run(settings: Settings, *, began: float) -> int:
     arguments = build_arguments(settings)
     start_processes(arguments)
     environment = check_run(arguments)
-    run = arguments.run
+    given, run = arguments, arguments.run
+    arguments, name_base = find_training_model(given)
 
     # ---- data ----
     data = on_all_ranks(lambda: read_data(arguments, new_tokens))
@@ -50,7 +52,7 @@ def run(settings: Settings, *, began: float) -> int:
 
     # ---- plan ----
     tokens = describe_tokens(data, new_tokens)
-    base = inspect_base(arguments, tokens)
+    base = name_base(inspect_base(arguments, tokens))
     plan = on_rank_0(
         lambda: plan_run(
             base,
@@ -91,7 +93,9 @@ def run(settings: Settings, *, began: float) -> int:
     steps = build_steps(arguments, data.rows, budget, packed=packed, rows_per_step=rows_per_step)
     eval_steps = build_eval_steps(arguments, data.eval_rows, budget, packed=packed)
     facts = facts.with_step(steps.rows_per_step)
-    record = describe_run(arguments, base, model, plan, facts, environment, start, data, began=began)
+    record = describe_run(given, base, model, plan, facts, environment, start, data, began=began)
+    if arguments is not given and arguments.lora.use_lora:  # peft and servers cannot load the original that it names
+        record.values["serving"]["as_it_is"] += f", on {arguments.model.model_name_or_path}"
     writer = ResultWriter(model.training_model, data.tokenizer, model.generation_config, base=base, facts=facts)
     dropped = data.rows.directory / DROPPED_FILE if data.account.dropped or data.account.num_problems else None
     trainer = StepTrainer(

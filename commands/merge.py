@@ -12,6 +12,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from commands.original import find_loadable_base
 from data_utils.tokenizer import load_tokenizer
 from tuning.checkpoint import adapter_base, merge, verify
 from tuning.checkpoint.adapter import read_adapter
@@ -99,15 +100,18 @@ def _find_sources(args: argparse.Namespace) -> _Sources:
     onto = None if args.onto == "base" else trained
     # A checkpoint that is quantised itself has another one that it was made from.
     other = args.onto == "base" and trained is not None and trained.dtype is None
-    base = adapter_base.find_base(first, args.base, args.cache_dir, other=other)
+    named = find_loadable_base(first, args.base, args)
+    base = adapter_base.find_base(first, named, args.cache_dir, other=other)
     if onto is None and (own := find_quantization(str(base), cache_dir=None, trust_remote_code=args.trust_remote_code)):
         raise SettingsError(f"--onto base: {base} is quantised ({own.describe()}); --base must name another")
     for path, _ in adapters[1:]:
         if adapter_base.choose_onto(path, args.onto, args.base, args.cache_dir, trust=trust) != trained:
             raise SettingsError(f"{path}: was trained on weights that were quantised otherwise than {first}'s")
-        adapter_base.find_base(path, args.base or str(base), args.cache_dir, other=other)
+        adapter_base.find_base(path, named or str(base), args.cache_dir, other=other)
         adapter_base.check_same_template(first, path)
-    trained_on = adapter_base.find_base(first, None, args.cache_dir) if other and not args.no_verify else base
+    trained_on = base
+    if other and not args.no_verify:
+        trained_on = adapter_base.find_base(first, find_loadable_base(first, None, args), args.cache_dir)
     sources = _Sources(adapters, base, trained_on, trained, onto, trust)
     if trained_on != base:
         adapter_base.check_same_origin(sources.read_base(), _open(trained_on, trained, trust))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from commands.original import find_loadable
 from data_utils.conversations import DataOptions
 from data_utils.dataset import load_rows
 from data_utils.template import ChatTemplate
@@ -33,8 +34,9 @@ def run(args: argparse.Namespace) -> None:
     out, allow = Path(args.out), Trust(args.trust_remote_code, args.allow_pickle)
     trust = args.trust_remote_code
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = find_loadable(args.model, args.cache_dir, allow_pickle=args.allow_pickle)
     try:
-        path = local_directory(args.model, args.cache_dir)
+        path = local_directory(found, args.cache_dir)
     except (OSError, ValueError):
         raise SettingsError(f"{args.model}: no such model") from None
 

@@ -105,14 +105,17 @@ class RowCache:
             lock.release()
 
 
-def default_root(cache_dir: str | None) -> Path | None:
-    """Where tokenised data are kept: in cache_dir, or the user's cache directory. None: the user has no home."""
+def default_root(cache_dir: str | None, kind: str = "tokenised") -> Path | None:
+    """Where tokenised data, or another kind, are kept: in cache_dir, or the user's cache directory.
+
+    Returns: None: the user has no home.
+    """
     named = cache_dir or os.environ.get("XDG_CACHE_HOME")
     try:
         root = Path(named) if named else Path.home() / ".cache"
     except RuntimeError:  # containers run under user numbers that have neither HOME nor an entry in passwd
         return None
-    return root / "finetune" / "tokenised"
+    return root / "finetune" / kind
 
 
 def _describe_template(template: ChatTemplate) -> list[Any]:

@@ -42,7 +42,7 @@ class TiktokenEncoder:
         strips = any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in state["added_tokens"])
         if strips or any(one != other and other.startswith(one) for one in names for other in names):
             return None
-        letters = {ord(letter): byte for byte, letter in _byte_letters().items()}
+        letters = {ord(letter): byte for byte, letter in byte_letters().items()}
         added = {token["content"] for token in state["added_tokens"]}
         ids = tokenizer.get_vocab(with_added_tokens=True)
         try:
@@ -88,7 +88,7 @@ def find_pattern(state: dict[str, Any]) -> str | None:
     return split["pattern"].get("Regex")
 
 
-def _byte_letters() -> dict[int, str]:
+def byte_letters() -> dict[int, str]:
     """The letter that stands for each byte in byte-level vocabularies (GPT-2's table)."""
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(0x100) if byte not in shown]

@@ -6,15 +6,16 @@ from pathlib import Path
 
 import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import chat_template_utils
+from transformers.utils import cached_file, chat_template_utils
 
 from data_utils.model_path import explain_missing_model, find_template
 from data_utils.new_tokens import add_new_tokens
+from data_utils.qwen_tiktoken import VOCABULARY_FILE, load_qwen_tokenizer, needs_conversion
 from data_utils.sources import DataError
 from data_utils.template_source import explain_no_variable, find_variables
 
 DEFAULT_SYSTEM_MESSAGE = "You are a helpful assistant."
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", VOCABULARY_FILE)
 
 PLAIN_CHATML = """\
 {%- if messages and messages[0]['role'] != 'system' %}
@@ -54,18 +55,16 @@ def load_tokenizer(
         raise DataError(f"{path}: no tokenizer in this directory (tokenizer.json); is it a checkpoint?")
     if mistake := explain_missing_model(path):
         raise DataError(mistake)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever the files may hold
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"{path}: cannot load a tokenizer: {line}") from error
+    tokenizer = _load(path, cache_dir, trust_remote_code=trust_remote_code)
     if not tokenizer.is_fast:
         raise DataError(f"{path}: only fast tokenizers are supported; convert it to a tokenizer.json first")
     if new_tokens:
         add_new_tokens(tokenizer, new_tokens)
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template)
-    if not tokenizer.chat_template:
+    # Plain ChatML, which converted checkpoints bring along, gets another default system turn as if it were not there.
+    is_plain = tokenizer.chat_template == plain_chatml(DEFAULT_SYSTEM_MESSAGE)
+    if not tokenizer.chat_template or (is_plain and system_message is not None):
         missing = [text for text in ("<|im_start|>", "<|im_end|>") if text not in tokenizer.get_vocab()]
         if missing:
             raise DataError(
@@ -77,7 +76,7 @@ def load_tokenizer(
         written = [text for text in added if text.strip() and text in default]
         if written:
             raise DataError(f"--system_message: holds the control token {written[0]}, which it must not")
-        tokenizer.chat_template = PLAIN_CHATML.replace("SYSTEM_MESSAGE", json.dumps(default, ensure_ascii=False))
+        tokenizer.chat_template = plain_chatml(default)
     named = tokenizer.chat_template
     if isinstance(named, dict) and "default" not in named:
         files = [f"{path}/additional_chat_templates/{name}.jinja" for name in named]
@@ -89,6 +88,34 @@ def load_tokenizer(
     if chat_template_kwargs is not None:
         tokenizer.chat_template = _with_defaults(named, chat_template_kwargs)
     return tokenizer
+
+
+def plain_chatml(system_message: str) -> str:
+    """The template of plain ChatML with a default system turn."""
+    return PLAIN_CHATML.replace("SYSTEM_MESSAGE", json.dumps(system_message, ensure_ascii=False))
+
+
+def _load(path: str, cache_dir: str | None, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer as its files say; of an original Qwen checkpoint, without its code."""
+    if needs_conversion(Path(path)):
+        return load_qwen_tokenizer(Path(path))
+    try:
+        return AutoTokenizer.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever the files may hold
+        if not Path(path).is_dir() and (file := _find_original(path, cache_dir)) is not None:
+            return load_qwen_tokenizer(file.parent)
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"{path}: cannot load a tokenizer: {line}") from error
+
+
+def _find_original(name: str, cache_dir: str | None) -> Path | None:
+    """The original Qwen's vocabulary in a hub repository, with what stands beside it."""
+    try:
+        file = cached_file(name, VOCABULARY_FILE, cache_dir=cache_dir)
+    except OSError:
+        return None
+    cached_file(name, "generation_config.json", cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False)
+    return None if file is None else Path(file)
 
 
 def _read_template(path: str) -> str:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import hypothesis
@@ -111,6 +112,28 @@ def gptq(checkpoints, tmp_path_factory) -> dict[int, Path]:
         words = [checkpoints["untied"], "--data", CONVERSATIONS, "--group_size", 32]
         list(pool.map(lambda bits: run_python("quantize.py", *words, root / str(bits), "--bits", bits), (4, 8)))
     return {bits: root / str(bits) for bits in (4, 8)}
+
+
+@pytest.fixture(scope="session")
+def golden(tokenizer, tmp_path_factory):
+    """(the golden checkpoint in the original Qwen's layout, with a vocabulary; input ids; the original's logits)."""
+    from safetensors.torch import load_file
+
+    from tests.original_checkpoint import GOLDEN, write_golden
+
+    if not GOLDEN.is_dir():
+        pytest.skip("the golden original checkpoint is not beside the project")
+    expected = load_file(GOLDEN / "expected.safetensors")
+    directory = write_golden(tmp_path_factory.mktemp("golden") / "Qwen-tiny-Chat", tokenizer)
+    return directory, expected["input_ids"], expected["logits"]
+
+
+@pytest.fixture
+def original(tokenizer, tmp_path):
+    """Writes a checkpoint in the original Qwen's layout (tests/original_checkpoint.py)."""
+    from tests.original_checkpoint import write_original
+
+    return partial(write_original, tmp_path / "Qwen-small-Chat", tokenizer)
 
 
 @pytest.fixture(scope="session")

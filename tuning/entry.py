@@ -36,6 +36,11 @@ def _escape(line: str) -> str:
 def add_trust_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of every tool that reads a model, with finetune.py's names and values."""
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    add_pickle_flag(parser)
+
+
+def add_pickle_flag(parser: argparse.ArgumentParser) -> None:
+    """The flag of tools that read weights and never run a model's code."""
     parser.add_argument(
         "--allow_pickle",
         nargs="?",

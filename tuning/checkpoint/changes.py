@@ -6,7 +6,8 @@ is taken out again. Plain LoRA on linear layers, nearly all there is, takes a fa
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,10 +55,10 @@ class Changes:
         self._find(peft_model.get_base_model())
         self.comes_apart = was_tied and self._differs(embedding, output)
         if was_tied and not self.comes_apart:  # one matrix: what is done to it is done under both names
-            for known in (self._layers, self._trained, self._row_values):
-                for name, other in ((embedding, output), (output, embedding)):
-                    if name in known:
-                        known.setdefault(other, known[name])  # type: ignore[attr-defined]
+            tables: tuple[dict[str, Any], ...] = (self._layers, self._trained, self._row_values)
+            for known, (name, other) in itertools.product(tables, ((embedding, output), (output, embedding))):
+                if name in known:
+                    known.setdefault(other, known[name])
 
     @functools.cached_property
     def names(self) -> set[str]:
@@ -142,6 +143,7 @@ class Changes:
                 module.merged_adapters.clear()
 
     def _find(self, model: nn.Module) -> None:
+        """Take down what peft put into the model. What is not on the meta device was trained."""
         inside = ""
         for path, module in model.named_modules():
             if inside and path.startswith(inside):
@@ -152,24 +154,19 @@ class Changes:
                 self._trained |= {f"{path}.{name}": value for name, value in trained.items()}
             elif isinstance(module, LoraLayer):
                 inside = f"{path}."
-                for name, changed in _changed_in(module):
-                    if changed:
-                        self._layers[f"{path}.{name}"] = name, module
-                self._trained |= {
-                    f"{path}.{name}": p for name, p in module.get_base_layer().named_parameters() if not p.is_meta
-                }
+                self._layers |= {f"{path}.{name}": (name, module) for name in _list_changed(module)}
+                own = module.get_base_layer().named_parameters()
+                self._trained |= {f"{path}.{name}": p for name, p in own if not p.is_meta}
             else:
-                own = {f"{path}.{name}": p for name, p in module.named_parameters(recurse=False) if not p.is_meta}
-                self._trained |= own
+                own = module.named_parameters(recurse=False)
+                self._trained |= {f"{path}.{name}": p for name, p in own if not p.is_meta}
 
     def _differs(self, embedding: str, output: str) -> bool:
         """Whether embedding and output become two matrices, which were one."""
-        values = self._trained.get(embedding), self._trained.get(output)
-        if values == (None, None):
-            return False
-        if values[0] is None or values[1] is None:
-            return True
-        return not torch.equal(values[0], values[1])
+        first, second = self._trained.get(embedding), self._trained.get(output)
+        if first is None or second is None:
+            return first is not second
+        return not torch.equal(first, second)
 
 
 def _vocabulary_names(model: PreTrainedModel) -> tuple[str, str]:
@@ -189,12 +186,10 @@ def _wrappers(layer: LoraLayer) -> list[Any]:
     return found[::-1]
 
 
-def _changed_in(layer: LoraLayer) -> Iterator[tuple[str, bool]]:
-    """Parameters of the layer that peft adapts, and whether merging changes them."""
-    for module in _wrappers(layer):
-        yield getattr(module, "parameter_name", "weight"), True
-    if any(layer.lora_bias.values()):
-        yield "bias", True
+def _list_changed(layer: LoraLayer) -> list[str]:
+    """Parameters of a layer that merging changes."""
+    changed = [getattr(module, "parameter_name", "weight") for module in _wrappers(layer)]
+    return [*changed, "bias"] if any(layer.lora_bias.values()) else changed
 
 
 def _is_plain(layer: LoraLayer) -> bool:

@@ -187,8 +187,8 @@ def check_room(files: dict[str, list[Item]], out: Path, written: int) -> None:
     existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if (free := shutil.disk_usage(existing).free) < needed:
         raise SettingsError(
-            f"{out}: the result takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there; make room, or choose "
-            "another disk"
+            f"{out}: the result takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there; make room, or "
+            "choose another disk"
         )
 
 
@@ -204,8 +204,7 @@ def write_weights(
     for name, items in files.items():
         if name in finished:
             continue
-        file = TensorFile(directory / name, [item.entry for item in items])
-        try:
+        with TensorFile(directory / name, [item.entry for item in items]) as file:
             for item in items:
                 if item.stored is not None:
                     file.copy(item.stored)
@@ -213,10 +212,7 @@ def write_weights(
                 if item.entry.name not in ready:
                     ready |= _compute(merge, item)
                 file.write(ready.pop(item.entry.name))
-        except BaseException:
-            file.abandon()
-            raise
-        finished[name] = file.close()
+        finished[name] = file.facts
         note()
     if len(files) > 1:
         sizes = [item.num_bytes for items in files.values() for item in items]

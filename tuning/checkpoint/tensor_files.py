@@ -69,7 +69,7 @@ class StoredTensor:
         buffer = torch.empty(self.num_bytes, dtype=torch.uint8)
         with open(self.file, "rb", buffering=0) as opened:
             opened.seek(self.start)
-            view, done = memoryview(buffer.numpy()), 0
+            view, done = memoryview(buffer.numpy()), 0  # type: ignore[arg-type]
             while done < self.num_bytes:
                 count = opened.readinto(view[done:])
                 if not count:
@@ -83,19 +83,52 @@ def list_tensors(directory: Path, *, allow_pickle: bool = False) -> dict[str, St
 
     allow_pickle: read .bin weights where there are no safetensors.
 
-    Raises: SettingsError: no safetensors there, or damaged ones.
+    Raises: SettingsError: no weights there, some are absent or damaged, or they are pickles.
     """
-    if allow_pickle and (pickled := _list_pickled(directory)):
-        return pickled
-    files = _list_files(directory)
     tensors: dict[str, StoredTensor] = {}
-    for file, named in files.items():
-        found = read_header(file)
-        for tensor in found if named is None else [each for each in found if each.name in named]:
+    index, files = _find_files(directory)
+    for file in files:
+        if file.suffix == ".bin" and not allow_pickle:
+            raise SettingsError(
+                f"{directory}: its weights are pickles ({file.name}), which can run code when they are read: if you "
+                "trust them, pass --allow_pickle True"
+            )
+        for tensor in _read_pickle(file) if file.suffix == ".bin" else read_header(file):
+            if tensor.name in tensors:
+                other = tensors[tensor.name].file.name
+                raise SettingsError(f"{file}: {tensor.name} is also in {other}; copy the files again")
             tensors[tensor.name] = tensor
-        if named is not None and (absent := named - {tensor.name for tensor in found}):
-            raise SettingsError(f"{file}: has no {min(absent)}, which {INDEX_FILE} names; copy it again")
+    for name, file_name in index.items():
+        if name not in tensors or tensors[name].file.name != file_name:
+            raise SettingsError(f"{directory / file_name}: has no {name}, which the index names; copy it again")
     return tensors
+
+
+def _find_files(directory: Path) -> tuple[dict[str, str], list[Path]]:
+    """What an index of a checkpoint says (the file of each tensor), and its weights files."""
+    explicit = read_json_object(directory / "config.json").get("transformers_weights")
+    names = [str(explicit)] if explicit else []
+    for name in (*names, "model.safetensors", INDEX_FILE, "pytorch_model.bin", "pytorch_model.bin.index.json"):
+        path = directory / name
+        if path.is_file() and path.suffix != ".json":
+            return {}, [path]
+        if not path.is_file():
+            continue
+        index = read_weight_map(path)
+        for file in sorted(set(index.values())):
+            if Path(file).name != file or Path(file).suffix not in (".safetensors", ".bin"):
+                raise SettingsError(f"{path}: names {file}, which is no weights file beside it")
+            if not (directory / file).is_file():
+                raise SettingsError(f"{path}: names {file}, which is not there; copy it again")
+        return index, [directory / file for file in sorted(set(index.values()))]
+    others = sorted(directory.glob("*.safetensors"))
+    if len(others) == 1:
+        return {}, others
+    if others:
+        raise SettingsError(
+            f"{directory}: {len(others)} weights files and no {INDEX_FILE} that lists them; copy it again"
+        )
+    raise SettingsError(f"{directory}: no weights in it (*.safetensors)")
 
 
 @dataclass(frozen=True)
@@ -113,36 +146,17 @@ class PickledTensor(StoredTensor):
         yield self.read().view(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _list_pickled(directory: Path) -> dict[str, StoredTensor]:
-    """Tensors of .bin weights, which the user trusts, where there are no safetensors."""
-    if any(directory.glob("model*.safetensors")):
-        return {}
-    tensors: dict[str, StoredTensor] = {}
-    for file in sorted(directory.glob("pytorch_model*.bin")):
-        with explain_bad_files(f"{file}: cannot be read; copy it again"):
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-            for name, value in state.items():
-                entry = Entry.of(name, value.dtype, value.shape)
-                tensors[name] = PickledTensor(name, file, entry.dtype, entry.shape, 0, entry.num_bytes, value)
-    return tensors
-
-
-def _list_files(directory: Path) -> dict[Path, set[str] | None]:
-    """Weights files of a checkpoint, each with the names that an index has for it."""
-    explicit = read_json_object(directory / "config.json").get("transformers_weights")
-    for name in filter(None, (explicit, "model.safetensors", INDEX_FILE)):
-        path = directory / str(name)
-        if not path.is_file():
-            continue
-        if not path.name.endswith(".json"):
-            return {path: None}
-        named: dict[Path, set[str]] = {}
-        for tensor, file in read_weight_map(path).items():
-            if Path(file).name != file:
-                raise SettingsError(f"{path}: names {file}, which is no file beside it")
-            named.setdefault(directory / file, set()).add(tensor)
-        return {file: named[file] for file in sorted(named)}
-    raise SettingsError(f"{directory}: has no model.safetensors and no {INDEX_FILE}")
+def _read_pickle(file: Path) -> list[StoredTensor]:
+    with explain_bad_files(f"{file}: cannot be read; copy it again"):
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+        if not named or not all(map(torch.is_tensor, state.values())):
+            raise ValueError("no names with tensors in it")
+        tensors: list[StoredTensor] = []
+        for name, value in state.items():
+            entry = Entry.of(name, value.dtype, value.shape)
+            tensors.append(PickledTensor(name, file, entry.dtype, entry.shape, 0, entry.num_bytes, value))
+        return tensors
 
 
 def read_header(file: Path) -> list[StoredTensor]:
@@ -217,25 +231,39 @@ class TensorFile:
         """The next tensor, or a part of it: its rows in order. It must not change afterwards."""
         flat = tensor.contiguous().view(-1).view(torch.uint8).numpy()
         for start in range(0, len(flat), _PIECE):
-            self._put(memoryview(flat[start : start + _PIECE]))
+            self._put(flat[start : start + _PIECE].data)
 
     def copy(self, stored: StoredTensor) -> None:
         """The next tensor, byte for byte."""
         for piece in stored.pieces():
             self._put(piece)
 
-    def close(self) -> dict[str, Any]:
-        """Have everything on disk. Returns: size and hash, as manifests have them. Raises: OSError."""
-        self._put(None)
-        self._thread.join()
-        self._file.close()
+    def __enter__(self) -> "TensorFile":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abandon()
+
+    def close(self) -> None:
+        """Have everything on disk. Raises: OSError."""
+        self._end()
         if self._error is not None:
             raise self._error
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Size and hash of the closed file, as manifests have them."""
         return {"bytes": self._num_bytes, "sha256": self._hash.hexdigest()}
 
     def abandon(self) -> None:
         """End without the rest."""
         self._error = self._error or RuntimeError("abandoned")
+        self._end()
+
+    def _end(self) -> None:
         self._pieces.put(None)
         self._thread.join()
         self._file.close()

@@ -1,8 +1,8 @@
 """Whether a merged checkpoint is what base and adapter are together, without either model in memory.
 
 Models run a block at a time (a decoder layer, the embedding, the output layer): a block's weights are there while it
-computes, and gone afterwards. The adapter runs as peft has it, unmerged; the merged model runs on what was merged, after
-a look at the files: every tensor must be there, to the bit.
+computes, and gone afterwards. The adapter runs as peft has it, unmerged; the merged model runs on what was merged,
+after a look at the files: every tensor must be there, to the bit.
 """
 
 import copy

@@ -48,10 +48,9 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a causal language model from safetensors (or .bin where allow_pickle), with all that its checkpoint holds.
 
-    meta: build it on the meta device, for a plan or for sharding.shard_model to fill; buffers: with its buffers' values.
-    quantization: quantise it while
-    it loads; a checkpoint that is quantised already stays as it is. device: where that is done (default: the CPU);
-    what is not quantised is always loaded there.
+    meta: build it on the meta device, for a plan or for sharding.shard_model to fill. buffers: it keeps the values of
+    its buffers there. quantization: quantise it while it loads; a checkpoint that is quantised already stays as it is.
+    device: where that is done (default: the CPU); what is not quantised is always loaded there.
 
     Raises: SettingsError: nothing there, no causal language model, no safetensors, weights missing, a kind of
         quantisation that is not supported.

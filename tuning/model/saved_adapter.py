@@ -20,7 +20,6 @@ from tuning.model.lora_linear import fuse_lora_forward
 from tuning.model.new_tokens import resize_for_adapter
 from tuning.model.token_rows import PEFT_SUFFIX, TokenRows, is_tied
 
-
 _MOVE = "_move_adapter_to_device_of_base_layer"
 
 
@@ -58,9 +57,12 @@ def attach_lora(
     if is_meta and isinstance(config.init_lora_weights, str):
         config.init_lora_weights = False  # some look at the weights
     hide_gptqmodel()
-    with explain_bad_files(f"{directory}/adapter_config.json: peft {peft.__version__} cannot apply it to this model"):
-        with adapters_off_meta() if values else contextlib.nullcontext():
-            peft_model = get_peft_model(model, config, low_cpu_mem_usage=values)
+    stays = adapters_off_meta() if values else contextlib.nullcontext()
+    with (
+        stays,
+        explain_bad_files(f"{directory}/adapter_config.json: peft {peft.__version__} cannot apply it to this model"),
+    ):
+        peft_model = get_peft_model(model, config, low_cpu_mem_usage=values)
     assert isinstance(peft_model, PeftModel)
     if rows is not None:
         _load_rows(directory, rows, ids, row_state)

@@ -155,7 +155,8 @@ def simulate_step(
     casts_weights: weights keep their dtype and autocast copies them; else they are in dtype already.
     """
     log = _without_log("torch._subclasses.fake_tensor")
-    with log, FakeTensorMode(), _with_storage(training_model, None if casts_weights else dtype):
+    storage = _with_storage(training_model, None if casts_weights else dtype)
+    with log, FakeTensorMode(), _fixed_rotary(training_model), storage:
         for parameter in training_model.parameters():
             if parameter.requires_grad and accumulates:
                 parameter.grad = torch.empty_like(parameter)
@@ -166,6 +167,20 @@ def simulate_step(
                 loss = training_model.train()(**batch)
             loss.backward()
     return tracker.peak
+
+
+@contextmanager
+def _fixed_rotary(model: nn.Module) -> Iterator[None]:
+    """Keep rotary embeddings from looking at the longest position ("dynamic"): it has no value. Sizes are the same."""
+    found = [m for m in model.modules() if isinstance(kind := getattr(m, "rope_type", None), str) and "dynamic" in kind]
+    kinds: list[Any] = [module.rope_type for module in found]
+    for module in found:
+        module.rope_type = "default"  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module, kind in zip(found, kinds, strict=True):
+            module.rope_type = kind
 
 
 class _PeakTracker(TorchDispatchMode):
