@@ -109,6 +109,17 @@ def test_full_training_of_a_half_precision_base(tokenizer, run_script, tmp_path,
     assert_whole(base, tmp_path / "out")
 
 
+def test_full_training_keeps_a_tower_of_a_wider_dtype(tokenizer, run_script, tmp_path):
+    """In memory all weights are bf16, which is less than the tower's files hold."""
+    base = write_base(QWEN, tokenizer, tmp_path / "base", torch.bfloat16)
+    torch.manual_seed(3)
+    wider = {name: torch.randn(t.shape) if is_other(name) else t for name, t in read_all(base).items()}
+    save_file(wider, base / "model.safetensors", {"format": "pt"})
+    code, _, stderr = run_script("finetune.py", *flags(base, CONVERSATIONS, tmp_path / "out", "--pure_bf16"))
+    assert code == 0, stderr
+    assert_whole(base, tmp_path / "out")
+
+
 def test_q_lora_leaves_the_tower_alone(bases, run_script, tmp_path):
     pytest.importorskip("bitsandbytes")
     words = flags(bases[QWEN], CONVERSATIONS, tmp_path / "out", "--q_lora", "--lora_r", 4)

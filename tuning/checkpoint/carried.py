@@ -8,7 +8,10 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tuning.checkpoint.base_tensors import BaseTensors
 from tuning.errors import explain_bad_files
+from tuning.model.loading import load_model
+from tuning.model.other_parts import find_other_parts
 
 _PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 
@@ -23,6 +26,20 @@ def read_carried_tensors(model: PreTrainedModel, base: Path) -> dict[str, Tensor
                 if any(re.search(pattern, name) for pattern in patterns):
                     carried[name] = opened.get_tensor(name)
     return carried
+
+
+def list_kept_names(model: PreTrainedModel) -> set[str]:
+    """Names of what is beside the language model (a vision tower), which no training touches."""
+    parts = find_other_parts(model)
+    return {f"{part}.{name}" for part, module in parts.items() for name in module.state_dict(keep_vars=True)}
+
+
+def read_kept_tensors(model: PreTrainedModel, base: Path) -> dict[str, Tensor]:
+    """These tensors as the base's files have them: in memory they may have another dtype, or be sharded."""
+    if not (names := list_kept_names(model)):
+        return {}
+    tensors = BaseTensors(load_model(str(base), dtype="auto", meta=True), base)
+    return {name: tensors.read(name, None) for name in sorted(names)}
 
 
 def copy_processors(base: Path, out: Path) -> None:

@@ -17,14 +17,13 @@ from torch import Tensor
 
 from tuning.checkpoint.adapter_base import copy_tokenizer, tokenizer_source
 from tuning.checkpoint.base_tensors import BaseTensors, Source
-from tuning.checkpoint.carried import copy_processors
+from tuning.checkpoint.carried import copy_processors, list_kept_names
 from tuning.checkpoint.changes import Changes, merge_rows
 from tuning.checkpoint.files import write_json
 from tuning.checkpoint.older_readers import add_old_names
 from tuning.checkpoint.tensor_files import INDEX_FILE, Entry, StoredTensor, TensorFile, name_files
 from tuning.errors import SettingsError
 from tuning.model.loading import Trust, load_generation_config, read_dtype
-from tuning.model.other_parts import find_other_parts
 from tuning.model.stop_token import list_eos_ids
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
@@ -53,11 +52,7 @@ class Merge:
         self.comes_apart = any(each.changes.comes_apart for each in adapters)
         if unknown := sorted(name for name in self.changed if name not in base):
             raise SettingsError(f"{base.directory}: has no {unknown[0]}, which an adapter changes")
-        self._kept = {
-            f"{part}.{name}" if part else name
-            for part, module in find_other_parts(base.model).items()
-            for name in module.state_dict()
-        }
+        self._kept = list_kept_names(base.model)
 
     def is_computed(self, name: str) -> bool:
         """Whether a tensor of the model is another one than the base's."""

@@ -10,15 +10,13 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from tuning.checkpoint.adapter import adapter_config, adapter_state
 from tuning.checkpoint.base import BaseModel
-from tuning.checkpoint.carried import copy_processors, read_carried_tensors
+from tuning.checkpoint.carried import copy_processors, list_kept_names, read_carried_tensors, read_kept_tensors
 from tuning.checkpoint.files import write_json
 from tuning.checkpoint.manifest import write_manifest
 from tuning.checkpoint.older_readers import add_old_names
 from tuning.checkpoint.run_record import RunFacts
 from tuning.console import is_rank_0
 from tuning.distributed.sharding import gather_tensor
-from tuning.model.loading import read_dtype
-from tuning.model.other_parts import find_other_parts
 from tuning.model.training_model import TrainingModel
 
 
@@ -56,7 +54,7 @@ class ResultWriter:
         """
         if hasattr(self._model.model, "peft_config"):
             return gather_state(adapter_state(self._model.model, self._model.token_rows), None)
-        return gather_full_state(self._model.causal_lm, self._base_directory, self._dtype)
+        return gather_full_state(self._model.causal_lm, self._dtype)
 
     def write(self, directory: Path, collected: dict[str, torch.Tensor]) -> None:
         """Write adapter or model, tokenizer with chat template and generation config."""
@@ -75,23 +73,11 @@ class ResultWriter:
         self._generation_config.save_pretrained(directory)
 
 
-def gather_full_state(model: PreTrainedModel, base: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """A model's tensors for save_full_model, on rank 0; nothing on other ranks. All processes must call this.
-
-    base: directory of the checkpoint, in whose dtype the parts beside the language model stay.
-    """
-    kept = {id(t) for part in find_other_parts(model).values() for t in (*part.parameters(), *part.buffers())}
+def gather_full_state(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """What was trained of a model, for save_full_model, on rank 0; nothing on other ranks. All must call this."""
+    kept = list_kept_names(model)
     named = model.state_dict(keep_vars=True)
-    state = gather_state({name: t for name, t in named.items() if id(t) not in kept}, dtype)
-    unchanged = gather_state({name: t for name, t in named.items() if id(t) in kept}, None)
-    said = read_dtype(str(base)) if unchanged else dtype
-    return state | {name: _cast_exactly(value, said) for name, value in unchanged.items()}
-
-
-def _cast_exactly(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """In a dtype, where that loses nothing."""
-    cast = value.to(dtype) if value.is_floating_point() else value
-    return cast if torch.equal(cast.to(value.dtype), value) else value
+    return gather_state({name: tensor for name, tensor in named.items() if name not in kept}, dtype)
 
 
 def gather_state(named: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
@@ -119,9 +105,10 @@ def save_full_model(
 ) -> None:
     """Write a model's safetensors and config.json, and what the base's directory holds beside.
 
-    state: by the names of its state_dict, in dtype; a tied matrix is one tensor under its names.
+    state: what was trained, by the names of its state_dict, in dtype; a tied matrix is one tensor under its names. The
+    rest is the base's, as its files have it.
     """
-    state = {**read_carried_tensors(model, base), **state}
+    state = {**read_carried_tensors(model, base), **read_kept_tensors(model, base), **state}
     model.save_pretrained(directory, state_dict=state, max_shard_size=max_shard_size)
     copy_processors(base, directory)
     # save_pretrained writes the dtype of the model in memory; loaders take the file's word for it.
