@@ -181,13 +181,13 @@ def test_a_gradient_that_is_no_number_names_its_rows(forks, hurt, tmp_path, proc
 
 
 def test_a_process_that_dies_takes_the_run_down(forks, hurt):
-    _code, _, stderr, complete = hurt(processes=2, rank=1, at=4, do="exit", only="step", timeout_s=60)
+    _code, _, stderr, complete = hurt(processes=2, rank=1, at=4, do="exit", only="step")
     assert forks.codes == [1, 3] and complete == ["checkpoint-2"]
     assert "boom" in stderr and any("the connection to another process of this run broke" in line for line in stderr)
 
 
 def test_a_data_loader_that_dies_takes_the_run_down(hurt):
-    code, _, stderr, complete = hurt("--dataloader_num_workers", 1, at=3, do="kill_loader", only="step", timeout_s=60)
+    code, _, stderr, complete = hurt("--dataloader_num_workers", 1, at=3, do="kill_loader", only="step")
     assert code == 1 and "checkpoint-2" in complete
     assert len(stderr) == 1 and "error: a data loader process died (DataLoader worker (pid" in stderr[0]
 

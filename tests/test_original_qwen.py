@@ -167,6 +167,14 @@ def edit_state(source, edit):
     save_file(state, source / "model.safetensors")
 
 
+def write_index(source, weight_map):
+    """In the place of the one file: an index, or two files without one."""
+    (source / "model.safetensors").unlink()
+    if weight_map is not None:
+        (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return ("one", "other")
+
+
 REFUSED = {
     "visual": (lambda s: change(s, "config.json", visual={}), r"config\.json: visual: a model with pictures"),
     "rotary_pct": (lambda s: change(s, "config.json", rotary_pct=0.5), "rotary_pct 0.5"),
@@ -205,17 +213,15 @@ REFUSED = {
         "has the dtype I32",
     ),
     "absent shard": (
-        lambda s: (s / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "b.safetensors"}})),
+        lambda s: write_index(s, {"a": "b.safetensors"}),
         r"index\.json: names b\.safetensors, which is not there",
     ),
     "another place": (
-        lambda s: (s / "model.safetensors.index.json").write_text(
-            json.dumps({"weight_map": {"a": "../m.safetensors"}})
-        ),
+        lambda s: write_index(s, {"a": "../m.safetensors"}),
         "names ../m.safetensors, which is no weights file beside it",
     ),
     "no index": (
-        lambda s: save_file({"a": torch.ones(1)}, s / "other.safetensors"),
+        lambda s: [save_file({"a": torch.ones(1)}, s / f"{name}.safetensors") for name in write_index(s, None)],
         r"2 weights files and no model\.safetensors\.index\.json",
     ),
 }

@@ -4,10 +4,11 @@ The adapter's modules are peft's, over a base on the meta device: a matrix is pu
 is taken out again. Plain LoRA on linear layers, nearly all there is, takes a faster way (merge_rows).
 """
 
+import contextlib
 import copy
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from tuning.model.saved_adapter import SavedAdapter, attach_lora, find_row_ids
 from tuning.model.token_rows import PEFT_SUFFIX, is_tied
 
 ADAPTER = "default"
-_ROWS = 1 << 18  # elements of a matrix that are merged at a time: they stay in the processor's cache
+_ELEMENTS = 1 << 16  # elements of a matrix that are merged at a time: they stay in the processor's cache
 
 
 class Changes:
@@ -87,10 +88,10 @@ class Changes:
 
         read: gives a tensor of the base in float32, by name.
 
-        Raises: SettingsError: it is not finite, or peft cannot merge it.
+        Raises: SettingsError: peft cannot merge it.
         """
         if (plain := self.plain(name)) is not None:
-            value = merge_rows(read(name), [plain])
+            value = merge_rows(name, read(name), [plain])
         elif name in self._layers:
             value = self._merge(name, lambda other: self._begin(other, read))
         else:
@@ -98,8 +99,6 @@ class Changes:
         if name in self._row_values:
             ids, rows = self._row_values[name]
             value[ids] = rows.float()
-        if not bool(value.isfinite().all()):
-            raise SettingsError(f"the adapter cannot be merged: {name} becomes no finite numbers")
         return value
 
     def _begin(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
@@ -212,18 +211,42 @@ def redo_initialisation(layer: Any, config: Any) -> None:
             p.data = trained[name]
 
 
-@torch.no_grad()
-def merge_rows(weight: Tensor, products: list[tuple[Tensor, Tensor]], out: Tensor | None = None) -> Tensor:
-    """Weight plus the products of pairs of matrices, a few rows at a time.
+def check_finite(name: str, extremes: Sequence[Tensor], dtype: torch.dtype) -> None:
+    """Raises: SettingsError: a merged tensor is not finite in a dtype. extremes: its smallest and largest numbers."""
+    if not bool(torch.stack(list(extremes)).abs().max() <= torch.finfo(dtype).max):  # NaN is not, either
+        raise SettingsError(f"the adapter cannot be merged: {name} becomes no finite numbers in {dtype}")
 
-    Shapes: weight and out [out, in], float32 and any dtype; products of [out, r] and [r, in], float32. Returns: out,
-    or a new matrix in float32.
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Pieces this small are computed as fast as a disk takes them; threads that wait for each other are slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@torch.no_grad()
+def merge_rows(name: str, weight: Tensor, products: list[tuple[Tensor, Tensor]], out: Tensor | None = None) -> Tensor:
+    """Weight plus the products of pairs of matrices, a few rows at a time. name: of the weight, for the error.
+
+    Shapes: weight and out [out, in], of any dtype; products of [out, r] and [r, in], float32. Returns: out, or a new
+    matrix in float32.
+
+    Raises: SettingsError: a result that is not finite in out's dtype.
     """
     up = torch.cat([pair[0] for pair in products], 1)
     down = torch.cat([pair[1] for pair in products], 0)
     result = torch.empty(weight.shape, dtype=torch.float32) if out is None else out
-    step = max(1, _ROWS // weight.shape[1])
-    for start in range(0, len(weight), step):
-        rows = slice(start, start + step)
-        result[rows] = torch.addmm(weight[rows].float(), up[rows], down)
+    step = max(1, _ELEMENTS // weight.shape[1])
+    extremes: list[Tensor] = []  # isfinite() of a matrix in half precision takes longer than the merge
+    with _one_thread():
+        for start in range(0, len(weight), step):
+            rows = slice(start, start + step)
+            merged = torch.addmm(weight[rows].float(), up[rows], down)
+            extremes += torch.aminmax(merged)
+            result[rows] = merged
+    check_finite(name, extremes, result.dtype)
     return result

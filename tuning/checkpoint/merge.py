@@ -18,7 +18,7 @@ from torch import Tensor
 from tuning.checkpoint.adapter_base import copy_tokenizer, tokenizer_source
 from tuning.checkpoint.base_tensors import BaseTensors, Source
 from tuning.checkpoint.carried import copy_processors, list_kept_names
-from tuning.checkpoint.changes import Changes, merge_rows
+from tuning.checkpoint.changes import Changes, check_finite, merge_rows
 from tuning.checkpoint.files import write_json
 from tuning.checkpoint.older_readers import add_old_names
 from tuning.checkpoint.tensor_files import INDEX_FILE, Entry, StoredTensor, TensorFile, name_files
@@ -82,20 +82,18 @@ class Merge:
                 (pair[0].to(self._device) * each.weight, pair[1].to(self._device)) for each, pair in products if pair
             ]
             out = torch.empty(weight.shape, dtype=dtype, device=self._device)
-            value = merge_rows(weight, pairs, out)
-        elif not touching:
+            return merge_rows(name, weight, pairs, out).cpu()
+        if not touching:
             return self.base.read(name, dtype)
-        elif len(touching) == 1 and touching[0].weight == 1:
-            value = touching[0].changes.apply(name, self.base.read).to(dtype)
+        if len(touching) == 1 and touching[0].weight == 1:
+            value = touching[0].changes.apply(name, self.base.read)
         else:
             weight = self.base.read(name)
             value = weight.clone()
             for each in touching:
                 value += (each.changes.apply(name, self.base.read) - weight) * each.weight
-            value = value.to(dtype)
-        if not bool(value.isfinite().all()):
-            raise SettingsError(f"the adapter cannot be merged: {name} becomes no finite numbers in {dtype}")
-        return value.cpu()
+        check_finite(name, torch.aminmax(value), dtype)
+        return value.to(dtype)
 
 
 @dataclass(frozen=True)
