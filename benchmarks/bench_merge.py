@@ -141,7 +141,15 @@ def main() -> None:
         print(f"| {arm} | {seconds:.1f} | {100 * copied / seconds:.0f} % | {peak:,.0f} |")
     if args.out:
         args.out.write_text(
-            json.dumps({"machine": describe_machine(), "bytes": size, "arms": measured}, indent=2) + "\n"
+            json.dumps(
+                {
+                    "machine": describe_machine(["torch", "transformers", "peft", "safetensors"]),
+                    "bytes": size,
+                    "arms": measured,
+                },
+                indent=2,
+            )
+            + "\n"
         )
 
 

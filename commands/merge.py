@@ -154,7 +154,10 @@ def _verify(sources: _Sources, merged: merge.Merge, directory: Path, probes: lis
     expected = verify.compute_adapter_logits(merged.base, _open_plain(sources), sources.adapters, probes)
     if expected is None:
         saved.check_rest()
-        return "merge verified: every tensor is as computed; peft cannot add these adapters up, so no logits to compare"
+        return (
+            "merge verified: every tensor in the files is the computed one, products by peft's arithmetic; no logits, "
+            "as peft adds up LoRA on layers only"
+        )
     logits = verify.stream_logits(_build_model(directory, sources.trust), saved.fetch, probes)
     saved.check_rest()
     comparison = verify.compare_logits(expected, logits)
