@@ -156,7 +156,7 @@ SHORT = ["--max_steps", "3", "--per_device_train_batch_size", "2", "--gradient_a
 TRAINED = [
     "finetune_qlora_single_gpu",
     "finetune_lora_ds",
-    "finetune_ds",
+    pytest.param("finetune_ds", marks=pytest.mark.slow),
     "finetune_lora_fsdp",
 ]
 
@@ -317,7 +317,13 @@ def test_slurm_saves_requeues_and_goes_on(checkpoints, tmp_path):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("engine", [[], ["--deepspeed", ROOT / "finetune" / "ds_config_zero2.json"]], ids=["ddp", "ds"])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        pytest.param([], id="ddp"),
+        pytest.param(["--deepspeed", ROOT / "finetune" / "ds_config_zero2.json"], id="ds", marks=pytest.mark.slow),
+    ],
+)
 def test_mpirun(engine, checkpoints, tmp_path):
     mpirun = Path(sys.executable).with_name("mpirun")
     out = tmp_path / "out"

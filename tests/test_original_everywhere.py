@@ -62,7 +62,7 @@ def test_chat_takes_it_as_it_is(golden, capsys):
     assert "an original Qwen checkpoint" in told.err and not told.out
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_training_starts_from_the_golden_logits_and_learns(golden, forks, tmp_path, kind):
     """A run at a rate of nearly zero ends where the original is; one at a real rate learns."""
     source, ids, expected = golden
