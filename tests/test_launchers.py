@@ -156,13 +156,15 @@ SHORT = ["--max_steps", "3", "--per_device_train_batch_size", "2", "--gradient_a
 TRAINED = [
     "finetune_qlora_single_gpu",
     "finetune_lora_ds",
-    pytest.param("finetune_ds", marks=pytest.mark.slow),
+    "finetune_ds",
     "finetune_lora_fsdp",
 ]
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "finetune_ds" else []) for name in TRAINED]
+)
 def test_a_launcher_of_every_engine_trains(name, checkpoints, tmp_path):
     assert {ENGINES[trained] for trained in TRAINED} == set(ENGINES.values())
     out = tmp_path / "out"
