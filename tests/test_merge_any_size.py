@@ -1,0 +1,213 @@
+"""A merge that streams: nothing of the base is lost, values are peft's, and a kill or a full disk costs nothing."""
+
+import hashlib
+import json
+import math
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
+import merge_lora
+from tests.architectures import ARCHITECTURES, write
+from tuning.checkpoint.tensor_files import DTYPES, Entry, TensorFile, list_tensors, read_header
+from tuning.errors import SettingsError
+from tuning.model.other_parts import choose_auto_class
+
+FAST = ("Qwen3", "Qwen3-MoE", "Qwen3.5-MoE, 3.6-MoE (multimodal)")
+EXTRA = {"mtp.x": torch.arange(7.0), "mtp.layers.0.w": torch.ones(3, 2, dtype=torch.bfloat16), "odd/名": torch.tensor(True)}
+
+
+def load_model(directory: Path):
+    return choose_auto_class(AutoConfig.from_pretrained(directory)).from_pretrained(directory, dtype=torch.float32)
+
+
+def write_adapter(base: Path, out: Path, seed: int = 1, **configuration) -> Path:
+    """An adapter with random values, as peft saves it."""
+    model = load_model(base)
+    torch.manual_seed(seed)
+    peft_model = get_peft_model(model, LoraConfig(**{"r": 3, "lora_alpha": 5, "task_type": "CAUSAL_LM", **configuration}))
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    peft_model.save_pretrained(out)
+    return out
+
+
+def adapt_everything(base: Path, out: Path) -> Path:
+    """On all linear layers, and on all experts."""
+    names = [name for name, p in load_model(base).named_parameters() if p.ndim == 3 and ".experts." in name]
+    ends = sorted({".".join(name.split(".")[-3:]) for name in names})
+    return write_adapter(base, out, target_modules="all-linear", target_parameters=ends or None)
+
+
+def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    files = [load_file(path) for path in sorted(directory.glob("*.safetensors"))]
+    tensors = {name: tensor for file in files for name, tensor in file.items()}
+    assert len(tensors) == sum(map(len, files)), "each once"
+    return tensors
+
+
+def plant(directory: Path, extra: dict[str, torch.Tensor]) -> None:
+    """Put tensors that no class knows into the last of a checkpoint's files."""
+    path = sorted(directory.glob("*.safetensors"))[-1]
+    save_file({**load_file(path), **extra}, path, {"format": "pt"})
+
+
+def merge_with_peft(base: Path, adapter: Path, out: Path) -> dict[str, torch.Tensor]:
+    """The slow reference: the whole model in float32."""
+    PeftModel.from_pretrained(load_model(base), adapter).merge_and_unload().save_pretrained(out)
+    return read_tensors(out)
+
+
+def check_result(base: Path, merged: Path, expected: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> int:
+    """Hold every tensor of a base's files against the result's. Returns: how many were changed."""
+    before, after = read_tensors(base), read_tensors(merged)
+    assert before.keys() == after.keys()
+    changed = 0
+    for name, old in before.items():
+        new, wanted = after[name], expected.get(name)
+        assert new.shape == old.shape, name
+        assert new.dtype == (dtype if dtype and old.is_floating_point() and wanted is not None else old.dtype), name
+        if wanted is None or torch.equal(wanted, old.float()):
+            assert torch.equal(new, old.to(new.dtype)), name
+            continue
+        changed += 1
+        eps = torch.finfo(new.dtype).eps
+        assert (new.float() - wanted).abs().max() <= 1.5 * eps * wanted.abs().max(), name
+        if eps > 1e-6:
+            assert (new == wanted.to(new.dtype)).float().mean() > 0.98, name
+    return changed
+
+
+@pytest.mark.filterwarnings("ignore:The following")
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES]
+)
+def test_every_architecture_keeps_all_of_its_base(tokenizer, tmp_path, name):
+    base = write(name, tokenizer, tmp_path / "base", torch.bfloat16)
+    plant(base, EXTRA)
+    adapter = adapt_everything(base, tmp_path / "adapter")
+    merge_lora.main([str(adapter), str(tmp_path / "merged")])
+    changed = check_result(base, tmp_path / "merged", merge_with_peft(base, adapter, tmp_path / "expected"))
+    assert changed >= 8
+
+
+# ---- files ----
+
+
+def as_bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+@st.composite
+def tensors_of_files(draw) -> dict[str, torch.Tensor]:
+    """Any dtypes, shapes (of no elements and no dimensions too), bit patterns and names."""
+    names = st.text(st.characters(exclude_categories=["Cs"]), max_size=8).filter(lambda name: name != "__metadata__")
+    tensors = {}
+    for name in draw(st.lists(names, max_size=5, unique=True)):
+        dtype = draw(st.sampled_from(sorted(DTYPES.values(), key=str)))
+        shape = draw(st.lists(st.integers(0, 4), max_size=3))
+        size = dtype.itemsize * math.prod(shape)
+        content = draw(st.binary(min_size=size, max_size=size))
+        if dtype == torch.bool:
+            content = bytes(byte % 2 for byte in content)
+        buffer = torch.tensor(list(content), dtype=torch.uint8)
+        tensors[name] = buffer.view(dtype).view(shape)
+    return tensors
+
+
+def write_ourselves(path: Path, tensors: dict[str, torch.Tensor]) -> TensorFile:
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))
+    with TensorFile(path, [Entry.of(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]) as file:
+        for tensor in tensors.values():
+            file.write(tensor)
+    return file
+
+
+def assert_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (actual[name].dtype, actual[name].shape) == (tensor.dtype, tensor.shape)
+        assert as_bytes(actual[name]) == as_bytes(tensor)
+
+
+@settings(max_examples=60)
+@given(tensors_of_files())
+def test_files_are_what_the_library_reads_and_writes(tensors):
+    with tempfile.TemporaryDirectory() as directory:
+        ours, theirs, copied = (Path(directory) / name for name in ("ours", "theirs", "copied"))
+        file = write_ourselves(ours, tensors)
+        assert file.facts == {
+            "bytes": ours.stat().st_size,
+            "sha256": hashlib.sha256(ours.read_bytes()).hexdigest(),
+        }
+        assert_equal(load_file(ours), tensors)
+        save_file(tensors, theirs)
+        for path in (ours, theirs):
+            stored = read_header(path)
+            assert_equal({each.name: each.read() for each in stored}, tensors)
+        with TensorFile(copied, [Entry(each.name, each.dtype, each.shape, each.num_bytes) for each in stored]) as file:
+            for each in stored:
+                file.copy(each)
+        assert_equal(load_file(copied), tensors)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.just(2**40),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=5,
+)
+
+
+@st.composite
+def damaged_files(draw) -> bytes:
+    """A small file, damaged: cut, bytes replaced, or another value somewhere in its header."""
+    entries = {
+        "a": {"dtype": "F32", "shape": [2, 1], "data_offsets": [0, 8]},
+        "b": {"dtype": "BF16", "shape": [3], "data_offsets": [8, 14]},
+        "c": {"dtype": "U8", "shape": [], "data_offsets": [14, 15]},
+    }
+    kind = draw(st.sampled_from(["value", "deep value", "bytes", "cut"]))
+    if kind == "value":
+        entries[draw(st.sampled_from("abc"))] = draw(JSON)
+    elif kind == "deep value":
+        field = draw(st.sampled_from(["dtype", "shape", "data_offsets"]))
+        value = draw(JSON | st.lists(st.sampled_from([-1, 0, 1, 2, 8, 2.0, True, 2**32, 2**63]), max_size=4))
+        entries[draw(st.sampled_from("abc"))][field] = value
+    text = json.dumps(entries).encode()
+    file = bytearray(len(text).to_bytes(8, "little") + text + bytes(15))
+    if kind == "bytes":
+        for _ in range(draw(st.integers(1, 4))):
+            file[draw(st.integers(0, len(file) - 1))] = draw(st.integers(0, 255))
+    return bytes(file[: draw(st.integers(0, len(file)))] if kind == "cut" else file)
+
+
+@settings(max_examples=300)
+@given(damaged_files())
+def test_a_damaged_header_is_a_mistake_in_one_line_or_reads(content):
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "model.safetensors"
+        path.write_bytes(content)
+        try:
+            stored = read_header(path)
+            for tensor in stored:
+                tensor.read()
+        except SettingsError as error:
+            assert str(path) in str(error)
+            return
+        assert load_file(path).keys() == {tensor.name for tensor in stored}, "the library reads it, too"
+
+
+def test_a_name_that_no_file_can_hold_is_refused(tmp_path):
+    text = b'{"\\ud800":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"x")
+    with pytest.raises(SettingsError, match="cannot be read"):
+        read_header(tmp_path / "model.safetensors")
