@@ -100,6 +100,150 @@ def test_every_architecture_keeps_all_of_its_base(tokenizer, tmp_path, name):
     assert changed >= 8
 
 
+def shard(base: Path, out: Path, size: str = "20KB") -> Path:
+    """A copy of a checkpoint in several files."""
+    shutil.copytree(base, out, ignore=shutil.ignore_patterns("*.safetensors"))
+    model = load_model(base).to(next(iter(load_file(base / "model.safetensors").values())).dtype)
+    model.save_pretrained(out, max_shard_size=size)
+    return out
+
+
+def list_files(directory: Path) -> dict[str, str]:
+    """The file of each tensor, as files and index agree on it."""
+    paths = sorted(directory.glob("*.safetensors"))
+    names = {tensor.name: path.name for path in paths for tensor in read_header(path)}
+    if (directory / "model.safetensors.index.json").is_file():
+        index = json.loads((directory / "model.safetensors.index.json").read_text())
+        assert index["weight_map"] == names
+        tensors = read_tensors(directory).values()
+        assert index["metadata"]["total_size"] == sum(each.numel() * each.itemsize for each in tensors)
+    return names
+
+
+@pytest.fixture(scope="module")
+def moe(tokenizer, tmp_path_factory):
+    """A base with experts in float32 with tensors unknown to its class, and an adapter of all layers."""
+    root = tmp_path_factory.mktemp("moe")
+    base = write("Qwen3-MoE", tokenizer, root / "base")
+    plant(base, EXTRA)
+    adapter = adapt_everything(base, root / "adapter")
+    return base, adapter, merge_with_peft(base, adapter, root / "expected")
+
+
+def test_a_base_in_several_files_keeps_them(tokenizer, tmp_path):
+    base = shard(write("Qwen3-MoE", tokenizer, tmp_path / "one", torch.bfloat16), tmp_path / "base")
+    plant(base, EXTRA)
+    index = base / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    last = sorted(values["weight_map"].values())[-1]
+    values["weight_map"] |= dict.fromkeys(EXTRA, last)
+    values["metadata"]["total_size"] += sum(each.numel() * each.itemsize for each in EXTRA.values())
+    index.write_text(json.dumps(values))
+    adapter = adapt_everything(base, tmp_path / "adapter")
+    merge_lora.main([str(adapter), str(tmp_path / "merged")])
+    assert len(set(list_files(base).values())) > 3
+    assert list_files(tmp_path / "merged") == {t.name: t.file.name for t in list_tensors(base).values()}
+    assert check_result(base, tmp_path / "merged", merge_with_peft(base, adapter, tmp_path / "expected")) > 20
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_dtype_of_the_result(moe, tmp_path, dtype):
+    base, adapter, expected = moe
+    wanted = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[dtype]
+    words = ["--dtype", dtype, *(["--no-verify"] if dtype == "fp32" else [])]
+    merge_lora.main([str(adapter), str(tmp_path / "merged"), *words])
+    check_result(base, tmp_path / "merged", expected, wanted)
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == {
+        "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"
+    }[dtype]  # fmt: skip
+
+
+def test_files_of_a_largest_size(moe, tmp_path):
+    base, adapter, expected = moe
+    merge_lora.main([str(adapter), str(tmp_path / "merged"), "--max_shard_size", "20KB"])
+    check_result(base, tmp_path / "merged", expected)
+    by_file = {}
+    for path in (tmp_path / "merged").glob("*.safetensors"):
+        by_file[path] = [tensor.num_bytes for tensor in read_header(path)]
+    assert len(by_file) > 4 and all(sum(sizes) <= 20_000 or len(sizes) == 1 for sizes in by_file.values())
+    assert list_files(tmp_path / "merged").keys() == list_files(base).keys()
+
+
+def test_every_tensor_keeps_its_own_dtype(tokenizer, tmp_path):
+    """Also where the experts of one stack are stored in different ones: none loses bits."""
+    base = write("Qwen3-MoE", tokenizer, tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    kinds = (torch.bfloat16, torch.float32, torch.float16)
+    mixed = {name: t.to(kinds[i % 3]) if "experts" not in name else t for i, (name, t) in enumerate(tensors.items())}
+    narrow = next(name for name in mixed if "experts.0." in name)
+    mixed[narrow] = mixed[narrow].bfloat16()
+    save_file(mixed, base / "model.safetensors", {"format": "pt"})
+    adapter = adapt_everything(base, tmp_path / "adapter")
+    merge_lora.main([str(adapter), str(tmp_path / "merged")])
+    after, expected = read_tensors(tmp_path / "merged"), merge_with_peft(base, adapter, tmp_path / "expected")
+    for name, old in mixed.items():
+        assert after[name].dtype == (torch.float32 if name == narrow else old.dtype), name
+        eps = torch.finfo(after[name].dtype).eps
+        assert (after[name].float() - expected[name]).abs().max() <= 1.5 * eps * expected[name].abs().max(), name
+
+
+# ---- several adapters ----
+
+ATTENTION = {"target_modules": ["q_proj", "v_proj"]}
+SEVERAL = {
+    "other ranks": ({"target_modules": "all-linear", "r": 2}, {**ATTENTION, "r": 7, "use_rslora": True}, 0.7, 0.3),
+    "negative and zero": ({"target_modules": "all-linear"}, {**ATTENTION, "r": 2}, -0.5, 0.0),
+    "both zero": (ATTENTION, {"target_modules": ["up_proj"]}, 0.0, 0.0),
+    "rows and a matrix": (
+        {**ATTENTION, "trainable_token_indices": {"embed_tokens": [3, 5], "lm_head": [3, 5]}},
+        {**ATTENTION, "modules_to_save": ["lm_head", "norm"], "r": 5},
+        0.6,
+        -1.5,
+    ),
+    "kinds": ({**ATTENTION, "use_dora": True}, {"target_modules": ["q_proj"], "init_lora_weights": "pissa"}, 0.4, 1.2),
+    "biases": ({**ATTENTION, "bias": "all"}, {**ATTENTION, "lora_bias": True}, 0.5, 2.0),
+    "the weight alone": (ATTENTION, None, 0.25, 0.0),
+}
+
+
+@pytest.fixture(scope="module")
+def dense(tokenizer, tmp_path_factory):
+    return write("Qwen2, Qwen2.5", tokenizer, tmp_path_factory.mktemp("dense") / "base")
+
+
+@pytest.mark.filterwarnings("ignore:The following")
+@pytest.mark.parametrize("name", SEVERAL)
+def test_adapters_add_up_by_their_weights(dense, tmp_path, name):
+    first, second, *weights = SEVERAL[name]
+    plain = read_tensors(dense)
+    expected = {name: tensor.double() for name, tensor in plain.items()}
+    words = []
+    for number, (configuration, weight) in enumerate(zip((first, second), weights, strict=True)):
+        if configuration is not None:
+            adapter = write_adapter(dense, tmp_path / f"a{number}", seed=number, **configuration)
+            alone = merge_with_peft(dense, adapter, tmp_path / f"alone{number}")
+            for key in plain:
+                expected[key] += weight * (alone[key].double() - plain[key].double())
+            words.append(f"{adapter}:{weight}")
+    merge_lora.main([str(tmp_path / "merged"), "--adapter", *words])
+    merged = read_tensors(tmp_path / "merged")
+    assert merged.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert (merged[key] - tensor).abs().max() <= 2e-6 * max(1.0, float(tensor.abs().max())), key
+
+
+def test_experts_add_up_too(moe, tmp_path):
+    base, adapter, expected = moe
+    other = write_adapter(base, tmp_path / "b", seed=3, **ATTENTION, r=9)
+    alone, plain = merge_with_peft(base, other, tmp_path / "alone"), read_tensors(base)
+    merge_lora.main([str(tmp_path / "merged"), "--adapter", f"{adapter}:0.5", f"{other}:-2"])
+    merged = read_tensors(tmp_path / "merged")
+    for name, tensor in expected.items():
+        wanted = plain[name] + 0.5 * (tensor - plain[name]) - 2 * (alone[name] - plain[name])
+        assert torch.allclose(merged[name], wanted, atol=1e-5), name
+    assert all(torch.equal(merged[name], tensor) for name, tensor in EXTRA.items())
+
+
 # ---- files ----
 
 

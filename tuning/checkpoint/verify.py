@@ -101,10 +101,13 @@ def compute_adapter_logits(
 
     Returns: None where peft cannot add adapters up (anything but LoRA on layers).
     """
+    configs = [read_adapter_config(path) for path, _ in adapters]
+    added_up = [weight for _, weight in adapters] != [1.0]
+    if added_up and not all(_adds_up(config) for config in configs):
+        return None
     hide_gptqmodel()
     resize_model(model, base.num_rows)
     peft_model: Any = None
-    configs = [read_adapter_config(path) for path, _ in adapters]
     for number, ((path, _), config) in enumerate(zip(adapters, configs, strict=True)):
         built = copy.deepcopy(config)
         if isinstance(config.init_lora_weights, str):
@@ -116,9 +119,7 @@ def compute_adapter_logits(
                 peft_model = PeftModel.from_pretrained(model, str(path), **options)
             else:
                 peft_model.load_adapter(str(path), str(number), peft_config=built, low_cpu_mem_usage=True)
-    if [weight for _, weight in adapters] != [1.0]:
-        if not all(_adds_up(config) for config in configs):
-            return None
+    if added_up:
         names = ["default", *map(str, range(1, len(adapters)))]
         peft_model.base_model.set_adapter(names)
         for module in peft_model.modules():
