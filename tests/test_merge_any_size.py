@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
 import merge_lora
 from tests.architectures import ARCHITECTURES, write
+from tests.conftest import run_python
 from tuning.checkpoint.tensor_files import DTYPES, Entry, TensorFile, list_tensors, read_header
 from tuning.errors import SettingsError
 from tuning.model.other_parts import choose_auto_class
@@ -242,6 +243,193 @@ def test_experts_add_up_too(moe, tmp_path):
         wanted = plain[name] + 0.5 * (tensor - plain[name]) - 2 * (alone[name] - plain[name])
         assert torch.allclose(merged[name], wanted, atol=1e-5), name
     assert all(torch.equal(merged[name], tensor) for name, tensor in EXTRA.items())
+
+
+def change_json(path: Path, change) -> None:
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("another base", "belongs to another base model"),
+        ("another copy of the base", None),
+        ("twice", "is named twice"),
+        ("another template", "was trained with another chat template"),
+        ("another token", "token 1040 is '<b>', in"),
+        ("not finite", "becomes no finite numbers in torch.float16"),
+    ],
+)
+def test_adapters_that_cannot_be_added_up(dense, tokenizer, tmp_path, case, message):
+    other = dense
+    if "another" in case and "base" in case:
+        other = shutil.copytree(dense, tmp_path / "other")
+    if case == "another base":
+        tensors = load_file(other / "model.safetensors")
+        save_file({name: tensor + 0.1 for name, tensor in tensors.items()}, other / "model.safetensors")
+    adapters = [write_adapter(dense, tmp_path / "a", **ATTENTION), write_adapter(other, tmp_path / "b", **ATTENTION)]
+    words = [f"{adapter}:{1e30 if case == 'not finite' else 0.5}" for adapter in adapters]
+    for text, adapter in zip("ab", adapters, strict=True):
+        if case == "another template":
+            (adapter / "chat_template.jinja").write_text(text)
+        if case == "another token":
+            tokenizer.save_pretrained(adapter)
+            token = {"id": 1040, "content": f"<{text}>"}
+            change_json(adapter / "tokenizer.json", lambda v, token=token: v["added_tokens"].append(token))
+    if case == "twice":
+        words[1] = f"{tmp_path}/b/../a:0.2"
+    words = [str(tmp_path / "merged"), "--adapter", *words, *(["--dtype", "fp16"] if case == "not finite" else [])]
+    if message is None:
+        return merge_lora.main(words)
+    with pytest.raises(SettingsError, match=message) as refused:
+        merge_lora.main(words)
+    assert "\n" not in str(refused.value) and not (tmp_path / "merged").exists()
+
+
+# ---- other tools' adapters ----
+
+NOTES = {
+    "unsloth_version": "2026.1", "unsloth_fixed": True, "peft_version": "0.18.0", "llamafactory_version": "0.9.4",
+    "enable_lora": None, "merge_weights": False, "use_sparkles": False, "sparkles": [], "more": {}, "inference_mode": True,
+    "auto_mapping": {"base_model_class": "Qwen2ForCausalLM", "unsloth_fixed": True},
+}  # fmt: skip
+OTHERS = {
+    "Unsloth": r"(?:.*?(?:language|text).*?)?(?:.*?\.)?(?:self_attn|mlp)\.(?:q_proj|k_proj|v_proj|o_proj|down_proj)",
+    "LLaMA-Factory": ["q_proj", "k_proj", "gate_proj"],
+    "TRL": "all-linear",
+}
+
+
+@pytest.mark.parametrize("tool", OTHERS)
+def test_what_tools_note_in_an_adapter_changes_nothing(dense, tmp_path, tool):
+    adapter = write_adapter(dense, tmp_path / "adapter", target_modules=OTHERS[tool])
+    expected = merge_with_peft(dense, adapter, tmp_path / "expected")
+    change_json(adapter / "adapter_config.json", lambda values: values.update(NOTES))
+    for name in ("trainer_state.json", "training_args.yaml", "README.md", "optimizer.pt"):
+        (adapter / name).write_text("{}")
+    merge_lora.main([str(adapter), str(tmp_path / "merged")])
+    assert check_result(dense, tmp_path / "merged", expected) >= 6
+    assert not {"trainer_state.json", "optimizer.pt"} & {path.name for path in (tmp_path / "merged").iterdir()}
+
+
+@pytest.mark.parametrize("name", ["use_sparkles", "lora_gamma", "version_of_math"])
+def test_what_may_change_the_result_is_refused_by_name(dense, tmp_path, name):
+    adapter = write_adapter(dense, tmp_path / "adapter", **ATTENTION)
+    change_json(adapter / "adapter_config.json", lambda values: values.update({name: 2}))
+    with pytest.raises(SettingsError, match=f"{name} is not known to peft"):
+        merge_lora.main([str(adapter), str(tmp_path / "merged")])
+    assert not (tmp_path / "merged").exists()
+
+
+# ---- kills, and room ----
+
+
+def list_bytes(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def check_kill(forks, words: list[str], out: Path, at: int, whole: dict[str, bytes]) -> int:
+    """Kill a merge at an event, and start it again. Returns: how many files it did not write again."""
+    assert forks.run(*words, module="merge_lora", at=at, do="SIGKILL")[0] == 137
+    unfinished = out / ".unfinished.tmp"
+    if not (unfinished / "manifest.json").is_file() and not (out / "manifest.json").is_file():
+        assert not list(out.glob("*.json")) and not list(out.glob("*.safetensors"))
+    finished = {}
+    if (unfinished / ".finished.json").is_file():
+        finished = json.loads((unfinished / ".finished.json").read_text())
+    before = {name: (unfinished / name).stat() for name in finished if (unfinished / name).is_file()}
+    code, stdout, stderr = forks.run(*words, module="merge_lora")
+    assert code in (0, 2), stderr
+    assert code == 0 or "exists and is not empty" in stderr  # it was complete, but for what nobody misses
+    assert list_bytes(out) == whole
+    if code == 0 and before and "goes on with" in stdout:
+        assert f"{len(before)} of" in stdout
+        after = {name: (out / name).stat() for name in before}
+        assert all((after[n].st_ino, after[n].st_mtime_ns) == (s.st_ino, s.st_mtime_ns) for n, s in before.items())
+    shutil.rmtree(out)
+    return len(before)
+
+
+@pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_killed_merge_goes_on_with_its_finished_files(forks, moe, tmp_path, step):
+    _, adapter, _ = moe
+    words = [str(adapter), str(tmp_path / "out"), "--max_shard_size", "40KB"]
+    code, _, stderr = forks.run(*words, module="merge_lora")
+    assert code == 0, stderr
+    num_events, whole = forks.num_events[0], list_bytes(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    kept = [check_kill(forks, words, tmp_path / "out", at, whole) for at in range(2, num_events, step)]
+    assert max(kept) > 2
+
+
+@pytest.mark.parametrize("change", ["adapter", "dtype", "files"])
+def test_another_merge_does_not_go_on_with_the_leftovers(forks, moe, tmp_path, change):
+    base, adapter, _ = moe
+    out, size = tmp_path / "out", ["--max_shard_size", "40KB"]
+    assert forks.run(adapter, out, *size, module="merge_lora", at=8, do="SIGKILL")[0] == 137
+    assert json.loads((out / ".unfinished.tmp" / ".finished.json").read_text())
+    words = [adapter, out, *size]
+    if change == "adapter":
+        words[0] = write_adapter(base, tmp_path / "b", seed=5, target_modules="all-linear")
+    elif change == "dtype":
+        words += ["--dtype", "bf16"]
+    else:
+        words = [adapter, out]
+    code, stdout, stderr = forks.run(*words, module="merge_lora")
+    assert code == 0 and "goes on" not in stdout, stderr
+    words[1] = tmp_path / "fresh"
+    assert forks.run(*words, module="merge_lora")[0] == 0
+    assert list_bytes(out) == list_bytes(tmp_path / "fresh")
+
+
+def test_a_disk_that_is_too_small_is_told_before_the_first_byte(moe, tmp_path, monkeypatch):
+    base, adapter, _ = moe
+    opened = []
+    monkeypatch.setattr("tuning.checkpoint.tensor_files.TensorFile.__init__", lambda *_: opened.append(1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
+    with pytest.raises(SettingsError, match="the result takes 0.1 GB, and 0.0 GB are free there"):
+        merge_lora.main([str(adapter), str(tmp_path / "some" / "merged")])
+    assert not opened and not (tmp_path / "some").exists()
+
+
+# ---- memory ----
+
+_MEASURE = """
+import resource, sys
+import commands.merge, peft, torch
+from tuning.model import loading
+import transformers.models.qwen3.modeling_qwen3
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+before = peak()
+import merge_lora
+merge_lora.main(sys.argv[1:])
+print("MIB", before, peak())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verify", [False, True])
+def test_memory_is_a_matrix_and_not_the_model(tokenizer, tmp_path, verify):
+    sizes = dict(
+        hidden_size=1024, intermediate_size=2816, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=4,
+        head_dim=128, max_position_embeddings=512, vocab_size=2048, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(Qwen3Config(**sizes), dtype=torch.bfloat16)
+    base = tmp_path / "base"
+    model.save_pretrained(base, max_shard_size="80MB")
+    tokenizer.save_pretrained(base)
+    files = list(base.glob("*.safetensors"))
+    assert len(files) >= 3 and sum(path.stat().st_size for path in files) > 280e6
+    del model
+    adapter = write_adapter(base, tmp_path / "adapter", target_modules="all-linear")
+    words = [adapter, tmp_path / "merged", *([] if verify else ["--no-verify"])]
+    done = run_python("-c", _MEASURE, *words)
+    before, peak = map(int, done.stdout.split("MIB ")[1].split())
+    # Largest matrix: 6 MiB in bf16. With a check: a layer in float32 twice (52 MiB each), and logits.
+    assert peak - before < (250 if verify else 130), done.stdout
 
 
 # ---- files ----

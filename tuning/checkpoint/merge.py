@@ -211,7 +211,9 @@ def write_weights(
                     continue
                 if item.entry.name not in ready:
                     ready |= _compute(merge, item)
-                file.write(ready.pop(item.entry.name))
+                value = ready.pop(item.entry.name)
+                assert Entry.of(item.entry.name, value.dtype, value.shape) == item.entry, "as the header has it"
+                file.write(value)
         finished[name] = file.facts
         note()
     if len(files) > 1:

@@ -143,8 +143,10 @@ class PickledTensor(StoredTensor):
         return self.value.clone(memory_format=torch.contiguous_format)
 
     def pieces(self) -> Iterator[bytes]:
-        """Its bytes."""
-        yield self.read().view(-1).view(torch.uint8).numpy().tobytes()
+        """Its bytes, in order."""
+        content = self.read().view(-1).view(torch.uint8).numpy()
+        for start in range(0, self.num_bytes, _PIECE):
+            yield content[start : start + _PIECE].tobytes()
 
 
 def _read_pickle(file: Path) -> list[StoredTensor]:

@@ -6,6 +6,7 @@ after a look at the files: every tensor must be there, to the bit.
 """
 
 import copy
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ from tuning.model.saved_adapter import adapters_off_meta
 TOLERANCE = 1e-4
 
 _ROWS = 16  # of every matrix that are compared with peft's arithmetic
-_PROBE_TOKENS = 2048  # of a template that writes pages around a question, the last ones
+_PROBE_TOKENS = 256  # of a template that writes pages around a question, the last ones: logits of all are kept
 _QUESTIONS = ["Who are you?", "请用一句话介绍你自己。", "def fibonacci(n):", "1 + 1 = ?", "Write a short poem 🙂"]
 _PEFT_PARTS = {"base_layer", "original_module", "token_adapter", "modules_to_save", "default"}
 
@@ -180,7 +181,7 @@ class SavedMerge:
                 continue
             there = saved.get(name)
             same = there is not None and (there.dtype, there.shape) == (stored.dtype, stored.shape)
-            if there is None or not same or b"".join(there.pieces()) != b"".join(stored.pieces()):
+            if there is None or not same or not all(map(operator.eq, there.pieces(), stored.pieces())):
                 raise SettingsError(f"{self._saved.directory}: {name} of the base is not in it")
 
     def _check_rows(self, name: str, value: Tensor) -> None:
