@@ -109,8 +109,8 @@ def _find_sources(args: argparse.Namespace) -> _Sources:
     for (path, _), named in zip(adapters[1:], args.bases[1:], strict=True):
         if adapter_base.choose_onto(path, args.onto, named, args.cache_dir, trust=trust) != trained:
             raise SettingsError(f"{path}: was trained on weights that were quantised otherwise than {first}'s")
-        own = adapter_base.find_base(path, find_loadable_base(path, named, args), args.cache_dir, other=other)
-        adapter_base.check_same_base(path, own, base)
+        its_base = adapter_base.find_base(path, find_loadable_base(path, named, args), args.cache_dir, other=other)
+        adapter_base.check_same_base(path, its_base, base)
         adapter_base.check_same_template(first, path)
         adapter_base.check_same_tokens(first, path)
     trained_on = base
