@@ -17,9 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
 import merge_lora
 from tests.architectures import ARCHITECTURES, write
-from tests.conftest import run_python
+from tests.conftest import build_model, run_python
 from tuning.checkpoint.tensor_files import DTYPES, Entry, TensorFile, list_tensors, read_header
+from tuning.checkpoint.verify import stream_logits
 from tuning.errors import SettingsError
+from tuning.model.loading import load_model as meta_model
 from tuning.model.other_parts import choose_auto_class
 
 FAST = ("Qwen3", "Qwen3-MoE", "Qwen3.5-MoE, 3.6-MoE (multimodal)")
@@ -239,6 +241,28 @@ def test_adapters_add_up_by_their_weights(dense, tmp_path, name):
         assert (merged[key] - tensor).abs().max() <= 2e-6 * max(1.0, float(tensor.abs().max())), key
 
 
+def test_tied_matrices_that_one_adapter_takes_apart(tokenizer, tmp_path):
+    """The other adapter's rows are those of both."""
+    base = build_model(tokenizer, tied=True)
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    plain = load_file(tmp_path / "base" / "model.safetensors")["model.embed_tokens.weight"]
+    configurations = ({**ATTENTION, "modules_to_save": ["lm_head"]}, {**ATTENTION, "trainable_token_indices": [3, 5]})
+    words, expected = [], {name: plain.clone() for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    for number, (configuration, weight) in enumerate(zip(configurations, (0.5, 0.8), strict=True)):
+        adapter = write_adapter(tmp_path / "base", tmp_path / f"a{number}", seed=number, **configuration)
+        words.append(f"{adapter}:{weight}")
+        alone = merge_with_peft(tmp_path / "base", adapter, tmp_path / f"alone{number}")
+        for name in expected:
+            expected[name] += weight * (alone.get(name, alone["model.embed_tokens.weight"]) - plain)
+    merge_lora.main([str(tmp_path / "merged"), "--adapter", *words])
+    merged = read_tensors(tmp_path / "merged")
+    for name, tensor in expected.items():
+        assert torch.allclose(merged[name], tensor, atol=1e-6), name
+    assert not torch.equal(merged["model.embed_tokens.weight"], merged["lm_head.weight"])
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
 def test_experts_add_up_too(moe, tmp_path):
     base, adapter, expected = moe
     other = write_adapter(base, tmp_path / "b", seed=3, **ATTENTION, r=9)
@@ -358,7 +382,7 @@ def check_kill(forks, words: list[str], out: Path, at: int, whole: dict[str, byt
     return len(before)
 
 
-@pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [17, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_merge_goes_on_with_its_finished_files(forks, moe, tmp_path, step):
     _, adapter, _ = moe
     words = [str(adapter), str(tmp_path / "out"), "--max_shard_size", "40KB"]
@@ -366,8 +390,8 @@ def test_a_killed_merge_goes_on_with_its_finished_files(forks, moe, tmp_path, st
     assert code == 0, stderr
     num_events, whole = forks.num_events[0], list_bytes(tmp_path / "out")
     shutil.rmtree(tmp_path / "out")
-    kept = [check_kill(forks, words, tmp_path / "out", at, whole) for at in range(2, num_events, step)]
-    assert max(kept) > 2
+    kept = [check_kill(forks, words, tmp_path / "out", at, whole) for at in range(3, num_events, step)]
+    assert max(kept) >= 2
 
 
 @pytest.mark.parametrize("change", ["adapter", "dtype", "files"])
@@ -432,11 +456,31 @@ def test_memory_is_a_matrix_and_not_the_model(tokenizer, tmp_path, verify):
     del model
     adapter = write_adapter(base, tmp_path / "adapter", target_modules="all-linear")
     words = [adapter, tmp_path / "merged", *([] if verify else ["--no-verify"])]
-    done = run_python("-c", _MEASURE, *words)
+    # A layer has 45 MiB in float32. The C library keeps freed blocks below 32 MiB, which here are all of them.
+    done = run_python("-c", _MEASURE, *words, MALLOC_MMAP_THRESHOLD_="1000000")
     before, peak = map(int, done.stdout.split("MIB ")[1].split())
-    # Largest matrix: 6 MiB in bf16. With a check: a layer in float32 twice (52 MiB each), and logits.
-    print("PEAK", before, peak, peak - before)
-    assert peak - before < (250 if verify else 130), done.stdout
+    assert peak - before < (170 if verify else 100), done.stdout
+
+
+# ---- the check ----
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES]
+)
+def test_a_model_block_by_block_has_the_whole_models_logits(tokenizer, tmp_path, name):
+    """Prompts of several lengths in one batch, linear attention included."""
+    base = write(name, tokenizer, tmp_path / "base")
+    model = load_model(base).eval()
+    weights = model.state_dict()
+    probes = [[5, 9, 30, 2, 11, 77, 300] * 5, [44, 3], [9], [100, 200, 300, 400], [5] * 70]
+    on_meta = meta_model(str(base), dtype=torch.float32, meta=True, buffers=True)
+    streamed = stream_logits(on_meta, weights.__getitem__, probes)
+    assert all(parameter.is_meta for parameter in on_meta.parameters()), "and nothing stays"
+    for ids, logits in zip(probes, streamed, strict=True):
+        with torch.no_grad():
+            whole = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+        assert (logits - whole).abs().max() <= 1e-5 * whole.abs().max()
 
 
 # ---- files ----
