@@ -424,6 +424,15 @@ def test_a_disk_that_is_too_small_is_told_before_the_first_byte(moe, tmp_path, m
     assert not opened and not (tmp_path / "some").exists()
 
 
+def test_a_disk_that_fills_up_leaves_nothing(forks, moe, tmp_path):
+    out = tmp_path / "some" / "merged"
+    plan = {"at": 2, "do": "full", "bytes": 30_000}
+    code, _, stderr = forks.run(moe[1], out, "--max_shard_size", "40KB", module="merge_lora", **plan)
+    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert code == 1 and len(lines) == 1 and "File too large; make room, then run the command again" in lines[0]
+    assert "Traceback" not in stderr and not (tmp_path / "some").exists()
+
+
 # ---- memory ----
 
 # VmHWM, as getrusage's peak begins with that of the process that forked.
