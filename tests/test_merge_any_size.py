@@ -344,6 +344,30 @@ def test_what_tools_note_in_an_adapter_changes_nothing(dense, tmp_path, tool):
     assert not {"trainer_state.json", "optimizer.pt"} & {path.name for path in (tmp_path / "merged").iterdir()}
 
 
+@pytest.mark.parametrize("name", ["Qwen3-MoE", "DeepSeek-V3", "GLM-4-MoE"])
+def test_an_adapter_of_every_expert_as_transformers_4_had_them(tokenizer, tmp_path, name):
+    base = write(name, tokenizer, tmp_path / "base")
+    adapter, tensors = tmp_path / "adapter", read_tensors(base)
+    write_adapter(base, adapter, target_modules=["q_proj" if "Qwen" in name else "o_proj"])
+    state, expected = load_file(adapter / "adapter_model.safetensors"), dict(tensors)
+    torch.manual_seed(2)
+    for full, weight in tensors.items():
+        if ".experts." in full:
+            key = f"base_model.model.{full.removesuffix('.weight')}"
+            down, up = torch.randn(3, weight.shape[1]) * 0.1, torch.randn(weight.shape[0], 3) * 0.1
+            state |= {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}
+            expected[full] = weight + up @ down * 5 / 3
+    save_file(state, adapter / "adapter_model.safetensors")
+    experts = [f"experts.{i}.{kind}_proj" for i in range(4) for kind in ("gate", "up", "down")]
+    change_json(adapter / "adapter_config.json", lambda values: values["target_modules"].extend(experts))
+    merge_lora.main([str(adapter), str(tmp_path / "merged")])
+    merged = read_tensors(tmp_path / "merged")
+    attention = [name for name in tensors if "_proj" in name and "self_attn" in name]
+    for key in tensors.keys() - set(attention):
+        assert torch.allclose(merged[key], expected[key], atol=1e-6), key
+    assert any(not torch.equal(merged[key], tensors[key]) for key in attention)
+
+
 @pytest.mark.parametrize("name", ["use_sparkles", "lora_gamma", "version_of_math"])
 def test_what_may_change_the_result_is_refused_by_name(dense, tmp_path, name):
     adapter = write_adapter(dense, tmp_path / "adapter", **ATTENTION)
