@@ -7,6 +7,7 @@ one base are added up by their weights: python merge_lora.py OUT --adapter A:0.7
 import argparse
 import math
 import re
+from pathlib import Path
 
 from commands.paths import find_adapter_base
 from data_utils.sources import DataError
@@ -22,11 +23,13 @@ def main(argv: list[str] | None = None) -> None:
     if (args.one is None) == (args.adapter is None):
         raise SettingsError("name ADAPTER and OUT, or OUT and --adapter A:0.7 B:0.3 behind it; see --help")
     args.adapters = [(args.one, 1.0)] if args.adapter is None else [read_weight(text) for text in args.adapter]
-    found = [
+    directories = [Path(path).resolve() for path, _ in args.adapters]
+    if twice := next((path for path in directories if directories.count(path) > 1), None):
+        raise SettingsError(f"--adapter {twice}: is named twice; name it once, with the sum of the weights")
+    args.bases = [
         find_adapter_base(path, args.base, args.hub, args.cache_dir, allow_pickle=args.allow_pickle)
         for path, _ in args.adapters
     ]
-    args.base = found[0]
     from commands import merge  # torch and transformers, once nothing is left to say without them
 
     merge.run(args)

@@ -77,6 +77,9 @@ def run(args: argparse.Namespace) -> None:
     probes = None if args.no_verify else verify.build_probes(tokenizer, [path for path, _ in sources.adapters])
     with new_result(out, check=check, work=_describe_work(args, sources)) as unfinished:
         finished = _read_finished(unfinished)
+        for file in unfinished.glob("*.safetensors"):  # what was begun takes the room that it needs
+            if file.name not in finished:
+                file.unlink()
         if finished:
             print(f"{out}: goes on with a merge that was interrupted; {len(finished)} of {len(files)} files are there")
         merge.check_room(files, out, sum(each["bytes"] for each in finished.values()))
@@ -96,19 +99,20 @@ def _find_sources(args: argparse.Namespace) -> _Sources:
     """Adapters and base, held against each other. Raises: SettingsError."""
     adapters: list[tuple[Path, float]] = [(Path(path), weight) for path, weight in args.adapters]
     first, trust = adapters[0][0], Trust(args.trust_remote_code, args.allow_pickle)
-    trained = adapter_base.choose_onto(first, args.onto, args.base, args.cache_dir, trust=trust)
+    trained = adapter_base.choose_onto(first, args.onto, args.bases[0], args.cache_dir, trust=trust)
     onto = None if args.onto == "base" else trained
     # A checkpoint that is quantised itself has another one that it was made from.
     other = args.onto == "base" and trained is not None and trained.dtype is None
-    named = find_loadable_base(first, args.base, args)
-    base = adapter_base.find_base(first, named, args.cache_dir, other=other)
+    base = adapter_base.find_base(first, find_loadable_base(first, args.bases[0], args), args.cache_dir, other=other)
     if onto is None and (own := find_quantization(str(base), cache_dir=None, trust_remote_code=args.trust_remote_code)):
         raise SettingsError(f"--onto base: {base} is quantised ({own.describe()}); --base must name another")
-    for path, _ in adapters[1:]:
-        if adapter_base.choose_onto(path, args.onto, args.base, args.cache_dir, trust=trust) != trained:
+    for (path, _), named in zip(adapters[1:], args.bases[1:], strict=True):
+        if adapter_base.choose_onto(path, args.onto, named, args.cache_dir, trust=trust) != trained:
             raise SettingsError(f"{path}: was trained on weights that were quantised otherwise than {first}'s")
-        adapter_base.find_base(path, named or str(base), args.cache_dir, other=other)
+        its_base = adapter_base.find_base(path, find_loadable_base(path, named, args), args.cache_dir, other=other)
+        adapter_base.check_same_base(path, its_base, base)
         adapter_base.check_same_template(first, path)
+        adapter_base.check_same_tokens(first, path)
     trained_on = base
     if other and not args.no_verify:
         trained_on = adapter_base.find_base(first, find_loadable_base(first, None, args), args.cache_dir)
@@ -183,7 +187,7 @@ def _describe_work(args: argparse.Namespace, sources: _Sources) -> str:
     facts = {
         "base": identify_checkpoint(str(sources.base)),
         "adapters": [weight for _, weight in sources.adapters],
-        "options": [args.dtype, args.onto, args.max_shard_size],
+        "options": [args.dtype, args.onto, args.max_shard_size, repr(sources.onto)],
         "versions": [torch.__version__, transformers.__version__, peft.__version__],
     }
     digest.update(json.dumps(facts, sort_keys=True).encode())

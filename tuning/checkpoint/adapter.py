@@ -66,13 +66,18 @@ def read_adapter_config(directory: Path) -> LoraConfig:
         if values.get(name):
             raise SettingsError(f"{path}: {name}: {what}, which peft cannot merge; not supported")
     known = {field.name for field in dataclasses.fields(LoraConfig)}
-    if unknown := [name for name in values if name not in known and values[name]]:
+    if unknown := [name for name in values if name not in known and values[name] and not _is_note(name)]:
         raise SettingsError(
             f"{path}: {unknown[0]} is not known to peft {peft.__version__}; it may change what the adapter computes: "
             "install a newer peft"
         )
     with explain_bad_files(f"{path}: peft {peft.__version__} cannot read it"):
         return LoraConfig(**{name: value for name, value in values.items() if name in known})
+
+
+def _is_note(name: str) -> bool:
+    """Whether an entry of a configuration says what wrote it, and changes nothing."""
+    return name.endswith("_version") or name.startswith("unsloth_")
 
 
 def check_adapter_fits(directory: Path, base: Path, *, trust_remote_code: bool) -> None:

@@ -12,7 +12,7 @@ from tuning.checkpoint.adapter import (
 from tuning.checkpoint.base_tensors import BaseTensors
 from tuning.checkpoint.manifest import MANIFEST_FILE
 from tuning.checkpoint.older_readers import add_old_names
-from tuning.errors import SettingsError
+from tuning.errors import SettingsError, explain_bad_files, read_json_object
 from tuning.model.loading import Trust, find_quantization, identify_checkpoint, local_directory
 from tuning.model.quantization import Quantization
 
@@ -97,6 +97,31 @@ def check_same_template(first: Path, other: Path) -> None:
     texts = [path.read_text(encoding="utf-8") if path.is_file() else None for path in templates]
     if None not in texts and texts[0] != texts[1]:
         raise SettingsError(f"{other}: was trained with another chat template than {first}; they cannot be added up")
+
+
+def check_same_tokens(first: Path, other: Path) -> None:
+    """Raises: SettingsError: two adapters to be added up have different tokens at one id."""
+    tokens = [_read_added_tokens(path) for path in (first, other)]
+    if differing := sorted(i for i in tokens[0].keys() & tokens[1].keys() if tokens[0][i] != tokens[1][i]):
+        names = [each[differing[0]] for each in tokens]
+        raise SettingsError(
+            f"{other}: token {differing[0]} is {names[1]!r}, in {first} {names[0]!r}; they cannot be added up"
+        )
+
+
+def _read_added_tokens(adapter: Path) -> dict[int, str]:
+    path = adapter / "tokenizer.json"
+    with explain_bad_files(f"{path}: cannot be read; copy it again"):
+        added = read_json_object(path).get("added_tokens") or [] if path.is_file() else []
+        return {token["id"]: token["content"] for token in added}
+
+
+def check_same_base(adapter: Path, own: Path, base: Path) -> None:
+    """Raises: SettingsError: an adapter to be added up belongs to another base model. own: its base."""
+    if own != base and len({identify_checkpoint(str(path))["fingerprint"] for path in (own, base)}) > 1:
+        raise SettingsError(
+            f"{adapter}: belongs to another base model ({own}) than the first adapter ({base}); they cannot be added up"
+        )
 
 
 def check_same_origin(base: BaseTensors, trained_on: BaseTensors) -> None:

@@ -5,6 +5,7 @@ are used in both directions, a matrix or a layer's experts at a time.
 """
 
 import copy
+import functools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -131,8 +132,9 @@ class BaseTensors:
         return name.rpartition(".")[0] in self._quantized and name.endswith(".weight")
 
     def stored_dtype(self, name: str) -> torch.dtype:
-        """The dtype of a tensor in the files."""
-        return DTYPES[self.source_of[self.own_name(name)].stored[0].dtype]
+        """The dtype of a tensor in the files; of experts that are stored in several, one that holds all of them."""
+        dtypes = {stored.dtype for stored in self._stored_of(name)}
+        return functools.reduce(torch.promote_types, (DTYPES[dtype] for dtype in dtypes))
 
     # ---- writing ----
 

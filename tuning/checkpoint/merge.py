@@ -21,7 +21,7 @@ from tuning.checkpoint.carried import copy_processors, list_kept_names
 from tuning.checkpoint.changes import Changes, check_finite, merge_rows
 from tuning.checkpoint.files import write_json
 from tuning.checkpoint.older_readers import add_old_names
-from tuning.checkpoint.tensor_files import INDEX_FILE, Entry, StoredTensor, TensorFile, name_files
+from tuning.checkpoint.tensor_files import DTYPES, INDEX_FILE, Entry, StoredTensor, TensorFile, name_files
 from tuning.errors import SettingsError
 from tuning.model.loading import Trust, load_generation_config, read_dtype
 from tuning.model.stop_token import list_eos_ids
@@ -127,7 +127,7 @@ def list_items(merge: Merge) -> Iterator[tuple[Path, Item]]:
         else:
             dtype = merge.dtype_of(source.targets[0])
             computed = any(map(merge.is_computed, source.targets))
-            same = dtype == base.stored_dtype(source.targets[0])
+            same = merge.dtype is None or dtype == DTYPES[stored.dtype]
             shape = stored.shape if source.converter is not None else base.shape(source.targets[0])
             item = Item(Entry.of(stored.name, dtype, shape), None, tuple(source.targets))
             yield last, Item(as_it_is, stored) if same and not computed else item
@@ -204,7 +204,9 @@ def write_weights(
                     continue
                 if item.entry.name not in ready:
                     ready |= _compute(merge, item)
-                file.write(ready.pop(item.entry.name))
+                value = ready.pop(item.entry.name)
+                assert Entry.of(item.entry.name, value.dtype, value.shape) == item.entry, "as the header has it"
+                file.write(value)
         finished[name] = file.facts
         note()
     if len(files) > 1:

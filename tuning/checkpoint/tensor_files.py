@@ -6,6 +6,7 @@ Format: https://github.com/huggingface/safetensors#format
 
 import hashlib
 import json
+import math
 import os
 import queue
 import threading
@@ -15,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +27,7 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PIECE = 8 << 20  # bytes that are read or written at a time
@@ -142,8 +143,10 @@ class PickledTensor(StoredTensor):
         return self.value.clone(memory_format=torch.contiguous_format)
 
     def pieces(self) -> Iterator[bytes]:
-        """Its bytes."""
-        yield self.read().view(-1).view(torch.uint8).numpy().tobytes()
+        """Its bytes, in order."""
+        content = self.read().view(-1).view(torch.uint8).numpy()
+        for start in range(0, self.num_bytes, _PIECE):
+            yield content[start : start + _PIECE].tobytes()
 
 
 def _read_pickle(file: Path) -> list[StoredTensor]:
@@ -167,24 +170,33 @@ def read_header(file: Path) -> list[StoredTensor]:
             length = int.from_bytes(opened.read(8), "little")
             if not 2 <= length <= min(_LARGEST_HEADER, size - 8):
                 raise ValueError("not a safetensors file, or only the beginning of one")
-            entries: dict[str, Any] = json.loads(opened.read(length))
-        tensors = []
-        for name, entry in entries.items():
-            if name != "__metadata__":
-                start, end = entry["data_offsets"]
-                shape = tuple(map(int, entry["shape"]))
-                tensors.append(StoredTensor(name, file, entry["dtype"], shape, 8 + length + start, end - start))
-        tensors.sort(key=lambda tensor: tensor.start)
+            entries: dict[str, Any] = json.loads(opened.read(length).decode())
+        tensors = [_read_entry(name, entries[name], file, 8 + length) for name in entries if name != "__metadata__"]
+        tensors.sort(key=lambda tensor: (tensor.start, tensor.num_bytes))  # those without bytes come first
         at = 8 + length
         for tensor in tensors:
             dtype = DTYPES.get(tensor.dtype)
-            wrong = dtype is not None and tensor.num_bytes != dtype.itemsize * int(np.prod(tensor.shape, dtype=int))
+            wrong = dtype is not None and tensor.num_bytes != dtype.itemsize * math.prod(tensor.shape)
             if tensor.start != at or tensor.num_bytes < 0 or wrong:
                 raise ValueError(f"{tensor.name} does not lie where it should")
             at += tensor.num_bytes
         if at != size:
             raise ValueError(f"has {size:,} bytes instead of {at:,}")
     return tensors
+
+
+def _read_entry(name: str, entry: Any, file: Path, data: int) -> StoredTensor:
+    """A tensor by its entry in a header. data: where the file's tensors begin."""
+    name.encode()  # no half surrogates: it has to be written again
+    dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    numbers = [start, end, *shape]
+    if not isinstance(dtype, str) or not isinstance(shape, list) or not all(_is_size(each) for each in numbers):
+        raise ValueError(f"{name} has an odd entry in the header")
+    return StoredTensor(name, file, dtype, tuple(shape), data + start, end - start)
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
 
 
 @dataclass(frozen=True)
@@ -199,7 +211,7 @@ class Entry:
     @staticmethod
     def of(name: str, dtype: torch.dtype, shape: Sequence[int]) -> "Entry":
         """Of a dtype and a shape of torch."""
-        return Entry(name, _NAMES[dtype], tuple(shape), dtype.itemsize * int(np.prod(shape, dtype=int)))
+        return Entry(name, _NAMES[dtype], tuple(shape), dtype.itemsize * math.prod(shape))
 
 
 class TensorFile:

@@ -6,6 +6,7 @@ after a look at the files: every tensor must be there, to the bit.
 """
 
 import copy
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ from tuning.model.saved_adapter import adapters_off_meta
 TOLERANCE = 1e-4
 
 _ROWS = 16  # of every matrix that are compared with peft's arithmetic
-_PROBE_TOKENS = 2048  # of a template that writes pages around a question, the last ones
+_PROBE_TOKENS = 256  # of a template that writes pages around a question, the last ones: logits of all are kept
 _QUESTIONS = ["Who are you?", "请用一句话介绍你自己。", "def fibonacci(n):", "1 + 1 = ?", "Write a short poem 🙂"]
 _PEFT_PARTS = {"base_layer", "original_module", "token_adapter", "modules_to_save", "default"}
 
@@ -101,10 +102,13 @@ def compute_adapter_logits(
 
     Returns: None where peft cannot add adapters up (anything but LoRA on layers).
     """
+    configs = [read_adapter_config(path) for path, _ in adapters]
+    added_up = [weight for _, weight in adapters] != [1.0]
+    if added_up and not all(_adds_up(config) for config in configs):
+        return None
     hide_gptqmodel()
     resize_model(model, base.num_rows)
     peft_model: Any = None
-    configs = [read_adapter_config(path) for path, _ in adapters]
     for number, ((path, _), config) in enumerate(zip(adapters, configs, strict=True)):
         built = copy.deepcopy(config)
         if isinstance(config.init_lora_weights, str):
@@ -116,9 +120,7 @@ def compute_adapter_logits(
                 peft_model = PeftModel.from_pretrained(model, str(path), **options)
             else:
                 peft_model.load_adapter(str(path), str(number), peft_config=built, low_cpu_mem_usage=True)
-    if [weight for _, weight in adapters] != [1.0]:
-        if not all(_adds_up(config) for config in configs):
-            return None
+    if added_up:
         names = ["default", *map(str, range(1, len(adapters)))]
         peft_model.base_model.set_adapter(names)
         for module in peft_model.modules():
@@ -179,7 +181,7 @@ class SavedMerge:
                 continue
             there = saved.get(name)
             same = there is not None and (there.dtype, there.shape) == (stored.dtype, stored.shape)
-            if there is None or not same or b"".join(there.pieces()) != b"".join(stored.pieces()):
+            if there is None or not same or not all(map(operator.eq, there.pieces(), stored.pieces())):
                 raise SettingsError(f"{self._saved.directory}: {name} of the base is not in it")
 
     def _check_rows(self, name: str, value: Tensor) -> None:

@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -64,6 +65,14 @@ def attach_lora(
     ):
         peft_model = get_peft_model(model, config, low_cpu_mem_usage=values)
     assert isinstance(peft_model, PeftModel)
+    with explain_bad_files(f"{directory}: peft {peft.__version__} cannot apply its tensors to this model"):
+        # Of transformers 4 an adapter has a pair of matrices for every expert.
+        other_state = convert_peft_adapter_state_dict_for_transformers(
+            model=peft_model,
+            peft_config=peft_model.peft_config["default"],
+            adapter_state_dict=other_state,
+            adapter_name="default",
+        )
     if rows is not None:
         _load_rows(directory, rows, ids, row_state)
     _check_tensors(directory, peft_model, other_state)
