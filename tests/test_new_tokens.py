@@ -26,7 +26,7 @@ from examples.tiny_model import build_tokenizer, read_texts
 from inference.generate import decode_answer
 from tests.conftest import CONVERSATIONS, build_model
 from tuning.errors import SettingsError
-from tuning.model.new_tokens import NewTokens, add_rows, count_rows, merge_rows, resize_model
+from tuning.model.new_tokens import NewTokens, add_rows, append_rows, count_rows, resize_model
 from tuning.model.token_rows import is_tied
 from tuning.settings.command_line import read_settings
 from tuning.settings.other_tools import translate
@@ -286,9 +286,8 @@ def test_rows_begin_as_the_means_of_what_they_replace(tied, spare):
 def test_matrices_grow_to_a_multiple_of_64_and_never_shrink(num_rows, largest):
     rows = count_rows(num_rows, largest)
     assert rows >= num_rows and rows > largest and (rows == num_rows or (rows % 64 == 0 and rows - largest <= 64))
-    merged = merge_rows(torch.ones(num_rows, 2), rows, {largest: torch.full((2,), 3.0)})
-    assert merged.shape == (rows, 2) and merged[largest].tolist() == [3.0, 3.0]
-    assert merged.sum() == 2 * num_rows + (6 if largest >= num_rows else 4)
+    grown = append_rows(torch.ones(num_rows, 2), rows)
+    assert grown.shape == (rows, 2) and grown[:num_rows].all() and not grown[num_rows:].any()
 
 
 def test_a_meta_model_grows_alike(tokenizer):

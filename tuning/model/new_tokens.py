@@ -43,14 +43,6 @@ def append_rows(matrix: Tensor, num_rows: int) -> Tensor:
     return larger
 
 
-def merge_rows(matrix: Tensor, num_rows: int, rows: Mapping[int, Tensor]) -> Tensor:
-    """A base's matrix [V, H] with an adapter's rows: N rows, those of the token ids in rows replaced. For merging."""
-    merged = append_rows(matrix, num_rows).clone()
-    for token_id, row in rows.items():
-        merged[token_id] = row.to(merged)
-    return merged
-
-
 @torch.no_grad()
 def resize_model(model: PreTrainedModel, num_rows: int) -> None:
     """Give a model matrices of num_rows rows, if they have fewer; tied ones stay tied. Also on the meta device.
