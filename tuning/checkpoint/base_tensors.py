@@ -80,6 +80,9 @@ class BaseTensors:
     def read(self, name: str, dtype: torch.dtype | None = torch.float32) -> Tensor:
         """A tensor of the model; floating point ones in a dtype, or as they are stored (None)."""
         source = self.source_of[self.own_name(name)]
+        if source.module is None and source.converter is None and name not in self._grown:
+            stored = source.stored[0]
+            return stored.read(dtype if stored.is_floating_point else None)
         if self._read_last is None or self._read_last[0] is not source:
             self._read_last = None
             self._read_last = source, self._convert(source)

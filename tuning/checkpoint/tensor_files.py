@@ -52,31 +52,40 @@ class StoredTensor:
         return self.dtype[:1] == "F" or self.dtype == "BF16"
 
     def pieces(self) -> Iterator[bytes]:
-        """Its bytes, in order."""
-        with open(self.file, "rb") as opened:
-            opened.seek(self.start)
-            left = self.num_bytes
-            while left:
-                piece = opened.read(min(_PIECE, left))
-                if not piece:
-                    raise SettingsError(f"{self.file}: ends within {self.name}; copy it again")
-                left -= len(piece)
-                yield piece
-
-    def read(self) -> Tensor:
-        """The tensor, in its dtype. Raises: SettingsError: a dtype that torch does not have, or a file that was cut."""
-        if self.dtype not in DTYPES:
-            raise SettingsError(f"{self.file}: {self.name} has the dtype {self.dtype}, which is not supported")
-        buffer = torch.empty(self.num_bytes, dtype=torch.uint8)
+        """Its bytes, in order. Raises: SettingsError: the file ends before."""
         with open(self.file, "rb", buffering=0) as opened:
             opened.seek(self.start)
-            view, done = memoryview(buffer.numpy()), 0  # type: ignore[arg-type]
-            while done < self.num_bytes:
-                count = opened.readinto(view[done:])
-                if not count:
-                    raise SettingsError(f"{self.file}: ends within {self.name}; copy it again")
-                done += count
-        return buffer.view(DTYPES[self.dtype]).view(self.shape)
+            for start in range(0, self.num_bytes, _PIECE):
+                piece = bytearray(min(_PIECE, self.num_bytes - start))
+                self._fill(opened, memoryview(piece))
+                yield bytes(piece)
+
+    def read(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor, in its dtype or another one.
+
+        Raises: SettingsError: a dtype that torch does not have, or a file that ends before.
+        """
+        if self.dtype not in DTYPES:
+            raise SettingsError(f"{self.file}: {self.name} has the dtype {self.dtype}, which is not supported")
+        own = DTYPES[self.dtype]
+        result = torch.empty(self.num_bytes // own.itemsize, dtype=dtype or own)
+        with open(self.file, "rb", buffering=0) as opened:
+            opened.seek(self.start)
+            if result.dtype == own:
+                self._fill(opened, memoryview(result.view(torch.uint8).numpy().data))
+            else:  # a piece at a time: a second copy of a large matrix would be most of what is in memory
+                buffer = torch.empty(min(_PIECE // own.itemsize, len(result)), dtype=own)
+                for part in result.split(max(1, len(buffer))):
+                    self._fill(opened, memoryview(buffer[: len(part)].view(torch.uint8).numpy().data))
+                    part.copy_(buffer[: len(part)])
+        return result.view(self.shape)
+
+    def _fill(self, opened: Any, view: memoryview) -> None:
+        while view:
+            count = opened.readinto(view)
+            if not count:
+                raise SettingsError(f"{self.file}: ends within {self.name}; copy it again")
+            view = view[count:]
 
 
 def list_tensors(directory: Path, *, allow_pickle: bool = False) -> dict[str, StoredTensor]:
@@ -138,9 +147,9 @@ class PickledTensor(StoredTensor):
 
     value: Tensor
 
-    def read(self) -> Tensor:
-        """The tensor."""
-        return self.value.clone(memory_format=torch.contiguous_format)
+    def read(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor, in its dtype or another one."""
+        return self.value.to(dtype or self.value.dtype, copy=True, memory_format=torch.contiguous_format)
 
     def pieces(self) -> Iterator[bytes]:
         """Its bytes, in order."""

@@ -25,6 +25,7 @@ from tuning.checkpoint.adapter import read_adapter_config
 from tuning.checkpoint.base_tensors import BaseTensors
 from tuning.checkpoint.changes import redo_initialisation
 from tuning.checkpoint.merge import Merge
+from tuning.checkpoint.tensor_files import StoredTensor
 from tuning.errors import SettingsError, explain_bad_files
 from tuning.model.loading import hide_gptqmodel
 from tuning.model.new_tokens import resize_model
@@ -35,7 +36,8 @@ TOLERANCE = 1e-4
 
 _ROWS = 16  # of every matrix that are compared with peft's arithmetic
 _PROBE_TOKENS = 256  # of a template that writes pages around a question, the last ones: logits of all are kept
-_QUESTIONS = ["Who are you?", "请用一句话介绍你自己。", "def fibonacci(n):", "1 + 1 = ?", "Write a short poem 🙂"]
+_PART = 1 << 16  # elements that are compared at a time
+_QUESTIONS = ["Who are you? 请用一句话介绍你自己。", "def fibonacci(n): # 1 + 1 = 🙂"]
 _PEFT_PARTS = {"base_layer", "original_module", "token_adapter", "modules_to_save", "default"}
 
 
@@ -135,7 +137,8 @@ def compute_adapter_logits(
 
     def fetch(name: str) -> Tensor:
         value = base.read(name)
-        if not bool(value.isfinite().all()):
+        lowest, highest = torch.aminmax(value)
+        if not bool((highest - lowest).isfinite()):  # isfinite() of the whole takes ten times as long
             raise SettingsError(
                 f"{base.directory}: {name} has values that are not finite, so it is damaged; copy it again"
             )
@@ -162,8 +165,7 @@ class SavedMerge:
     def fetch(self, name: str) -> Tensor:
         """A merged tensor. Raises: SettingsError: it is not what the files have, or not what peft makes of it."""
         value = self._merge.compute(name)
-        saved = self._saved.read(name, None)
-        if saved.shape != value.shape or not torch.equal(saved, value.to(saved.dtype)):
+        if not self._is_copied(name) and not _is_rounded(self._saved.read(name, None), value):
             raise SettingsError(f"{self._saved.directory}: {name} does not load as it was saved")
         if name in self._merge.changed:
             self._check_rows(name, value)
@@ -179,16 +181,21 @@ class SavedMerge:
         for name, stored in base.items():
             if name in of_model:
                 continue
-            there = saved.get(name)
-            same = there is not None and (there.dtype, there.shape) == (stored.dtype, stored.shape)
-            if there is None or not same or not all(map(operator.eq, there.pieces(), stored.pieces())):
+            if not _is_same(stored, saved.get(name)):
                 raise SettingsError(f"{self._saved.directory}: {name} of the base is not in it")
+
+    def _is_copied(self, name: str) -> bool:
+        """Whether a tensor is the base's own, byte for byte."""
+        if self._merge.is_computed(name):
+            return False
+        source = self._merge.base.source_of[self._merge.base.own_name(name)]
+        return all(_is_same(stored, self._saved.stored.get(stored.name)) for stored in source.stored)
 
     def _check_rows(self, name: str, value: Tensor) -> None:
         """Compare some rows with peft's own arithmetic."""
         touching = [each for each in self._merge.adapters if name in each.changes.names]
         rows = torch.linspace(0, len(value) - 1, min(_ROWS, len(value))).long()
-        expected = self._merge.base.read(name)[rows]
+        expected = self._merge.base.read(name, None)[rows].float()
         weight = expected.clone()
         for each in touching:
             sample = each.changes.sample_rows(name, weight, rows)
@@ -197,6 +204,21 @@ class SavedMerge:
             expected += (sample - weight) * each.weight
         if (expected - value[rows]).abs().max() > TOLERANCE * max(float(expected.abs().max()), 1e-30):
             raise SettingsError(f"{self._saved.directory}: {name} is not what peft makes of it")
+
+
+def _is_same(one: StoredTensor, other: StoredTensor | None) -> bool:
+    """Whether two stored tensors have the same bytes."""
+    if other is None or (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return all(map(operator.eq, one.pieces(), other.pieces()))
+
+
+def _is_rounded(saved: Tensor, value: Tensor) -> bool:
+    """Whether a tensor is another one, rounded to its dtype. Compared in parts, which stay in the processor's cache."""
+    if saved.shape != value.shape:
+        return False
+    parts = zip(saved.view(-1).split(_PART), value.contiguous().view(-1).split(_PART), strict=True)
+    return all(torch.equal(part, other.to(part.dtype)) for part, other in parts)
 
 
 # ---- a model, block by block ----
