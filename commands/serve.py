@@ -6,7 +6,7 @@ import socket
 from types import FrameType
 from typing import Any
 
-from commands.loading import load_answering
+from commands.loading import Answering, load_answering
 from data_utils.template import ChatTemplate
 from tuning.console import say
 from tuning.errors import SettingsError
@@ -21,34 +21,38 @@ def run(args: argparse.Namespace) -> int:
         from commands import vllm_command
 
         return vllm_command.run(args)
-    listener = _bind(args.host, args.port)  # before minutes of loading
+    listener = bind(args.host, args.port)  # before minutes of loading
     try:
         loaded = load_answering(args, dtype=args.dtype, bits=args.bits, device_map=args.device_map)
-        return _serve(args, loaded, listener)
+        _, server = build_server(args, loaded, listener)
+        with _SignalCaught(signal.SIGTERM) as stopped:
+            server.run(sockets=[listener])
+        return stopped.exit_code
     finally:
         listener.close()
 
 
-def _serve(args: argparse.Namespace, loaded: Any, listener: socket.socket) -> int:
+def build_server(args: argparse.Namespace, loaded: Answering, listener: socket.socket) -> tuple[Any, Any]:
+    """The handler of chats, and the server, which says where it is when it takes requests. listener: bound."""
     import uvicorn
 
+    from inference.chat_handler import ChatHandler
     from inference.one_model import OneModel
     from inference.server import build_app
 
     template = ChatTemplate(loaded.tokenizer, system_message=loaded.system_message)
     manager = OneModel(args.name, loaded.model, loaded.tokenizer)
-    app = build_app(manager, template, key=args.api_key, host=args.host)
+    chat = ChatHandler(manager, template)
+    app = build_app(chat, key=args.api_key, host=args.host)
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    access = "with a key" if args.api_key else "without a key, this machine only"
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
-            host = f"[{args.host}]" if ":" in args.host else args.host
-            say(f"serving {args.name} at http://{host}:{listener.getsockname()[1]}/v1 ({_describe(args)})")
+            say(f"serving {args.name} at http://{host}:{listener.getsockname()[1]}/v1 ({access})")
 
-    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
-    with _SignalCaught(signal.SIGTERM) as stopped:
-        Server(config).run(sockets=[listener])
-    return stopped.exit_code
+    return chat, Server(uvicorn.Config(app, log_level="warning", access_log=False, server_header=False))
 
 
 class _SignalCaught:
@@ -69,11 +73,7 @@ class _SignalCaught:
         self.exit_code = 128 + number
 
 
-def _describe(args: argparse.Namespace) -> str:
-    return "with a key" if args.api_key else "without a key, this machine only"
-
-
-def _bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> socket.socket:
     """A socket at the address, not yet listening. Raises: SettingsError."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

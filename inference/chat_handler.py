@@ -73,8 +73,8 @@ class ChatHandler(ChatCompletionHandler):
     template: of the model's prompts. Answers are generated one after another, in the order of their requests.
     """
 
-    def __init__(self, manager: OneModel, state: GenerationState, template: ChatTemplate):
-        super().__init__(manager, state)
+    def __init__(self, manager: OneModel, template: ChatTemplate):
+        super().__init__(manager, GenerationState())
         self.name, self.model, self.tokenizer = manager.name, manager.model, manager.tokenizer
         self.template, self.markup = template, find_markup(template)
         self.context = read_context(manager.model)

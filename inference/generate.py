@@ -52,15 +52,16 @@ class TextPieces(BaseStreamer):
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character of several tokens is not whole yet
             self._write(text[self._written :])
             self._written = len(text)
-            if len(self.ids) - self._start >= 2 * _SETTLED_TOKENS:
+            if len(self.ids) - self._start >= 2 * _SETTLED_TOKENS and len(self.ids) % 16 == 0:
                 self._settle(text)
 
     def _settle(self, text: str) -> None:
-        """Decode the first half no more, if the halves decoded apart are the text."""
-        middle = self._start + _SETTLED_TOKENS
-        first, second = self._decode(self.ids[self._start : middle]), self._decode(self.ids[middle:])
-        if self._settled + first + second == text:
-            self._settled, self._start = self._settled + first, middle
+        """Decode the first half no more, if the halves decoded apart are the text: no character lies in both."""
+        for middle in range(self._start + _SETTLED_TOKENS, self._start + _SETTLED_TOKENS + 4):
+            first, second = self._decode(self.ids[self._start : middle]), self._decode(self.ids[middle:])
+            if self._settled + first + second == text:
+                self._settled, self._start = self._settled + first, middle
+                return
 
     def end(self) -> None:
         """Write what is left."""

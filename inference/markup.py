@@ -104,6 +104,7 @@ class MessageParser:
         self._raw = ""  # of the call that is open
         self._held = ""  # white space that is only written if text follows
         self._trims = False  # what a block was closed with belongs to neither side
+        self._read(self._parser.initial_events)  # said by the prompt
 
     def feed(self, text: str) -> list[Piece]:
         """Take more text."""

@@ -7,22 +7,19 @@ import inspect
 from typing import Any
 
 from transformers.cli.serving.server import build_server
-from transformers.cli.serving.utils import GenerationState
 
-from data_utils.template import ChatTemplate
 from inference.chat_handler import ChatHandler
 from inference.gate import Gate
-from inference.one_model import OneModel
 from inference.requests import RequestError, describe_error, model_not_found
 
 _ROUTES = {"/v1/chat/completions", "/v1/models", "/health"}
 
 
-def build_app(manager: OneModel, template: ChatTemplate, *, key: str | None, host: str) -> Gate:
+def build_app(chat: ChatHandler, *, key: str | None, host: str) -> Gate:
     """The app that uvicorn runs. key: that requests must bring, or None. host: that it listens at."""
-    state = GenerationState()
+    manager, state = chat.model_manager, chat.generation_state
     others = [name for name in inspect.signature(build_server).parameters if name.endswith("_handler")]
-    handlers = {**dict.fromkeys(others), "chat_handler": ChatHandler(manager, state, template)}
+    handlers = {**dict.fromkeys(others), "chat_handler": chat}
     app = build_server(model_manager=manager, generation_state=state, **handlers)
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in _ROUTES]
 
