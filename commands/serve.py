@@ -21,6 +21,10 @@ def run(args: argparse.Namespace) -> int:
         from commands import vllm_command
 
         return vllm_command.run(args)
+    try:
+        import inference.server  # noqa: F401
+    except ImportError as error:
+        raise SettingsError(f"{error}: serving takes transformers 5.23, as requirements_finetune.txt has it") from None
     listener = bind(args.host, args.port)  # before minutes of loading
     try:
         loaded = load_answering(args, dtype=args.dtype, bits=args.bits, device_map=args.device_map)

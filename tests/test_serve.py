@@ -505,6 +505,24 @@ def test_a_model_spread_by_accelerate_and_of_another_dtype(models):
     assert {str(p.dtype) for p in model.parameters()} == {"torch.bfloat16"} and not model.training
 
 
+def test_an_original_qwen_checkpoint_is_served_as_chat_answers(golden, capsys):
+    source = golden[0]
+    chat.main([str(source), "--prompt", QUESTION, "--max_new_tokens", "12"])
+    shown = capsys.readouterr().out.removesuffix("\n").removesuffix("  [cut after 12 tokens]")
+    with serving(source) as served:
+        answer = served.ask(QUESTION)
+    assert answer.model == "Qwen-tiny-Chat" and printable(answer.choices[0].message.content) == shown
+
+
+@pytest.mark.slow
+def test_an_adapter_of_a_quantised_model(checkpoints, tmp_path, capsys):
+    write_result(checkpoints["untied"], "nf4", tmp_path / "nf4")
+    chat.main([str(tmp_path / "nf4"), "--prompt", QUESTION, "--max_new_tokens", "40"])
+    shown = capsys.readouterr().out.removesuffix("\n").removesuffix("  [cut after 40 tokens]")
+    with serving(tmp_path / "nf4") as served:
+        assert printable(served.ask(QUESTION, max_tokens=40).choices[0].message.content) == shown
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", ["4", "8"])
 def test_quantised_at_loading(models, gptq, bits, run_script):
