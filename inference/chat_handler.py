@@ -40,8 +40,8 @@ MAX_WAITING = 64  # requests, that which is answered included
 class Job:
     """One answer on its way from the thread that generates to the client.
 
-    pieces: of the answer, then an Answer, or what went wrong. gone: the client waits for it no more; left says that to
-    the thread.
+    pieces: of the answer, then an Answer, or what went wrong. gone: the client has its answer, or waits for it no
+    more; left says that to the thread.
     """
 
     request: ChatRequest
@@ -80,7 +80,7 @@ class ChatHandler(ChatCompletionHandler):
         self.context = read_context(manager.model)
         self._reader = ThreadPoolExecutor(1, "read-requests")  # one: the template's caches are not for several
         self._thread = InferenceThread()
-        self._num_waiting = 0
+        self._num_waiting = 0  # clients
         self._watching: set[asyncio.Task[None]] = set()
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
@@ -93,13 +93,18 @@ class ChatHandler(ChatCompletionHandler):
         job = await loop.run_in_executor(self._reader, self._read, body, loop, CLIENT_GONE.get())
         self._num_waiting += 1
         self._thread.submit(self._generate, job)
-        watching = asyncio.create_task(_tell_when_gone(job))
+        watching = asyncio.create_task(self._tell_when_gone(job))
         self._watching.add(watching)
         watching.add_done_callback(self._watching.discard)
         answer_id = f"chatcmpl-{uuid.uuid4().hex}"
         if job.request.stream:
             return StreamingResponse(self._stream(job, answer_id), media_type="text/event-stream")
         return JSONResponse(await self._collect(job, answer_id))
+
+    async def _tell_when_gone(self, job: Job) -> None:
+        await job.gone.wait()
+        job.left.set()
+        self._num_waiting -= 1
 
     def _read(self, body: dict[str, Any], loop: asyncio.AbstractEventLoop, gone: asyncio.Event) -> Job:
         try:
@@ -135,11 +140,6 @@ class ChatHandler(ChatCompletionHandler):
         except Exception as error:
             traceback.print_exception(error, file=sys.stderr)
             job.put(RequestError("the answer failed; the server's log says why", status=500))
-        finally:
-            job.loop.call_soon_threadsafe(self._count_answered)
-
-    def _count_answered(self) -> None:
-        self._num_waiting -= 1
 
     def _answer(self, job: Job) -> Answer:
         """Generate as chat.py does; the pieces go to the job. Returns: the answer and what ended it."""
@@ -244,11 +244,6 @@ class ChatHandler(ChatCompletionHandler):
             usage=usage,
         )
         return self.chunk_to_sse(chunk)
-
-
-async def _tell_when_gone(job: Job) -> None:
-    await job.gone.wait()
-    job.left.set()
 
 
 def read_context(model: Any) -> int | None:

@@ -421,6 +421,7 @@ def test_a_client_that_leaves_stops_its_answer(unending, streams):
         connection.close()
     begun = time.monotonic()
     wait_until(lambda: unending.handler._num_waiting == 0)
+    unending.handler._thread.submit(lambda: None).result(timeout=30)  # generates no more
     assert time.monotonic() - begun < max(0.5, full_s / 2)
     assert unending.ask("x").choices[0].message.content
     wait_until(lambda: count_jobs() <= 1)  # the thread keeps the last one
@@ -551,14 +552,14 @@ def test_a_server_of_many_aborted_requests_stays_well(models):
             status = Path(f"/proc/{process.pid}/status").read_text()
             return int(status.partition("VmRSS:")[2].split()[0])
 
-        for _ in range(20):
-            leave()
-        before = memory_kib()
-        with ThreadPoolExecutor(8) as pool:
-            list(pool.map(leave, range(200)))
         client = openai.OpenAI(base_url=url, api_key="x", max_retries=0, timeout=60)
-        assert client.chat.completions.create(model="endless", messages=OK["messages"], max_tokens=3).choices
-        assert memory_kib() - before < 30_000
+        held = []
+        for _ in range(3):
+            with ThreadPoolExecutor(8) as pool:
+                list(pool.map(leave, range(200)))
+            assert client.chat.completions.create(model="endless", messages=OK["messages"], max_tokens=3).choices
+            held.append(memory_kib())
+        assert held[-1] - held[0] < 5_000, held
     finally:
         process.kill()
 
