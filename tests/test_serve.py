@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -389,11 +390,16 @@ def test_eight_clients_at_once(merged):
 
 def test_too_many_waiting_are_told(unending, monkeypatch):
     monkeypatch.setattr("inference.chat_handler.MAX_WAITING", 2)
-    with ThreadPoolExecutor(12) as pool:
-        found = list(
-            pool.map(lambda _: post(unending, json.dumps(OK | {"model": "endless", "max_tokens": 60})), range(12))
-        )
-    assert {status for status, _ in found} == {200, 429} and MAX_WAITING > 8
+    busy = threading.Event()
+    unending.handler._thread.submit(busy.wait)
+    body = json.dumps(OK | {"model": "endless", "max_tokens": 2})
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(post, unending, body) for _ in range(2)]
+        wait_until(lambda: unending.handler._num_waiting == 2)
+        status, found = post(unending, body)
+        busy.set()
+    assert status == 429 and "2 requests are waiting" in found["error"]["message"] and MAX_WAITING > 8
+    assert [future.result()[0] for future in waiting] == [200, 200]
     wait_until(lambda: unending.handler._num_waiting == 0)
 
 
@@ -508,7 +514,7 @@ def test_a_model_spread_by_accelerate_and_of_another_dtype(models):
 
 def test_an_original_qwen_checkpoint_is_served_as_chat_answers(golden, capsys):
     source = golden[0]
-    chat.main([str(source), "--prompt", QUESTION, "--max_new_tokens", "12"])
+    chat.main([str(source), "--prompt", QUESTION, "--max_new_tokens", "12", "--temperature", "0"])
     shown = capsys.readouterr().out.removesuffix("\n").removesuffix("  [cut after 12 tokens]")
     with serving(source) as served:
         answer = served.ask(QUESTION)
