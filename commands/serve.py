@@ -11,6 +11,8 @@ from data_utils.template import ChatTemplate
 from tuning.console import say
 from tuning.errors import SettingsError
 
+_MAX_CONNECTIONS = 256  # more are refused without being read
+
 
 def run(args: argparse.Namespace) -> int:
     """Load and serve. args: of serve.py. Returns: exit code.
@@ -56,7 +58,14 @@ def build_server(args: argparse.Namespace, loaded: Answering, listener: socket.s
             await super().startup(sockets)
             say(f"serving {args.name} at http://{host}:{listener.getsockname()[1]}/v1 ({access})")
 
-    return chat, Server(uvicorn.Config(app, log_level="warning", access_log=False, server_header=False))
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        limit_concurrency=_MAX_CONNECTIONS,
+    )
+    return chat, Server(config)
 
 
 class _SignalCaught:

@@ -37,25 +37,31 @@ MAX_WAITING = 64  # requests, that which is answered included
 
 
 @dataclass
+class Client:
+    """Who waits for an answer. gone: it has its answer, or has gone away; left says that to the thread."""
+
+    loop: asyncio.AbstractEventLoop
+    gone: asyncio.Event
+    left: threading.Event = field(default_factory=threading.Event)
+
+
+@dataclass
 class Job:
     """One answer on its way from the thread that generates to the client.
 
-    pieces: of the answer, then an Answer, or what went wrong. gone: the client has its answer, or waits for it no
-    more; left says that to the thread.
+    pieces: of the answer, then an Answer, or what went wrong.
     """
 
     request: ChatRequest
     prompt: list[int]
     max_tokens: int
     options: dict[str, Any]
-    loop: asyncio.AbstractEventLoop
-    gone: asyncio.Event
+    client: Client
     pieces: "asyncio.Queue[Piece | Answer | RequestError]" = field(default_factory=asyncio.Queue)
-    left: threading.Event = field(default_factory=threading.Event)
 
     def put(self, item: Piece | Answer | RequestError) -> None:
         """From the thread that generates."""
-        self.loop.call_soon_threadsafe(self.pieces.put_nowait, item)
+        self.client.loop.call_soon_threadsafe(self.pieces.put_nowait, item)
 
 
 class _Stop(StoppingCriteria):
@@ -63,7 +69,7 @@ class _Stop(StoppingCriteria):
         self._job, self._stops = job, stops
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **_: Any) -> torch.BoolTensor:
-        over = self._stops.found or self._job.left.is_set()
+        over = self._stops.found or self._job.client.left.is_set()
         return torch.full((input_ids.shape[0],), over, device=input_ids.device)  # type: ignore[return-value]
 
 
@@ -89,24 +95,24 @@ class ChatHandler(ChatCompletionHandler):
 
         if self._num_waiting >= MAX_WAITING:
             raise RequestError(f"{MAX_WAITING} requests are waiting; try again", status=429, code="too_many_requests")
-        loop = asyncio.get_running_loop()
-        job = await loop.run_in_executor(self._reader, self._read, body, loop, CLIENT_GONE.get())
+        client = Client(asyncio.get_running_loop(), CLIENT_GONE.get())
         self._num_waiting += 1
-        self._thread.submit(self._generate, job)
-        watching = asyncio.create_task(self._tell_when_gone(job))
+        watching = asyncio.create_task(self._tell_when_gone(client))
         self._watching.add(watching)
         watching.add_done_callback(self._watching.discard)
+        job = await client.loop.run_in_executor(self._reader, self._read, body, client)
+        self._thread.submit(self._generate, job)
         answer_id = f"chatcmpl-{uuid.uuid4().hex}"
         if job.request.stream:
             return StreamingResponse(self._stream(job, answer_id), media_type="text/event-stream")
         return JSONResponse(await self._collect(job, answer_id))
 
-    async def _tell_when_gone(self, job: Job) -> None:
-        await job.gone.wait()
-        job.left.set()
+    async def _tell_when_gone(self, client: Client) -> None:
+        await client.gone.wait()
+        client.left.set()
         self._num_waiting -= 1
 
-    def _read(self, body: dict[str, Any], loop: asyncio.AbstractEventLoop, gone: asyncio.Event) -> Job:
+    def _read(self, body: dict[str, Any], client: Client) -> Job:
         try:
             request = read_request(body, self.name)
             conversation = request.conversation
@@ -115,7 +121,10 @@ class ChatHandler(ChatCompletionHandler):
             if conversation.tools and self.markup.calls is None:
                 raise RequestError("tools: calls as this model's template writes them cannot be read", param="tools")
             prompt = self.template.encode_prompt(
-                list(conversation.messages), tools=conversation.tools, template_kwargs=conversation.template_kwargs
+                list(conversation.messages),
+                tools=conversation.tools,
+                template_kwargs=conversation.template_kwargs,
+                check=True,
             )
         except DataError as error:
             raise RequestError(str(error).removeprefix("prompt: "), param="messages") from None
@@ -123,23 +132,27 @@ class ChatHandler(ChatCompletionHandler):
             raise RequestError("the request is nested too deeply") from None
         max_tokens = limit_tokens(request, len(prompt), self.context)
         samples = bool(self.model.generation_config.do_sample)
-        return Job(request, prompt, max_tokens, request.choose_options(samples=samples), loop, gone)
+        return Job(request, prompt, max_tokens, request.choose_options(samples=samples), client)
 
     def _generate(self, job: Job) -> None:
         """In the thread that generates. Nothing is raised: an exception there would be kept, with all it refers to."""
+        failure = None
         try:
-            if not job.left.is_set():
+            if not job.client.left.is_set():
                 job.put(self._answer(job))
         except (torch.OutOfMemoryError, MemoryError):
-            torch.cuda.empty_cache()
-            job.put(RequestError("not enough memory for this request; make it shorter", status=503))
+            failure = RequestError("not enough memory for this request; make it shorter", status=503)
         except SettingsError as error:
-            if not isinstance(error.__cause__, ValueError):
+            is_mistake = isinstance(error.__cause__, ValueError)
+            if not is_mistake:
                 traceback.print_exception(error, file=sys.stderr)
-            job.put(RequestError(str(error), status=400 if isinstance(error.__cause__, ValueError) else 500))
+            failure = RequestError(str(error), status=400 if is_mistake else 500)
         except Exception as error:
             traceback.print_exception(error, file=sys.stderr)
-            job.put(RequestError("the answer failed; the server's log says why", status=500))
+            failure = RequestError("the answer failed; the server's log says why", status=500)
+        if failure is not None:
+            torch.cuda.empty_cache()  # now that nothing refers to what was computed
+            job.put(failure)
 
     def _answer(self, job: Job) -> Answer:
         """Generate as chat.py does; the pieces go to the job. Returns: the answer and what ended it."""
@@ -172,7 +185,7 @@ class ChatHandler(ChatCompletionHandler):
 
     async def _take(self, job: Job) -> AsyncIterator[Piece | Answer]:
         """The pieces of an answer and its end; nothing more when the client has gone. Raises: RequestError."""
-        gone = asyncio.ensure_future(job.gone.wait())
+        gone = asyncio.ensure_future(job.client.gone.wait())
         try:
             while True:
                 item = asyncio.ensure_future(job.pieces.get())
