@@ -29,9 +29,11 @@ from commands.loading import load_answering
 from data_utils.sources import DataError, printable
 from data_utils.template import ChatTemplate
 from inference.chat_handler import MAX_WAITING, Job
+from inference.decoding import SETTINGS
 from inference.gate import MAX_BODY_BYTES
 from inference.generate import TextPieces
 from inference.markup import MessageParser, find_markup
+from inference.requests import RequestError
 from inference.stop_texts import StopTexts
 from tests.conftest import ROOT, run_python
 from tests.serving import (
@@ -310,6 +312,50 @@ def test_mistakes_of_a_request(merged, name):
     assert got == status, body
     assert message in body["error"]["message"] and "\n" not in body["error"]["message"]
     assert body["error"]["type"] == "invalid_request_error"
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = [
+    "messages",
+    "tools",
+    "tool_choice",
+    "chat_template_kwargs",
+    "stream",
+    "stream_options",
+    "max_tokens",
+    "stop",
+    "seed",
+]
+
+
+@given(st.dictionaries(st.sampled_from([*FIELDS, *SETTINGS, "n", "user", "x"]), JSON_VALUES, max_size=3), st.data())
+def test_any_values_are_answered_or_refused_in_one_line(caller, changes, data):
+    parts = [
+        "role",
+        "content",
+        "tool_calls",
+        "name",
+        "function",
+        "arguments",
+        "reasoning_content",
+        "type",
+        "parameters",
+    ]
+    objects = st.dictionaries(st.sampled_from(parts), JSON_VALUES, max_size=4)
+    if data.draw(st.booleans()):
+        changes |= {"messages": [ASKED, data.draw(objects | st.builds(lambda d: {"role": "user"} | d, objects))]}
+    if data.draw(st.booleans()):
+        changes |= {"tools": [data.draw(objects | st.builds(lambda d: {"function": {"name": "f"} | d}, objects))]}
+    try:
+        job = caller.handler._read({"model": "caller", "messages": [ASKED], **changes}, None)
+    except RequestError as error:
+        assert str(error) and "\n" not in str(error)
+    else:
+        assert job.prompt and job.max_tokens > 0
 
 
 def test_mistakes_have_openai_codes(merged):
