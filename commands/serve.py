@@ -1,6 +1,7 @@
 """Serve a model or an adapter until a signal ends it."""
 
 import argparse
+import logging
 import signal
 import socket
 from types import FrameType
@@ -57,6 +58,11 @@ def build_server(args: argparse.Namespace, loaded: Answering, listener: socket.s
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             say(f"serving {args.name} at http://{host}:{listener.getsockname()[1]}/v1 ({access})")
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            super().handle_exit(sig, frame)
+            if self.force_exit:
+                logging.disable(logging.CRITICAL)  # of every answer that is cut off
 
     config = uvicorn.Config(
         app,

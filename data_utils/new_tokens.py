@@ -139,7 +139,7 @@ def read_saved_tokens(directory: Path) -> list[str]:
     """The tokens that were added for conversations, by the tokenizer_config.json of a result; none without it."""
     try:
         found = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8")).get(CONTENT_TOKENS, [])
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return []
     return [token for token in found if isinstance(token, str)] if isinstance(found, list) else []
 
