@@ -8,18 +8,16 @@ import asyncio
 import json
 import secrets
 import sys
-import threading
 import time
 import traceback
 import uuid
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import transformers
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.utils import GenerationState, InferenceThread
 
@@ -27,50 +25,14 @@ from data_utils.sources import DataError
 from data_utils.template import ChatTemplate
 from inference.gate import CLIENT_GONE
 from inference.generate import Answer, stream_answer
+from inference.jobs import Client, Job, StopGenerating
 from inference.markup import MessageParser, Piece, find_markup
 from inference.one_model import OneModel
-from inference.requests import ChatRequest, RequestError, limit_tokens, read_request
+from inference.requests import RequestError, limit_tokens, read_request
 from inference.stop_texts import StopTexts
 from tuning.errors import SettingsError
 
 MAX_WAITING = 64  # requests, that which is answered included
-
-
-@dataclass
-class Client:
-    """Who waits for an answer. gone: it has its answer, or has gone away; left says that to the thread."""
-
-    loop: asyncio.AbstractEventLoop
-    gone: asyncio.Event
-    left: threading.Event = field(default_factory=threading.Event)
-
-
-@dataclass
-class Job:
-    """One answer on its way from the thread that generates to the client.
-
-    pieces: of the answer, then an Answer, or what went wrong.
-    """
-
-    request: ChatRequest
-    prompt: list[int]
-    max_tokens: int
-    options: dict[str, Any]
-    client: Client
-    pieces: "asyncio.Queue[Piece | Answer | RequestError]" = field(default_factory=asyncio.Queue)
-
-    def put(self, item: Piece | Answer | RequestError) -> None:
-        """From the thread that generates."""
-        self.client.loop.call_soon_threadsafe(self.pieces.put_nowait, item)
-
-
-class _Stop(StoppingCriteria):
-    def __init__(self, job: Job, stops: StopTexts):
-        self._job, self._stops = job, stops
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **_: Any) -> torch.BoolTensor:
-        over = self._stops.found or self._job.client.left.is_set()
-        return torch.full((input_ids.shape[0],), over, device=input_ids.device)  # type: ignore[return-value]
 
 
 class ChatHandler(ChatCompletionHandler):
@@ -174,7 +136,7 @@ class ChatHandler(ChatCompletionHandler):
             lambda text: put(stops.feed(text)),
             self.markup.shown,
             max_new_tokens=job.max_tokens,
-            stopping_criteria=StoppingCriteriaList([_Stop(job, stops)]),
+            stopping_criteria=StoppingCriteriaList([StopGenerating(job, stops)]),
             **job.options,
         )
         put(stops.end())
