@@ -11,14 +11,14 @@ help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 18
 
 setup: .venv/.installed ## make .venv and install requirements_finetune.txt, once
-setup-dev: .venv/.installed-dev ## likewise, and requirements_dev.txt: tests, linters, benchmarks
+setup-dev: .venv/.installed-dev ## likewise, and requirements_dev.txt: serve.py, tests, linters, benchmarks
 
 .venv/.installed: requirements_finetune.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements_finetune.txt
 	touch $@
 
-.venv/.installed-dev: .venv/.installed requirements_dev.txt
+.venv/.installed-dev: .venv/.installed requirements_dev.txt requirements_serve.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements_finetune.txt -r requirements_dev.txt
 	touch $@
 

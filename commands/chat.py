@@ -3,20 +3,16 @@
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 
-from commands.original import find_loadable, find_loadable_base
+from commands.loading import load_answering
 from data_utils.sources import printable
 from data_utils.template import ChatTemplate
-from data_utils.tokenizer import load_tokenizer
 from inference.decoding import SETTINGS, read_setting
 from inference.generate import generate_answers, stream_answer
-from tuning.errors import SettingsError, explain_bad_files, read_json_object
-from tuning.model.loading import Trust, load_generation_config, load_model
+from tuning.errors import SettingsError
 
 HELP = """\
 :help                    this text
@@ -36,34 +32,10 @@ class Chat:
     """
 
     def __init__(self, args: argparse.Namespace):
-        path = Path(args.model)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        options: dict[str, Any] = vars(Trust(args.trust_remote_code, args.allow_pickle))
-        dtype: Any = "auto" if device.type == "cuda" else torch.float32
-        if (path / "adapter_config.json").is_file():
-            # peft and what it imports take a second, which a model without an adapter need not.
-            from tuning.checkpoint.adapter import check_adapter_fits, find_trained_quantization, load_lora
-            from tuning.checkpoint.adapter_base import find_base, tokenizer_source
-            from tuning.model.training_model import TrainingModel
-
-            base = find_base(path, find_loadable_base(path, args.base, args, _note), None)
-            self.tokenizer = load_tokenizer(str(tokenizer_source(path, base)), trust_remote_code=args.trust_remote_code)
-            check_adapter_fits(path, base, trust_remote_code=args.trust_remote_code)
-            model = load_model(
-                str(base), dtype=dtype, quantization=find_trained_quantization(path), device=device, **options
-            )
-            # Its trained token rows take part by hooks: kept as long as the model.
-            self._training_model = TrainingModel(*load_lora(model, path)).to(device).eval()
-            model = self._training_model.causal_lm
-            if (generation_config := load_generation_config(str(path))) is not None:
-                model.generation_config = generation_config  # where the adapter was trained to stop
-        else:
-            name = find_loadable(args.model, allow_pickle=args.allow_pickle, say=_note)
-            self.tokenizer = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
-            model = load_model(name, dtype=dtype, device=device, **options).to(device).eval()
-        self.model = model
+        self._loaded = load_answering(args)
+        self.model, self.tokenizer = self._loaded.model, self._loaded.tokenizer
         self.template = ChatTemplate(self.tokenizer)
-        self.system = _trained_system_message(path) if args.system is None else args.system
+        self.system = self._loaded.system_message if args.system is None else args.system
         self.history: list[dict[str, str]] = []
         self.settings: dict[str, Any] = {"max_new_tokens": args.max_new_tokens}
         if args.temperature is not None:
@@ -193,21 +165,6 @@ def _read_question() -> str:
     while (line := input("... ")).strip() != '"""':
         lines.append(line)
     return "\n".join(lines)
-
-
-def _trained_system_message(path: Path) -> str | None:
-    """The --system_message of the run, where the template does not carry it itself."""
-    run = path / "run.json"
-    if not run.is_file():
-        return None
-    with explain_bad_files(f"{run}: is not as it was written"):
-        message = read_json_object(run)["settings"]["data"]["system_message"]
-    return None if message is None else str(message)
-
-
-def _note(line: str) -> None:
-    """Tell of a conversion where answers do not go."""
-    print(printable(line), file=sys.stderr)
 
 
 def _write(text: str) -> None:

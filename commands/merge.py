@@ -12,6 +12,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from commands.loading import DTYPES
 from commands.original import find_loadable_base
 from data_utils.tokenizer import load_tokenizer
 from tuning.checkpoint import adapter_base, merge, verify
@@ -26,7 +27,6 @@ from tuning.errors import SettingsError
 from tuning.model.loading import Trust, find_quantization, identify_checkpoint, load_model, read_dtype
 from tuning.model.quantization import Quantization
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _FINISHED_FILE = ".finished.json"  # weights files that are whole, of a merge that can go on
 
 

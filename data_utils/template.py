@@ -9,6 +9,7 @@ or move earlier reasoning, or an answer whose first token would merge into the p
 import copy
 import json
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -118,16 +119,39 @@ class ChatTemplate:
         assert isinstance(text, str)
         return text
 
-    def encode_prompt(self, messages: list[Message]) -> list[int]:
+    def encode_prompt(
+        self,
+        messages: list[Message],
+        *,
+        tools: Sequence[Message] = (),
+        template_kwargs: Mapping[str, Any] | None = None,
+        check: bool = False,
+    ) -> list[int]:
         """Ids that inference feeds to have these messages answered; control-token texts in them stay plain text.
 
-        Raises: DataError: the template refuses them.
+        tools, template_kwargs: as a Conversation has them. check: nothing that is said may be lacking in the prompt.
+
+        Raises: DataError: the template refuses them, or cannot express them.
         """
+        if tools and self._for_tools is not None:
+            return self._for_tools.encode_prompt(messages, tools=tools, template_kwargs=template_kwargs, check=check)
+        asked = Conversation(
+            "", tuple(messages), "prompt", tools=tuple(tools), template_kwargs={**(template_kwargs or {})}
+        )
+        self._check_expressible(asked)
         messages = self.escape_messages(self.with_system_message(messages))
         try:
-            return self.encoder.encode(self.render(messages, add_generation_prompt=True))
+            prompt = self.render(messages, add_generation_prompt=True, **self._variables(asked))
         except jinja2.TemplateError as error:
             raise DataError(f"the chat template refuses this prompt: {error}") from None
+        if check:
+            self._check_context(asked, messages, 0, len(messages), prompt)
+        return self.encoder.encode(prompt)
+
+    @property
+    def for_tools(self) -> "ChatTemplate":
+        """The template of prompts with tools, where the tokenizer has one for them; else this one."""
+        return self._for_tools or self
 
     def encode_conversation(self, conversation: Conversation) -> list[Row]:
         """Rows of a conversation, whole turns, of any length; none where no turn is supervised.

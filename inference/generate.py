@@ -13,24 +13,34 @@ from data_utils.new_tokens import list_content_tokens
 from tuning.errors import explain_bad_files
 from tuning.model.stop_token import list_eos_ids
 
+_SETTLED_TOKENS = 64
+
 
 @dataclass(frozen=True)
 class Answer:
-    """Text of an answer and what ended it: "stop" (a stop token), "length", or "interrupt"."""
+    """Text of an answer and what ended it: "stop" (a stop token), "length", or "interrupt".
+
+    num_tokens: that were generated, the stop token included.
+    """
 
     text: str
     ended_by: str
+    num_tokens: int
 
 
 class TextPieces(BaseStreamer):
-    """Passes generated text to a function, whole characters only."""
+    """Passes generated text to a function, whole characters only. shown: special tokens that are part of it."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None]):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None], shown: frozenset[str] = frozenset()
+    ):
         self._tokenizer = tokenizer
         self._write = write
+        self._shown = shown
         self._prompt_seen = False
         self._written = 0
         self.ids: list[int] = []
+        self._settled, self._start = "", 0  # text of the tokens before _start, which is not decoded again
 
     def put(self, value: torch.Tensor) -> None:
         """Take the prompt (first call), then one token a call."""
@@ -42,6 +52,16 @@ class TextPieces(BaseStreamer):
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character of several tokens is not whole yet
             self._write(text[self._written :])
             self._written = len(text)
+            if len(self.ids) - self._start >= 2 * _SETTLED_TOKENS and len(self.ids) % 16 == 0:
+                self._settle(text)
+
+    def _settle(self, text: str) -> None:
+        """Decode the first half no more, if the halves decoded apart are the text: no character lies in both."""
+        for middle in range(self._start + _SETTLED_TOKENS, self._start + _SETTLED_TOKENS + 4):
+            first, second = self._decode(self.ids[self._start : middle]), self._decode(self.ids[middle:])
+            if self._settled + first + second == text:
+                self._settled, self._start = self._settled + first, middle
+                return
 
     def end(self) -> None:
         """Write what is left."""
@@ -51,12 +71,15 @@ class TextPieces(BaseStreamer):
     @property
     def text(self) -> str:
         """All of the answer so far."""
-        return decode_answer(self._tokenizer, self.ids)
+        return self._settled + self._decode(self.ids[self._start :])
+
+    def _decode(self, ids: list[int]) -> str:
+        return decode_answer(self._tokenizer, ids, self._shown)
 
 
-def decode_answer(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """Text of generated tokens, without special tokens but for those that were added for the text."""
-    kept = list_content_tokens(tokenizer)
+def decode_answer(tokenizer: PreTrainedTokenizerBase, ids: list[int], shown: frozenset[str] = frozenset()) -> str:
+    """Text of generated tokens, without special tokens but for those that were added for the text, or are shown."""
+    kept = {*list_content_tokens(tokenizer), *shown}
     if not kept:
         return str(tokenizer.decode(ids, skip_special_tokens=True))
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special and token.content not in kept}
@@ -89,7 +112,7 @@ def generate_answers(
         for new in output[:, width:].tolist():
             end = next((position for position, token_id in enumerate(new) if token_id in stops), None)
             text = decode_answer(tokenizer, new if end is None else new[:end])
-            yield Answer(text, "length" if end is None else "stop")
+            yield Answer(text, "length" if end is None else "stop", len(new) if end is None else end + 1)
 
 
 @torch.no_grad()
@@ -98,19 +121,20 @@ def stream_answer(
     tokenizer: PreTrainedTokenizerBase,
     prompt: list[int],
     write: Callable[[str], None],
+    shown: frozenset[str] = frozenset(),
     **options: Any,
 ) -> Answer:
-    """Answer one prompt, piece by piece. Ctrl-C ends the answer, not the program."""
+    """Answer one prompt, piece by piece. Ctrl-C ends the answer, not the program. shown: as TextPieces has it."""
     ids = torch.tensor([prompt], device=next(model.parameters()).device)
-    streamer = TextPieces(tokenizer, write)
+    streamer = TextPieces(tokenizer, write, shown)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "streamer": streamer}
     try:
         with _explain():
             model.generate(**inputs, **_complete(model, tokenizer, options))
     except KeyboardInterrupt:
-        return Answer(streamer.text, "interrupt")
+        return Answer(streamer.text, "interrupt", len(streamer.ids))
     stopped = bool(streamer.ids) and streamer.ids[-1] in list_eos_ids(model.generation_config)
-    return Answer(streamer.text, "stop" if stopped else "length")
+    return Answer(streamer.text, "stop" if stopped else "length", len(streamer.ids))
 
 
 def _explain() -> contextlib.AbstractContextManager[None]:

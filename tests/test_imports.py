@@ -20,7 +20,10 @@ STANDARD_ONLY = {
     "hub",
     "hub_data",
 }
-OPTIONAL = {"deepspeed", "bitsandbytes", "gptqmodel", "mpi4py", "optimum", "tiktoken", "datasets", "modelscope"}
+OPTIONAL = {
+    *("deepspeed", "bitsandbytes", "gptqmodel", "mpi4py", "optimum", "tiktoken", "datasets", "modelscope"),
+    *("fastapi", "starlette", "uvicorn", "openai", "pydantic", "vllm"),
+}
 LEAVES = {"errors", "messages", "machine", "console"}
 # Folders of tuning/ and what each may import beside itself and the leaves.
 MAY_IMPORT = {
@@ -36,7 +39,7 @@ MAY_IMPORT = {
     "checkpoint": {"settings", "distributed", "model"},
     "training": {"settings", "distributed", "model", "planning", "checkpoint"},
 }
-SCRIPTS = {"finetune", "merge_lora", "quantize", "chat"}
+SCRIPTS = {"finetune", "merge_lora", "quantize", "chat", "serve"}
 SCRIPT_MODULES = {"tuning.convert"}  # run as python -m: they know what the scripts know, and nothing imports them
 ENTRIES = {*SCRIPTS, "examples", "tests", "benchmarks"}
 PACKAGES = {

@@ -61,6 +61,7 @@ def entries(model, adapter, out):
     yield ["quantize.py", model, out / "quantised", "--data", CONVERSATIONS, "--group_size", 32, "--num_rows", 8]
     yield ["-m", "data_utils", "check", CONVERSATIONS, "--model", model]
     yield ["-m", "data_utils", "show", CONVERSATIONS, "--model", adapter]
+    yield ["serve.py", model, "--port", 0]  # which does not end where nothing is refused
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def test_no_code_of_a_model_directory_runs(planted, tmp_path, index, auto_map):
         assert not list((tmp_path / result).rglob("*.py"))
 
 
-@pytest.mark.parametrize("index", [pytest.param(i, marks=[] if i == 3 else pytest.mark.slow) for i in (0, 3, 5)])
+@pytest.mark.parametrize("index", [pytest.param(i, marks=[] if i == 3 else pytest.mark.slow) for i in (0, 3, 5, 8)])
 @pytest.mark.parametrize("through_index", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_no_pickle_of_a_model_directory_is_read(planted, tmp_path, index, through_index):
     model, adapter, ran = planted

@@ -19,8 +19,18 @@ def describe_serving(training_model: Any, *, quantized: bool, resized_to: int | 
     if peft_config is None:
         return {"as_it_is": "transformers and servers", "merge_first": None}
     config = peft_config["default"]
+    if why := find_obstacles(config, has_rows=training_model.token_rows is not None):
+        where = "peft" if resized_to is None else f"peft, after base.resize_token_embeddings({resized_to})"
+        return {"as_it_is": where, "merge_first": why}
+    if quantized:
+        return {"as_it_is": "peft, on the same quantised base", "merge_first": "it was trained on quantised weights"}
+    return {"as_it_is": f"peft, and servers that load adapters of rank {config.r}", "merge_first": None}
+
+
+def find_obstacles(config: Any, *, has_rows: bool) -> str | None:
+    """Why servers that load adapters refuse one, by its configuration. has_rows: whether it has vocabulary rows."""
     obstacles = []
-    if training_model.token_rows is not None:
+    if has_rows:
         obstacles.append("vocabulary rows")
     if config.modules_to_save:
         obstacles.append("whole matrices")
@@ -30,10 +40,4 @@ def describe_serving(training_model: Any, *, quantized: bool, resized_to: int | 
         obstacles.append("adapters of experts")
     if config.bias != "none":
         obstacles.append("biases")
-    if obstacles:
-        why = f"it holds {' and '.join(obstacles)}, which servers that load adapters refuse"
-        where = "peft" if resized_to is None else f"peft, after base.resize_token_embeddings({resized_to})"
-        return {"as_it_is": where, "merge_first": why}
-    if quantized:
-        return {"as_it_is": "peft, on the same quantised base", "merge_first": "it was trained on quantised weights"}
-    return {"as_it_is": f"peft, and servers that load adapters of rank {config.r}", "merge_first": None}
+    return f"it holds {' and '.join(obstacles)}, which servers that load adapters refuse" if obstacles else None

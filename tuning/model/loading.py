@@ -45,12 +45,14 @@ def load_model(
     buffers: bool = False,
     quantization: Quantization | None = None,
     device: torch.device | None = None,
+    device_map: str | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model from safetensors (or .bin where allow_pickle), with all that its checkpoint holds.
 
     meta: build it on the meta device, for a plan or for sharding.shard_model to fill. buffers: it keeps the values of
     its buffers there. quantization: quantise it while it loads; a checkpoint that is quantised already stays as it is.
-    device: where that is done (default: the CPU); what is not quantised is always loaded there.
+    device: where that is done (default: the CPU); what is not quantised is always loaded there. device_map: how
+    accelerate spreads what is not quantised over devices instead.
 
     Raises: SettingsError: nothing there, no causal language model, no safetensors, weights missing, a kind of
         quantisation that is not supported.
@@ -68,6 +70,8 @@ def load_model(
                 check_no_kernel(path, config)
             if not allow_pickle and not meta:
                 check_no_pickle(path, config, cache_dir)
+        if device_map and (own or quantization):
+            raise SettingsError(f"--device_map {device_map}: a quantised model stays on one device; leave it out")
         one_dtype = said if isinstance(dtype, str) else dtype
         if meta:
             model = _build_on_meta(
@@ -95,6 +99,7 @@ def load_model(
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are refused below, by name
                 **options,
+                **({"device_map": device_map} if device_map else {}),
             )
     if info["missing_keys"] or info["mismatched_keys"]:
         lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
