@@ -80,8 +80,7 @@ class BaseTensors:
     def read(self, name: str, dtype: torch.dtype | None = torch.float32) -> Tensor:
         """A tensor of the model; floating point ones in a dtype, or as they are stored (None)."""
         source = self.source_of[self.own_name(name)]
-        if source.module is None and source.converter is None and name not in self._grown:
-            stored = source.stored[0]
+        if (stored := self.find_stored(name)) is not None:
             return stored.read(dtype if stored.is_floating_point else None)
         if self._read_last is None or self._read_last[0] is not source:
             self._read_last = None
@@ -91,6 +90,12 @@ class BaseTensors:
             self._read_last = None  # nothing else is in it
         value = append_rows(value, len(self._state[name])) if name in self._grown else value
         return value.to(dtype) if dtype is not None and value.is_floating_point() else value
+
+    def find_stored(self, name: str) -> StoredTensor | None:
+        """Where a tensor lies that is stored as it is; None of one that is made of others, or has grown."""
+        source = self.source_of[self.own_name(name)]
+        made = source.module is not None or source.converter is not None or name in self._grown
+        return None if made else source.stored[0]
 
     def grow(self, num_rows: int) -> None:
         """Have vocabulary matrices of so many rows, where they have fewer: with zeros behind their own."""

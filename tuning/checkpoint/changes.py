@@ -25,7 +25,7 @@ from tuning.model.saved_adapter import SavedAdapter, attach_lora, find_row_ids
 from tuning.model.token_rows import PEFT_SUFFIX, is_tied
 
 ADAPTER = "default"
-_ELEMENTS = 1 << 16  # elements of a matrix that are merged at a time: they stay in the processor's cache
+_ELEMENTS = 1 << 17  # elements of a matrix that are merged at a time: they stay in the processor's cache
 
 
 class Changes:
@@ -211,9 +211,9 @@ def redo_initialisation(layer: Any, config: Any) -> None:
             p.data = trained[name]
 
 
-def check_finite(name: str, extremes: Sequence[Tensor], dtype: torch.dtype) -> None:
-    """Raises: SettingsError: a merged tensor is not finite in a dtype. extremes: its smallest and largest numbers."""
-    if not bool(torch.stack(list(extremes)).abs().max() <= torch.finfo(dtype).max):  # NaN is not, either
+def check_finite(name: str, numbers: Sequence[Tensor], dtype: torch.dtype) -> None:
+    """Raises: SettingsError: a merged tensor is not finite in a dtype. numbers: its extremes, or sums of its parts."""
+    if not bool(torch.stack(list(numbers)).abs().max() <= torch.finfo(dtype).max):  # NaN is not, either
         raise SettingsError(f"the adapter cannot be merged: {name} becomes no finite numbers in {dtype}")
 
 
@@ -228,6 +228,16 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def count_rows_at_once(width: int) -> int:
+    """Rows of a matrix that are merged at a time."""
+    return max(1, _ELEMENTS // width)
+
+
+def join_products(products: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Two matrices whose product is the sum of those of several pairs. Shapes: [out, r] and [r, in]."""
+    return torch.cat([pair[0] for pair in products], 1), torch.cat([pair[1] for pair in products], 0)
+
+
 @torch.no_grad()
 def merge_rows(name: str, weight: Tensor, products: list[tuple[Tensor, Tensor]], out: Tensor | None = None) -> Tensor:
     """Weight plus the products of pairs of matrices, a few rows at a time. name: of the weight, for the error.
@@ -237,16 +247,18 @@ def merge_rows(name: str, weight: Tensor, products: list[tuple[Tensor, Tensor]],
 
     Raises: SettingsError: a result that is not finite in out's dtype.
     """
-    up = torch.cat([pair[0] for pair in products], 1)
-    down = torch.cat([pair[1] for pair in products], 0)
+    up, down = join_products(products)
     result = torch.empty(weight.shape, dtype=torch.float32) if out is None else out
-    step = max(1, _ELEMENTS // weight.shape[1])
-    extremes: list[Tensor] = []  # isfinite() of a matrix in half precision takes longer than the merge
+    step = count_rows_at_once(weight.shape[1])
+    buffer = torch.empty(step, weight.shape[1], device=weight.device)
+    # A number that is not finite shows in the sum; fp16 alone has no room for large ones. isfinite() of a matrix in half
+    # precision takes longer than the merge.
+    numbers: list[Tensor] = []
     with _one_thread():
         for start in range(0, len(weight), step):
             rows = slice(start, start + step)
-            merged = torch.addmm(weight[rows].float(), up[rows], down)
-            extremes += torch.aminmax(merged)
+            merged = buffer[: len(up[rows])].copy_(weight[rows]).addmm_(up[rows], down)
+            numbers += torch.aminmax(merged) if result.dtype == torch.float16 else [merged.sum()]
             result[rows] = merged
-    check_finite(name, extremes, result.dtype)
+    check_finite(name, numbers, result.dtype)
     return result

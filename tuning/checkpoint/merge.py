@@ -18,7 +18,7 @@ from torch import Tensor
 from tuning.checkpoint.adapter_base import copy_tokenizer, tokenizer_source
 from tuning.checkpoint.base_tensors import BaseTensors, Source
 from tuning.checkpoint.carried import copy_processors, list_kept_names
-from tuning.checkpoint.changes import Changes, check_finite, merge_rows
+from tuning.checkpoint.changes import Changes, check_finite, count_rows_at_once, join_products, merge_rows
 from tuning.checkpoint.files import write_json
 from tuning.checkpoint.older_readers import add_old_names
 from tuning.checkpoint.tensor_files import DTYPES, INDEX_FILE, Entry, StoredTensor, TensorFile, name_files
@@ -27,6 +27,7 @@ from tuning.model.loading import Trust, load_generation_config, read_dtype
 from tuning.model.stop_token import list_eos_ids
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+_STEPS = 16  # of merge_rows, whose result is written at a time
 _ROOM = 64 << 20  # bytes of a result beside its weights
 
 
@@ -75,12 +76,9 @@ class Merge:
         """
         dtype = dtype or self.dtype_of(name)
         touching = [each for each in self.adapters if name in each.changes.names]
-        products = [(each, each.changes.plain(name)) for each in touching]
-        if products and all(pair is not None for _, pair in products):
+        if (products := self._find_products(name)) is not None:
             weight = self.base.read(name, None).to(self._device)
-            pairs = [
-                (pair[0].to(self._device) * each.weight, pair[1].to(self._device)) for each, pair in products if pair
-            ]
+            pairs = [(up.to(self._device), down.to(self._device)) for up, down in products]
             out = torch.empty(weight.shape, dtype=dtype, device=self._device)
             return merge_rows(name, weight, pairs, out).cpu()
         if not touching:
@@ -94,6 +92,29 @@ class Merge:
                 value += (each.changes.apply(name, self.base.read) - weight) * each.weight
         check_finite(name, torch.aminmax(value), dtype)
         return value.to(dtype)
+
+    @torch.no_grad()
+    def compute_rows(self, name: str) -> Iterator[Tensor] | None:
+        """What compute(name, None) gives, some rows at a time; None where that is not possible, or not as fast."""
+        products, stored = self._find_products(name), self.base.find_stored(name)
+        if products is None or stored is None or self._device.type != "cpu":
+            return None
+        return self._merge_rows(name, stored, join_products(products))
+
+    def _merge_rows(self, name: str, stored: StoredTensor, product: tuple[Tensor, Tensor]) -> Iterator[Tensor]:
+        up, down = product
+        count = count_rows_at_once(stored.shape[1]) * _STEPS
+        for number, weight in enumerate(stored.read_rows(count)):
+            rows = up[number * count : number * count + len(weight)]
+            yield merge_rows(name, weight, [(rows, down)], torch.empty(weight.shape, dtype=self.dtype_of(name)))
+
+    def _find_products(self, name: str) -> list[tuple[Tensor, Tensor]] | None:
+        """The pairs of matrices whose products are all that is added to a tensor; None where more is done to it."""
+        touching = [each for each in self.adapters if name in each.changes.names]
+        pairs = [(each.changes.plain(name), each.weight) for each in touching]
+        if not pairs or any(pair is None for pair, _ in pairs):
+            return None
+        return [(pair[0] * weight, pair[1]) for pair, weight in pairs if pair is not None]
 
 
 @dataclass(frozen=True)
@@ -202,6 +223,10 @@ def write_weights(
                 if item.stored is not None:
                     file.copy(item.stored)
                     continue
+                if (parts := _compute_rows(merge, item)) is not None:
+                    for part in parts:
+                        file.write(part)
+                    continue
                 if item.entry.name not in ready:
                     ready |= _compute(merge, item)
                 value = ready.pop(item.entry.name)
@@ -213,6 +238,10 @@ def write_weights(
         sizes = [item.num_bytes for items in files.values() for item in items]
         weight_map = {item.entry.name: name for name, items in files.items() for item in items}
         write_json(directory / INDEX_FILE, {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
+
+
+def _compute_rows(merge: Merge, item: Item) -> Iterator[Tensor] | None:
+    return merge.compute_rows(item.names[0]) if len(item.names) == 1 else None
 
 
 def _compute(merge: Merge, item: Item) -> dict[str, Tensor]:

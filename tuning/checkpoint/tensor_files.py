@@ -12,6 +12,7 @@ import queue
 import threading
 import zipfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ DTYPES = {
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PIECE = 8 << 20  # bytes that are read or written at a time
+_FLUSH = 256 << 20  # bytes after which the disk is told to take them
 _QUEUE = 8  # pieces between the computation and the disk
 _LARGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
 
@@ -51,14 +53,25 @@ class StoredTensor:
         """Whether it holds numbers with a fraction."""
         return self.dtype[:1] == "F" or self.dtype == "BF16"
 
-    def pieces(self) -> Iterator[bytes]:
+    def pieces(self) -> Iterator[bytearray]:
         """Its bytes, in order. Raises: SettingsError: the file ends before."""
         with open(self.file, "rb", buffering=0) as opened:
             opened.seek(self.start)
             for start in range(0, self.num_bytes, _PIECE):
                 piece = bytearray(min(_PIECE, self.num_bytes - start))
                 self._fill(opened, memoryview(piece))
-                yield bytes(piece)
+                yield piece
+
+    def read_rows(self, count: int) -> Iterator[Tensor]:
+        """Its rows, so many at a time. Each part is overwritten by the next one: fresh memory takes longer to get."""
+        own, width = DTYPES[self.dtype], self.num_bytes // self.shape[0]
+        buffer = torch.empty(count * width, dtype=torch.uint8)
+        with open(self.file, "rb", buffering=0) as opened:
+            opened.seek(self.start)
+            for start in range(0, self.shape[0], count):
+                part = buffer[: min(count, self.shape[0] - start) * width]
+                self._fill(opened, memoryview(part.numpy().data))
+                yield part.view(own).view(-1, *self.shape[1:])
 
     def read(self, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor, in its dtype or another one.
@@ -151,11 +164,15 @@ class PickledTensor(StoredTensor):
         """The tensor, in its dtype or another one."""
         return self.value.to(dtype or self.value.dtype, copy=True, memory_format=torch.contiguous_format)
 
-    def pieces(self) -> Iterator[bytes]:
+    def pieces(self) -> Iterator[bytearray]:
         """Its bytes, in order."""
         content = self.read().view(-1).view(torch.uint8).numpy()
         for start in range(0, self.num_bytes, _PIECE):
-            yield content[start : start + _PIECE].tobytes()
+            yield bytearray(content[start : start + _PIECE])
+
+    def read_rows(self, count: int) -> Iterator[Tensor]:
+        """Its rows, so many at a time."""
+        yield from self.read().split(count)
 
 
 def _read_pickle(file: Path) -> list[StoredTensor]:
@@ -226,7 +243,7 @@ class Entry:
 class TensorFile:
     """A safetensors file that is being written: its tensors come one after another, in the order of the entries.
 
-    A thread writes and hashes, so that the disk and the computation do not wait for each other.
+    Threads write and hash, so that the disk and the computation do not wait for each other.
     """
 
     def __init__(self, path: Path, entries: Sequence[Entry]):
@@ -242,6 +259,8 @@ class TensorFile:
         self._num_bytes = 8 + len(text) + at
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115
         self._hash = hashlib.sha256()
+        self._written = self._flushed_at = 0  # bytes
+        self._flushed: Future[None] | None = None
         self._error: BaseException | None = None
         self._pieces: queue.Queue[Any] = queue.Queue(_QUEUE)
         self._thread = threading.Thread(target=self._write_all, daemon=True)
@@ -295,24 +314,33 @@ class TensorFile:
         self._pieces.put(piece)
 
     def _write_all(self) -> None:
-        written = 0
-        while (piece := self._pieces.get()) is not None:
-            if self._error is not None:
-                continue
-            try:
-                view = memoryview(piece)
-                self._hash.update(view)
-                while view:
-                    view = view[self._file.write(view) :]
-                written += len(piece)
-            except BaseException as error:
-                self._error = error
-        if self._error is None:
-            try:
-                assert written == self._num_bytes, "every tensor of the header, and no more"
+        with ThreadPoolExecutor(2) as beside:
+            while (piece := self._pieces.get()) is not None:
+                try:
+                    if self._error is None:
+                        self._write_piece(memoryview(piece), beside)
+                except BaseException as error:
+                    self._error = error
+        try:
+            if self._error is None:
+                assert self._written == self._num_bytes, "every tensor of the header, and no more"
                 os.fsync(self._file.fileno())
-            except BaseException as error:
-                self._error = error
+        except BaseException as error:
+            self._error = error
+
+    def _write_piece(self, piece: memoryview, beside: Executor) -> None:
+        """Write and hash at the same time, and have the disk take what there is, so that the end need not wait."""
+        hashed = beside.submit(self._hash.update, piece)
+        rest = piece
+        while rest:
+            rest = rest[self._file.write(rest) :]
+        hashed.result()
+        self._written += len(piece)
+        if self._flushed is None or (self._flushed.done() and self._written - self._flushed_at > _FLUSH):
+            if self._flushed is not None:
+                self._flushed.result()
+            self._flushed_at = self._written
+            self._flushed = beside.submit(os.fdatasync, self._file.fileno())
 
 
 def name_files(count: int) -> list[str]:
