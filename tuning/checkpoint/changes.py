@@ -251,8 +251,8 @@ def merge_rows(name: str, weight: Tensor, products: list[tuple[Tensor, Tensor]],
     result = torch.empty(weight.shape, dtype=torch.float32) if out is None else out
     step = count_rows_at_once(weight.shape[1])
     buffer = torch.empty(step, weight.shape[1], device=weight.device)
-    # A number that is not finite shows in the sum; fp16 alone has no room for large ones. isfinite() of a matrix in half
-    # precision takes longer than the merge.
+    # A number that is not finite shows in the sum; fp16 alone has no room for large ones. isfinite() of a matrix in
+    # half precision takes longer than the merge.
     numbers: list[Tensor] = []
     with _one_thread():
         for start in range(0, len(weight), step):
