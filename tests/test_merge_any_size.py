@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 import merge_lora
 from tests.architectures import ARCHITECTURES, write
 from tests.conftest import build_model, run_python
-from tuning.checkpoint.tensor_files import DTYPES, Entry, TensorFile, list_tensors, read_header
+from tuning.checkpoint.tensor_files import DTYPES, Entry, list_tensors, read_header
+from tuning.checkpoint.tensor_writer import TensorFile
 from tuning.checkpoint.verify import stream_logits
 from tuning.errors import SettingsError
 from tuning.model.loading import load_model as meta_model
@@ -441,7 +442,7 @@ def test_another_merge_does_not_go_on_with_the_leftovers(forks, moe, tmp_path, c
 def test_a_disk_that_is_too_small_is_told_before_the_first_byte(moe, tmp_path, monkeypatch):
     _, adapter, _ = moe
     opened = []
-    monkeypatch.setattr("tuning.checkpoint.tensor_files.TensorFile.__init__", lambda *_: opened.append(1))
+    monkeypatch.setattr("tuning.checkpoint.tensor_writer.TensorFile.__init__", lambda *_: opened.append(1))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
     with pytest.raises(SettingsError, match=r"the result takes 0\.1 GB, and 0\.0 GB are free there"):
         merge_lora.main([str(adapter), str(tmp_path / "some" / "merged")])

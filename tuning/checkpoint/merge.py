@@ -21,7 +21,8 @@ from tuning.checkpoint.carried import copy_processors, list_kept_names
 from tuning.checkpoint.changes import Changes, check_finite, count_rows_at_once, join_products, merge_rows
 from tuning.checkpoint.files import write_json
 from tuning.checkpoint.older_readers import add_old_names
-from tuning.checkpoint.tensor_files import DTYPES, INDEX_FILE, Entry, StoredTensor, TensorFile, name_files
+from tuning.checkpoint.tensor_files import DTYPES, INDEX_FILE, Entry, StoredTensor, name_files
+from tuning.checkpoint.tensor_writer import TensorFile
 from tuning.errors import SettingsError
 from tuning.model.loading import Trust, load_generation_config, read_dtype
 from tuning.model.stop_token import list_eos_ids

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tuning.checkpoint.files import write_json
-from tuning.checkpoint.tensor_files import INDEX_FILE, Entry, StoredTensor, TensorFile, name_files
+from tuning.checkpoint.tensor_files import INDEX_FILE, Entry, StoredTensor, name_files
+from tuning.checkpoint.tensor_writer import TensorFile
 from tuning.errors import SettingsError
 
 _FLOATS = ("F32", "F16", "BF16")

@@ -1,18 +1,13 @@
-"""Weights files, a tensor at a time: what is in them, reading, and writing while the rest is still being computed.
+"""Weights files, a tensor at a time: what is in them, and reading.
 
-Files are read and written in pieces, never mapped into memory: a checkpoint of any size passes through a few megabytes.
+Files are read in pieces, never mapped into memory: a checkpoint of any size passes through a few megabytes.
 Format: https://github.com/huggingface/safetensors#format
 """
 
-import hashlib
 import json
 import math
-import os
-import queue
-import threading
 import zipfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,9 +26,7 @@ DTYPES = {
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_PIECE = 8 << 20  # bytes that are read or written at a time
-_FLUSH = 256 << 20  # bytes after which the disk is told to take them
-_QUEUE = 8  # pieces between the computation and the disk
+PIECE = 8 << 20  # bytes that are read or written at a time
 _LARGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
 
 
@@ -57,8 +50,8 @@ class StoredTensor:
         """Its bytes, in order. Raises: SettingsError: the file ends before."""
         with open(self.file, "rb", buffering=0) as opened:
             opened.seek(self.start)
-            for start in range(0, self.num_bytes, _PIECE):
-                piece = bytearray(min(_PIECE, self.num_bytes - start))
+            for start in range(0, self.num_bytes, PIECE):
+                piece = bytearray(min(PIECE, self.num_bytes - start))
                 self._fill(opened, memoryview(piece))
                 yield piece
 
@@ -87,7 +80,7 @@ class StoredTensor:
             if result.dtype == own:
                 self._fill(opened, memoryview(result.view(torch.uint8).numpy().data))
             else:  # a piece at a time: a second copy of a large matrix would be most of what is in memory
-                buffer = torch.empty(min(_PIECE // own.itemsize, len(result)), dtype=own)
+                buffer = torch.empty(min(PIECE // own.itemsize, len(result)), dtype=own)
                 for part in result.split(max(1, len(buffer))):
                     self._fill(opened, memoryview(buffer[: len(part)].view(torch.uint8).numpy().data))
                     part.copy_(buffer[: len(part)])
@@ -167,8 +160,8 @@ class PickledTensor(StoredTensor):
     def pieces(self) -> Iterator[bytearray]:
         """Its bytes, in order."""
         content = self.read().view(-1).view(torch.uint8).numpy()
-        for start in range(0, self.num_bytes, _PIECE):
-            yield bytearray(content[start : start + _PIECE])
+        for start in range(0, self.num_bytes, PIECE):
+            yield bytearray(content[start : start + PIECE])
 
     def read_rows(self, count: int) -> Iterator[Tensor]:
         """Its rows, so many at a time."""
@@ -238,109 +231,6 @@ class Entry:
     def of(name: str, dtype: torch.dtype, shape: Sequence[int]) -> "Entry":
         """Of a dtype and a shape of torch."""
         return Entry(name, _NAMES[dtype], tuple(shape), dtype.itemsize * math.prod(shape))
-
-
-class TensorFile:
-    """A safetensors file that is being written: its tensors come one after another, in the order of the entries.
-
-    Threads write and hash, so that the disk and the computation do not wait for each other.
-    """
-
-    def __init__(self, path: Path, entries: Sequence[Entry]):
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        at = 0
-        for entry in entries:
-            header[entry.name] = {
-                "dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [at, at + entry.num_bytes],
-            }  # fmt: skip
-            at += entry.num_bytes
-        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self._num_bytes = 8 + len(text) + at
-        self._file = open(path, "wb", buffering=0)  # noqa: SIM115
-        self._hash = hashlib.sha256()
-        self._written = self._flushed_at = 0  # bytes
-        self._flushed: Future[None] | None = None
-        self._error: BaseException | None = None
-        self._pieces: queue.Queue[Any] = queue.Queue(_QUEUE)
-        self._thread = threading.Thread(target=self._write_all, daemon=True)
-        self._thread.start()
-        self._put(len(text).to_bytes(8, "little") + text)
-
-    def write(self, tensor: Tensor) -> None:
-        """The next tensor, or a part of it: its rows in order. It must not change afterwards."""
-        flat = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-        for start in range(0, len(flat), _PIECE):
-            self._put(flat[start : start + _PIECE].data)
-
-    def copy(self, stored: StoredTensor) -> None:
-        """The next tensor, byte for byte."""
-        for piece in stored.pieces():
-            self._put(piece)
-
-    def __enter__(self) -> "TensorFile":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.abandon()
-
-    def close(self) -> None:
-        """Have everything on disk. Raises: OSError."""
-        self._end()
-        if self._error is not None:
-            raise self._error
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """Size and hash of the closed file, as manifests have them."""
-        return {"bytes": self._num_bytes, "sha256": self._hash.hexdigest()}
-
-    def abandon(self) -> None:
-        """End without the rest."""
-        self._error = self._error or RuntimeError("abandoned")
-        self._end()
-
-    def _end(self) -> None:
-        self._pieces.put(None)
-        self._thread.join()
-        self._file.close()
-
-    def _put(self, piece: Any) -> None:
-        if self._error is not None:
-            raise self._error
-        self._pieces.put(piece)
-
-    def _write_all(self) -> None:
-        with ThreadPoolExecutor(2) as beside:
-            while (piece := self._pieces.get()) is not None:
-                try:
-                    if self._error is None:
-                        self._write_piece(memoryview(piece), beside)
-                except BaseException as error:
-                    self._error = error
-        try:
-            if self._error is None:
-                assert self._written == self._num_bytes, "every tensor of the header, and no more"
-                os.fsync(self._file.fileno())
-        except BaseException as error:
-            self._error = error
-
-    def _write_piece(self, piece: memoryview, beside: Executor) -> None:
-        """Write and hash at the same time, and have the disk take what there is, so that the end need not wait."""
-        hashed = beside.submit(self._hash.update, piece)
-        rest = piece
-        while rest:
-            rest = rest[self._file.write(rest) :]
-        hashed.result()
-        self._written += len(piece)
-        if self._flushed is None or (self._flushed.done() and self._written - self._flushed_at > _FLUSH):
-            if self._flushed is not None:
-                self._flushed.result()
-            self._flushed_at = self._written
-            self._flushed = beside.submit(os.fdatasync, self._file.fileno())
 
 
 def name_files(count: int) -> list[str]:
