@@ -14,12 +14,13 @@ from data_utils.sources import DataError
 from tuning.entry import OneLineParser, add_hub_flag, add_trust_flags, run_entry
 from tuning.errors import SettingsError
 
+_UNITS = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+
 
 def main(argv: list[str] | None = None) -> None:
     """Merge, save, verify. Raises: DataError, SettingsError: the user's mistakes, or a merge that does not verify."""
     args = build_parser().parse_args(argv)
-    if args.max_shard_size is not None and not re.fullmatch(r"\d+(\.\d+)?[KMGT]i?B", args.max_shard_size):
-        raise SettingsError(f"--max_shard_size {args.max_shard_size}: expected a size such as 5GB or 500MB")
+    args.max_shard_size = None if args.max_shard_size is None else read_size(args.max_shard_size)
     if (args.one is None) == (args.adapter is None):
         raise SettingsError("name ADAPTER and OUT, or OUT and --adapter A:0.7 B:0.3 behind it; see --help")
     args.adapters = [(args.one, 1.0)] if args.adapter is None else [read_weight(text) for text in args.adapter]
@@ -33,6 +34,14 @@ def main(argv: list[str] | None = None) -> None:
     from commands import merge  # torch and transformers, once nothing is left to say without them
 
     merge.run(args)
+
+
+def read_size(text: str) -> int:
+    """Bytes of a size such as 5GB or 500MiB. Raises: SettingsError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]i?)B", text)
+    if found is None or not (size := int(float(found[1]) * _UNITS[found[2]])):
+        raise SettingsError(f"--max_shard_size {text}: expected a size such as 5GB or 500MB")
+    return size
 
 
 def read_weight(text: str) -> tuple[str, float]:

@@ -147,9 +147,7 @@ class BaseTensors:
     # ---- writing ----
 
     def to_stored_names(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors of the model as its files have them. values: all that come of the same stored tensors together."""
-        if all(len(self._stored_of(name)) == 1 and self._converter_of(name) is None for name in values):
-            return {self._stored_of(name)[0].name: value for name, value in values.items()}
+        """Stacks of the model as its files have them. values: all that come of the same stored tensors together."""
         with explain_bad_files(f"{self.directory}: {min(values)} cannot be brought back into its files' form"):
             reverted: dict[str, Tensor] = revert_weight_conversion(self.model, values)
         return reverted
@@ -171,9 +169,6 @@ class BaseTensors:
 
     def _stored_of(self, name: str) -> list[StoredTensor]:
         return self.source_of[self.own_name(name)].stored
-
-    def _converter_of(self, name: str) -> Any:
-        return self.source_of[self.own_name(name)].converter
 
     # ---- which is which ----
 

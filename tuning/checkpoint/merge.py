@@ -5,7 +5,7 @@ its name, whether transformers knows it or not. Memory: the largest matrix (of e
 adapters.
 """
 
-import re
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,7 +27,6 @@ from tuning.errors import SettingsError
 from tuning.model.loading import Trust, load_generation_config, read_dtype
 from tuning.model.stop_token import list_eos_ids
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 _STEPS = 16  # of merge_rows, whose result is written at a time
 _ROOM = 64 << 20  # bytes of a result beside its weights
 
@@ -60,6 +59,10 @@ class Merge:
         """Whether a tensor of the model is another one than the base's."""
         return name in self.changed or self.base.is_quantized(name) or self.base.is_grown(name)
 
+    def list_touching(self, name: str) -> list[Weighted]:
+        """The adapters that change a tensor."""
+        return [each for each in self.adapters if name in each.changes.names]
+
     def dtype_of(self, name: str) -> torch.dtype:
         """The dtype that a tensor of the model has in the result."""
         stored = self.base.stored_dtype(name)
@@ -76,13 +79,12 @@ class Merge:
         Raises: SettingsError: it is not finite in that dtype, or cannot be merged.
         """
         dtype = dtype or self.dtype_of(name)
-        touching = [each for each in self.adapters if name in each.changes.names]
         if (products := self._find_products(name)) is not None:
             weight = self.base.read(name, None).to(self._device)
             pairs = [(up.to(self._device), down.to(self._device)) for up, down in products]
             out = torch.empty(weight.shape, dtype=dtype, device=self._device)
             return merge_rows(name, weight, pairs, out).cpu()
-        if not touching:
+        if not (touching := self.list_touching(name)):
             return self.base.read(name, dtype)
         if len(touching) == 1 and touching[0].weight == 1:
             value = touching[0].changes.apply(name, self.base.read)
@@ -111,8 +113,7 @@ class Merge:
 
     def _find_products(self, name: str) -> list[tuple[Tensor, Tensor]] | None:
         """The pairs of matrices whose products are all that is added to a tensor; None where more is done to it."""
-        touching = [each for each in self.adapters if name in each.changes.names]
-        pairs = [(each.changes.plain(name), each.weight) for each in touching]
+        pairs = [(each.changes.plain(name), each.weight) for each in self.list_touching(name)]
         if not pairs or any(pair is None for pair, _ in pairs):
             return None
         return [(pair[0] * weight, pair[1]) for pair, weight in pairs if pair is not None]
@@ -159,21 +160,20 @@ def list_items(merge: Merge) -> Iterator[tuple[Path, Item]]:
             yield last, Item(Entry.of(base.new_name(name), merge.dtype_of(name), base.shape(name)), None, (name,))
 
 
-def split_files(items: list[tuple[Path, Item]], max_shard_size: str | None) -> dict[str, list[Item]]:
-    """The result's files: as the base's are, or none larger than a size such as 5GB."""
+def split_files(items: list[tuple[Path, Item]], max_bytes: int | None) -> dict[str, list[Item]]:
+    """The result's files: as the base's are, or none larger than so many bytes."""
     groups: list[list[Item]] = []
-    if max_shard_size is None:
+    if max_bytes is None:
         by_file: dict[Path, list[Item]] = {}
         for file, item in items:
             by_file.setdefault(file, []).append(item)
         groups = list(by_file.values())
     else:
-        size = parse_size(max_shard_size)
         room = 0
         for _, item in items:
             if not groups or item.num_bytes > room:
                 groups.append([])
-                room = size
+                room = max_bytes
             groups[-1].append(item)
             room -= item.num_bytes
     # Tensors of the widest dtype come first, as the library has them, so that all lie at multiples of their size.
@@ -181,18 +181,8 @@ def split_files(items: list[tuple[Path, Item]], max_shard_size: str | None) -> d
     return dict(zip(name_files(len(groups)), ordered, strict=True))
 
 
-def parse_size(text: str) -> int:
-    """Bytes of a size such as 5GB or 500MiB. Raises: SettingsError."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]i?)B", text)
-    if found is None or not (size := int(float(found[1]) * _UNITS[found[2]])):
-        raise SettingsError(f"--max_shard_size {text}: expected a size such as 5GB or 500MB")
-    return size
-
-
 def _width(entry: Entry) -> int:
-    elements = 1
-    for size in entry.shape:
-        elements *= size
+    elements = math.prod(entry.shape)
     return entry.num_bytes // elements if elements else 0
 
 

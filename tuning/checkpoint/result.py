@@ -101,7 +101,6 @@ def save_full_model(
     state: dict[str, torch.Tensor],
     *,
     dtype: torch.dtype,
-    max_shard_size: str = "5GB",
 ) -> None:
     """Write a model's safetensors and config.json, and what the base's directory holds beside.
 
@@ -109,7 +108,7 @@ def save_full_model(
     rest is the base's, as its files have it.
     """
     state = {**read_carried_tensors(model, base), **read_kept_tensors(model, base), **state}
-    model.save_pretrained(directory, state_dict=state, max_shard_size=max_shard_size)
+    model.save_pretrained(directory, state_dict=state, max_shard_size="5GB")
     copy_processors(base, directory)
     # save_pretrained writes the dtype of the model in memory; loaders take the file's word for it.
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))

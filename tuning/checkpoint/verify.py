@@ -193,11 +193,10 @@ class SavedMerge:
 
     def _check_rows(self, name: str, value: Tensor) -> None:
         """Compare some rows with peft's own arithmetic."""
-        touching = [each for each in self._merge.adapters if name in each.changes.names]
         rows = torch.linspace(0, len(value) - 1, min(_ROWS, len(value))).long()
         expected = self._merge.base.read(name, None)[rows].float()
         weight = expected.clone()
-        for each in touching:
+        for each in self._merge.list_touching(name):
             sample = each.changes.sample_rows(name, weight, rows)
             if sample is None:
                 return

@@ -139,7 +139,8 @@ def _build_on_meta(
             model = choose_auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise SettingsError(f"{path}: cannot load a model: {first_line(error)}") from None
-    model.tie_weights()  # accelerate gives each layer a matrix of its own
+    if buffers:
+        model.tie_weights()  # accelerate gives each layer a matrix of its own
     if (generation_config := load_generation_config(path, cache_dir)) is not None:
         model.generation_config = generation_config
     return model
