@@ -9,9 +9,9 @@ import ipaddress
 import os
 from pathlib import Path
 
-from commands.paths import find_adapter_base, find_model
+from commands.model_flags import add_model_flags, find_named_model
 from data_utils.sources import DataError
-from tuning.entry import OneLineParser, add_hub_flag, add_trust_flags, run_entry
+from tuning.entry import OneLineParser, run_entry
 from tuning.errors import SettingsError
 
 KEY_VARIABLE = "SERVE_API_KEY"
@@ -24,17 +24,13 @@ def main(argv: list[str] | None = None) -> int:
     check_network(args)
     if args.engine == "vllm" and args.device_map:
         raise SettingsError("--device_map: has no effect with --engine vllm, which spreads a model by its own flags")
-    if args.device_map and args.bits:
-        raise SettingsError(f"--device_map {args.device_map}: a quantised model stays on one device; leave it out")
+    if args.engine == "vllm" and args.kv_cache != "full":
+        raise SettingsError("--kv_cache: has no effect with --engine vllm, which has a flag of its own")
     lacking = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if args.engine == "transformers" and lacking:
         raise SettingsError(f"{lacking[0]} is not installed: pip install -r requirements_serve.txt")
     args.name = name_model(args.model)
-    args.model = find_model(args.model, args.hub, allow_pickle=args.allow_pickle)
-    if (Path(args.model) / "adapter_config.json").is_file():
-        args.base = find_adapter_base(args.model, args.base, args.hub, allow_pickle=args.allow_pickle)
-    elif args.base:
-        raise SettingsError(f"--base {args.base}: has no effect, as {args.model} is no adapter")
+    find_named_model(args)
     from commands import serve  # torch and transformers, once nothing is left to say without them
 
     return serve.run(args)
@@ -77,30 +73,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", help="merged model, full model, or adapter directory")
+    add_model_flags(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="0: any free one (default 8000)")
     parser.add_argument(
         "--api_key",
         help=f"key that clients must send; better {KEY_VARIABLE} in the environment, which ps does not show",
     )
-    parser.add_argument("--base", help="base model of an adapter (default: the one it names)")
-    parser.add_argument(
-        "--dtype",
-        choices=["auto", "bf16", "fp16", "fp32"],
-        default="auto",
-        help="of the weights (auto: as in the files; on a CPU fp32)",
-    )
-    parser.add_argument("--bits", type=int, choices=[4, 8], help="quantise the weights with bitsandbytes")
-    parser.add_argument("--device_map", choices=["auto"], help="spread a model over all GPUs")
     parser.add_argument(
         "--engine",
         choices=["transformers", "vllm"],
         default="transformers",
         help="vllm: print the command of an installed vLLM, and run it",
     )
-    add_hub_flag(parser)
-    add_trust_flags(parser)
     return parser
 
 

@@ -1,4 +1,4 @@
-"""A model or an adapter, ready to answer: for chat.py and serve.py."""
+"""A model or an adapter, ready to answer: for chat.py, serve.py and the tools of inference/."""
 
 import argparse
 import sys
@@ -33,22 +33,20 @@ class Answering:
     kept: Any = None
 
 
-def load_answering(
-    args: argparse.Namespace, *, dtype: str = "auto", bits: int | None = None, device_map: str | None = None
-) -> Answering:
+def load_answering(args: argparse.Namespace, *, needs_template: bool = True) -> Answering:
     """Load what args.model names: a model, or an adapter onto its base (args.base, or the one it names).
 
-    dtype: a key of DTYPES, or auto: as in the files, on a CPU fp32. bits: quantise it while it loads.
+    args: of model_flags.add_model_flags, after find_named_model. needs_template: as load_tokenizer has it.
 
     Raises: SettingsError: no model, no adapter, or they do not fit. DataError: no tokenizer.
     """
-    path = Path(args.model)
+    path, bits, device_map = Path(args.model), args.bits, args.device_map
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options: dict[str, Any] = vars(Trust(args.trust_remote_code, args.allow_pickle))
-    loaded_in = DTYPES.get(dtype, "auto" if device.type == "cuda" else torch.float32)
+    loaded_in = DTYPES.get(args.dtype, "auto" if device.type == "cuda" else torch.float32)
     if not (path / "adapter_config.json").is_file():
         name = find_loadable(args.model, allow_pickle=args.allow_pickle, say=tell)
-        tokenizer = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
+        tokenizer = load_tokenizer(name, needs_template=needs_template, trust_remote_code=args.trust_remote_code)
         own = find_quantization(name, cache_dir=None, trust_remote_code=args.trust_remote_code) if bits else None
         quantization = _choose_quantization(bits, own, args.model)
         model = load_model(
@@ -64,7 +62,8 @@ def load_answering(
     from tuning.model.training_model import TrainingModel
 
     base = find_base(path, find_loadable_base(path, args.base, args, tell), None)
-    tokenizer = load_tokenizer(str(tokenizer_source(path, base)), trust_remote_code=args.trust_remote_code)
+    source = str(tokenizer_source(path, base))
+    tokenizer = load_tokenizer(source, needs_template=needs_template, trust_remote_code=args.trust_remote_code)
     check_adapter_fits(path, base, trust_remote_code=args.trust_remote_code)
     trained = find_trained_quantization(path)
     if bits:

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         raise SettingsError(f"{error}: serving takes transformers 5.23, as requirements_finetune.txt has it") from None
     listener = bind(args.host, args.port)  # before minutes of loading
     try:
-        loaded = load_answering(args, dtype=args.dtype, bits=args.bits, device_map=args.device_map)
+        loaded = load_answering(args)
         _, server = build_server(args, loaded, listener)
         with _SignalCaught(signal.SIGTERM) as stopped:
             server.run(sockets=[listener])
@@ -49,7 +49,7 @@ def build_server(args: argparse.Namespace, loaded: Answering, listener: socket.s
 
     template = ChatTemplate(loaded.tokenizer, system_message=loaded.system_message)
     manager = OneModel(args.name, loaded.model, loaded.tokenizer)
-    chat = ChatHandler(manager, template)
+    chat = ChatHandler(manager, template, args.kv_cache)
     app = build_app(chat, key=args.api_key, host=args.host)
     host = f"[{args.host}]" if ":" in args.host else args.host
     access = "with a key" if args.api_key else "without a key, this machine only"

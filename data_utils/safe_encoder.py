@@ -102,6 +102,8 @@ class SafeEncoder:
         unsafe = self._find_unsafe(tokenizer)
         if unsafe is not None:
             raise DataError(f"this tokenizer reads {unsafe} as a control token wherever it stands; it is not supported")
+        bos = tokenizer.bos_token_id
+        self._begins_with = [bos] if bos is not None and tokenizer("a").input_ids[0] == bos else []
         self.pieces_equal_whole = self.encode("a\nHello") == self.encode("a\n") + self.encode("Hello")
         strips = any(token.lstrip or token.rstrip or token.single_word for token in added.values())
         self.is_context_free = self.pieces_equal_whole and not strips
@@ -225,6 +227,10 @@ class SafeEncoder:
         """Return what follows the last control token of a rendered text, or None if there is none."""
         found = list(self._user_pattern.finditer(text))
         return text[found[-1].end() :] if found else None
+
+    def encode_document(self, text: str) -> list[int]:
+        """Ids of a text that is no conversation; control-token texts in it stay plain text."""
+        return [*self._begins_with, *self.encode(self.escape(text))]
 
     def encode_target(self, prompt: str, prompt_ids: list[int], target: str) -> list[int]:
         """Ids of what follows a prompt, with a cut where generation starts.

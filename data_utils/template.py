@@ -375,11 +375,8 @@ class ChatTemplate:
 
     def _encode_text(self, text: str) -> Row:
         """Every token of a document, and the end of it."""
-        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        ids = self.encoder.encode(self.encoder.escape(text))
-        if bos is not None and self.tokenizer("a").input_ids[0] == bos:
-            ids.insert(0, bos)
-        ids.append(self.stop_id if eos is None else eos)
+        eos = self.tokenizer.eos_token_id
+        ids = [*self.encoder.encode_document(text), self.stop_id if eos is None else eos]
         return Row(ids, list(ids), [len(ids)], [1.0], [(len(ids), "trained: plain text, up to its end")])
 
     def with_system_message(self, messages: list[Message]) -> list[Message]:

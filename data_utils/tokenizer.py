@@ -16,6 +16,7 @@ from data_utils.template_source import explain_no_variable, find_variables
 
 DEFAULT_SYSTEM_MESSAGE = "You are a helpful assistant."
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", VOCABULARY_FILE)
+_TEXTS_ALONE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
 PLAIN_CHATML = """\
 {%- if messages and messages[0]['role'] != 'system' %}
@@ -39,6 +40,7 @@ def load_tokenizer(
     cache_dir: str | None = None,
     trust_remote_code: bool = False,
     new_tokens: Sequence[str] = (),
+    needs_template: bool = True,
 ) -> PreTrainedTokenizerBase:
     """Load a tokenizer; one without a chat template gets plain ChatML, which is saved with the result.
 
@@ -47,6 +49,7 @@ def load_tokenizer(
     chat_template_kwargs: JSON object of defaults for the template's variables. They become part of the template, so
         that every server that loads the result has them.
     new_tokens: special tokens to add, which conversations may use (new_tokens.py).
+    needs_template: False: one without a chat template gets a template that writes the texts alone.
 
     Raises: DataError: no tokenizer there, no fast tokenizer, or no ChatML tokens for the default template.
     """
@@ -62,6 +65,8 @@ def load_tokenizer(
         add_new_tokens(tokenizer, new_tokens)
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template)
+    if not tokenizer.chat_template and not needs_template:
+        tokenizer.chat_template = _TEXTS_ALONE
     # Plain ChatML, which converted checkpoints bring along, gets another default system turn as if it were not there.
     is_plain = tokenizer.chat_template == plain_chatml(DEFAULT_SYSTEM_MESSAGE)
     if not tokenizer.chat_template or (is_plain and system_message is not None):

@@ -23,6 +23,8 @@ from transformers.cli.serving.utils import GenerationState, InferenceThread
 
 from data_utils.sources import DataError
 from data_utils.template import ChatTemplate
+from inference.chat_model import choose_cache
+from inference.decoding import choose_options
 from inference.gate import CLIENT_GONE
 from inference.generate import Answer, stream_answer
 from inference.jobs import Client, Job, StopGenerating
@@ -38,14 +40,17 @@ MAX_WAITING = 64  # requests, that which is answered included
 class ChatHandler(ChatCompletionHandler):
     """transformers' handler of /v1/chat/completions, with our prompt, our decoding and our markup.
 
-    template: of the model's prompts. Answers are generated one after another, in the order of their requests.
+    template: of the model's prompts. kv_cache: as ChatModel has it.
+
+    Answers are generated one after another, in the order of their requests.
     """
 
-    def __init__(self, manager: OneModel, template: ChatTemplate):
+    def __init__(self, manager: OneModel, template: ChatTemplate, kv_cache: str = "full"):
         super().__init__(manager, GenerationState())
         self.name, self.model, self.tokenizer = manager.name, manager.model, manager.tokenizer
         self.template, self.markup = template, find_markup(template)
         self.context = read_context(manager.model)
+        self._cache = choose_cache(manager.model, kv_cache)
         self._reader = ThreadPoolExecutor(1, "read-requests")  # one: the template's caches are not for several
         self._thread = InferenceThread()
         self._num_waiting = 0  # clients
@@ -94,7 +99,8 @@ class ChatHandler(ChatCompletionHandler):
             raise RequestError("the request is nested too deeply") from None
         max_tokens = limit_tokens(request, len(prompt), self.context)
         samples = bool(self.model.generation_config.do_sample)
-        return Job(request, prompt, max_tokens, request.choose_options(samples=samples), client)
+        options = {**choose_options(request.decoding, samples=samples), **self._cache}
+        return Job(request, prompt, max_tokens, options, client)
 
     def _generate(self, job: Job) -> None:
         """In the thread that generates. Nothing is raised: an exception there would be kept, with all it refers to."""

@@ -1,5 +1,8 @@
 """Settings of decoding that a user may change, and their bounds. Standard library only."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from tuning.errors import SettingsError
 
 # Type, least and largest value. Beyond them logits overflow, or no token is left to choose.
@@ -25,3 +28,19 @@ def read_setting(name: str, text: str) -> int | float:
     if name == "temperature" and 0 < value < _LEAST_TEMPERATURE:
         raise SettingsError(f"must be 0, or at least {_LEAST_TEMPERATURE:g}")
     return value
+
+
+def choose_options(settings: Mapping[str, int | float], *, samples: bool) -> dict[str, Any]:
+    """Settings as generate takes them. samples: whether the model samples by itself.
+
+    Example: {"temperature": 0, "top_p": 0.5} -> {"do_sample": False, "temperature": None}
+    """
+    options: dict[str, Any] = dict(settings)
+    if "temperature" in options:
+        options["do_sample"] = options["temperature"] > 0
+    elif not samples and ("top_p" in options or "top_k" in options):
+        options["do_sample"] = True
+    if options.get("do_sample", samples) is False:  # the likeliest token is in every choice of tokens
+        options = {name: value for name, value in options.items() if name not in ("top_p", "top_k")}
+        options["temperature"] = None
+    return options

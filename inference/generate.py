@@ -93,9 +93,13 @@ def generate_answers(
     prompts: Sequence[list[int]],
     *,
     batch_size: int,
+    shown: frozenset[str] = frozenset(),
     **options: Any,
 ) -> Iterator[Answer]:
-    """Answer prompts in batches, padded on the left. options: of transformers' generate (max_new_tokens, ...)."""
+    """Answer prompts in batches, padded on the left.
+
+    shown: as TextPieces has it. options: of transformers' generate (max_new_tokens, ...).
+    """
     stops = set(list_eos_ids(model.generation_config))
     device = next(model.parameters()).device
     for start in range(0, len(prompts), batch_size):
@@ -111,7 +115,7 @@ def generate_answers(
             output = model.generate(**inputs, **_complete(model, tokenizer, options))
         for new in output[:, width:].tolist():
             end = next((position for position, token_id in enumerate(new) if token_id in stops), None)
-            text = decode_answer(tokenizer, new if end is None else new[:end])
+            text = decode_answer(tokenizer, new if end is None else new[:end], shown)
             yield Answer(text, "length" if end is None else "stop", len(new) if end is None else end + 1)
 
 

@@ -67,18 +67,6 @@ class ChatRequest:
     seed: int | None = None
     decoding: dict[str, int | float] = field(default_factory=dict)
 
-    def choose_options(self, *, samples: bool) -> dict[str, Any]:
-        """What generate is given, but for the length. samples: whether the model samples by itself."""
-        options: dict[str, Any] = dict(self.decoding)
-        if "temperature" in options:
-            options["do_sample"] = options["temperature"] > 0
-        elif not samples and ("top_p" in options or "top_k" in options):
-            options["do_sample"] = True
-        if options.get("do_sample", samples) is False:  # the likeliest token is in every choice of tokens
-            options = {name: value for name, value in options.items() if name not in ("top_p", "top_k")}
-            options["temperature"] = None
-        return options
-
 
 def read_request(body: dict[str, Any], model_name: str) -> ChatRequest:
     """Check the body of a request to /v1/chat/completions. Raises: RequestError."""

@@ -40,7 +40,8 @@ MAY_IMPORT = {
     "training": {"settings", "distributed", "model", "planning", "checkpoint"},
 }
 SCRIPTS = {"finetune", "merge_lora", "quantize", "chat", "serve"}
-SCRIPT_MODULES = {"tuning.convert"}  # run as python -m: they know what the scripts know, and nothing imports them
+# Run as python -m, or the door for notebooks: they know what the scripts know, and nothing imports them.
+SCRIPT_MODULES = {"tuning.convert", "inference.__init__"}
 ENTRIES = {*SCRIPTS, "examples", "tests", "benchmarks"}
 PACKAGES = {
     "data_utils": {"tuning", "inference", "commands", *ENTRIES},

@@ -562,8 +562,8 @@ def test_mistakes_are_one_line(models, run_script, tmp_path, monkeypatch):
 
 
 def test_a_model_spread_by_accelerate_and_of_another_dtype(models):
-    args = serve.build_parser().parse_args([str(models / "merged")])
-    model = load_answering(args, dtype="bf16", device_map="auto").model
+    args = serve.build_parser().parse_args([str(models / "merged"), "--dtype", "bf16", "--device_map", "auto"])
+    model = load_answering(args).model
     assert {str(p.dtype) for p in model.parameters()} == {"torch.bfloat16"} and not model.training
 
 
@@ -590,7 +590,7 @@ def test_an_adapter_of_a_quantised_model(checkpoints, tmp_path, capsys):
 def test_quantised_at_loading(models, gptq, bits, run_script):
     for kind in ("merged", "lora"):
         args = serve.build_parser().parse_args([str(models / kind), "--bits", bits])
-        kinds = {type(module).__name__ for module in load_answering(args, bits=int(bits)).model.modules()}
+        kinds = {type(module).__name__ for module in load_answering(args).model.modules()}
         assert {"4": "FourBitLinear", "8": "Int8Linear"}[bits] in kinds
     code, _, stderr = run_script("serve.py", gptq[4], "--bits", bits, "--port", 0)
     assert code == 2 and f"--bits {bits}: has no effect on" in stderr
