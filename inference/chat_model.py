@@ -70,11 +70,12 @@ class ChatModel:
         """
         row = {"messages": list(messages), "tools": list(tools), "chat_template_kwargs": dict(template_kwargs or {})}
         asked = parse_record(Record(row, "chat", 0), data_format="messages")
+        decoding: dict[str, float] = {"max_new_tokens": 512}
         for name, value in settings.items():
             if name not in SETTINGS:
                 raise SettingsError(f"{name}: not a setting ({', '.join(SETTINGS)})")
             try:
-                read_setting(name, str(value))
+                decoding[name] = read_setting(name, str(value))
             except SettingsError as error:
                 raise SettingsError(f"{name} {value}: {error}") from None
         prompt = self.template.encode_prompt(
@@ -82,7 +83,7 @@ class ChatModel:
         )
         if seed is not None:
             transformers.set_seed(seed % 2**32)
-        return self.answer(prompt, write or (lambda _: None), tools=asked.tools, **{"max_new_tokens": 512, **settings})
+        return self.answer(prompt, write or (lambda _: None), tools=asked.tools, **decoding)
 
     def answer(
         self, prompt: list[int], write: Callable[[str], None], *, tools: Sequence[Message] = (), **settings: float
