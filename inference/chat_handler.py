@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Container
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -26,14 +26,16 @@ from data_utils.template import ChatTemplate
 from inference.chat_model import choose_cache
 from inference.decoding import choose_options
 from inference.gate import CLIENT_GONE
-from inference.generate import Answer, stream_answer
+from inference.generate import Answer, TokenScores, stream_answer
 from inference.jobs import Client, Job, StopGenerating
 from inference.markup import MessageParser, Piece, find_markup
 from inference.one_model import OneModel
 from inference.requests import RequestError, limit_tokens, read_request
 from inference.stop_texts import StopTexts
 from tuning.errors import SettingsError
+from tuning.model.stop_token import list_eos_ids
 
+_LEAST_LOGPROB = -9999.0  # OpenAI's for tokens of no probability; JSON knows no infinity
 MAX_WAITING = 64  # requests, that which is answered included
 
 
@@ -100,7 +102,9 @@ class ChatHandler(ChatCompletionHandler):
         max_tokens = limit_tokens(request, len(prompt), self.context)
         samples = bool(self.model.generation_config.do_sample)
         options = {**choose_options(request.decoding, samples=samples), **self._cache}
-        return Job(request, prompt, max_tokens, options, client)
+        wanted = request.top_logprobs is not None or request.return_token_ids
+        scores = TokenScores(request.top_logprobs or 0) if wanted else None
+        return Job(request, prompt, max_tokens, options, client, scores)
 
     def _generate(self, job: Job) -> None:
         """In the thread that generates. Nothing is raised: an exception there would be kept, with all it refers to."""
@@ -141,6 +145,7 @@ class ChatHandler(ChatCompletionHandler):
             job.prompt,
             lambda text: put(stops.feed(text)),
             self.markup.shown,
+            job.scores,
             max_new_tokens=job.max_tokens,
             stopping_criteria=StoppingCriteriaList([StopGenerating(job, stops)]),
             **job.options,
@@ -189,7 +194,15 @@ class ChatHandler(ChatCompletionHandler):
             tool_calls=calls or None,
             reasoning_content=texts.get("reasoning"),
         )
-        completion["choices"][0]["message"].setdefault("content", None)
+        choice = completion["choices"][0]
+        choice["message"].setdefault("content", None)
+        if job.scores and job.request.top_logprobs is not None:
+            choice["logprobs"] = {
+                "content": describe_scores(job.scores, self.tokenizer, list_eos_ids(self.model.generation_config))
+            }
+        if job.scores and job.request.return_token_ids:
+            completion["prompt_token_ids"] = job.prompt
+            choice["token_ids"] = [token_id for token_id, _, _ in job.scores.entries]
         return completion
 
     async def _stream(self, job: Job, answer_id: str) -> AsyncIterator[str]:
@@ -231,6 +244,24 @@ def read_context(model: Any) -> int | None:
     """How many tokens a model takes, by its configuration."""
     found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return found if isinstance(found, int) and found > 0 else None
+
+
+def describe_scores(scores: TokenScores, tokenizer: Any, stop_ids: Container[int]) -> list[dict[str, Any]]:
+    """Log probabilities in OpenAI's form, but for the stop token at the end, which is no part of the content."""
+    entries = scores.entries
+    if entries and entries[-1][0] in stop_ids:
+        entries = entries[:-1]
+
+    def describe(token_id: int, logprob: float) -> dict[str, Any]:
+        text = tokenizer.decode([token_id])
+        # A part of a character has no text of its own.
+        whole = "\N{REPLACEMENT CHARACTER}" not in text
+        return {"token": text, "logprob": max(logprob, _LEAST_LOGPROB), "bytes": list(text.encode()) if whole else None}
+
+    return [
+        {**describe(token_id, logprob), "top_logprobs": [describe(*each) for each in likeliest]}
+        for token_id, logprob, likeliest in entries
+    ]
 
 
 def _call(piece: Piece, answer_id: str, number: int) -> dict[str, Any]:

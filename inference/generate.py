@@ -28,15 +28,44 @@ class Answer:
     num_tokens: int
 
 
+class TokenScores:
+    """Log probabilities of an answer's tokens, as the model gives them: before temperature, penalties and choices.
+
+    num_top: of the likeliest tokens that are kept in each place. entries: (token id, its log probability,
+    [(id, log probability), ...] of the likeliest) of each token.
+    """
+
+    def __init__(self, num_top: int):
+        self._num_top = num_top
+        self._latest: torch.Tensor | None = None  # [V]
+        self.entries: list[tuple[int, float, list[tuple[int, float]]]] = []
+
+    def see(self, _module: Any, _inputs: Any, output: Any) -> None:
+        """A forward hook of the model."""
+        self._latest = torch.log_softmax(output.logits[0, -1].float(), -1)
+
+    def take(self, token_id: int) -> None:
+        """The token that was chosen."""
+        assert self._latest is not None
+        values, ids = self._latest.topk(min(self._num_top, len(self._latest)))
+        likeliest = list(zip(ids.tolist(), values.tolist(), strict=True))
+        self.entries.append((token_id, self._latest[token_id].item(), likeliest))
+
+
 class TextPieces(BaseStreamer):
     """Passes generated text to a function, whole characters only. shown: special tokens that are part of it."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None], shown: frozenset[str] = frozenset()
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        write: Callable[[str], None],
+        shown: frozenset[str] = frozenset(),
+        scores: TokenScores | None = None,
     ):
         self._tokenizer = tokenizer
         self._write = write
         self._shown = shown
+        self._scores = scores
         self._prompt_seen = False
         self._written = 0
         self.ids: list[int] = []
@@ -47,7 +76,10 @@ class TextPieces(BaseStreamer):
         if not self._prompt_seen:
             self._prompt_seen = True
             return
-        self.ids += value.flatten().tolist()
+        for token_id in value.flatten().tolist():
+            self.ids.append(token_id)
+            if self._scores:
+                self._scores.take(token_id)
         text = self.text
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character of several tokens is not whole yet
             self._write(text[self._written :])
@@ -126,14 +158,19 @@ def stream_answer(
     prompt: list[int],
     write: Callable[[str], None],
     shown: frozenset[str] = frozenset(),
+    scores: TokenScores | None = None,
     **options: Any,
 ) -> Answer:
-    """Answer one prompt, piece by piece. Ctrl-C ends the answer, not the program. shown: as TextPieces has it."""
+    """Answer one prompt, piece by piece. Ctrl-C ends the answer, not the program.
+
+    shown: as TextPieces has it. scores: gets every token.
+    """
     ids = torch.tensor([prompt], device=next(model.parameters()).device)
-    streamer = TextPieces(tokenizer, write, shown)
+    streamer = TextPieces(tokenizer, write, shown, scores)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "streamer": streamer}
+    hook = model.register_forward_hook(scores.see) if scores else contextlib.nullcontext()
     try:
-        with _explain():
+        with hook, _explain():
             model.generate(**inputs, **_complete(model, tokenizer, options))
     except KeyboardInterrupt:
         return Answer(streamer.text, "interrupt", len(streamer.ids))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria
 
-from inference.generate import Answer
+from inference.generate import Answer, TokenScores
 from inference.markup import Piece
 from inference.requests import ChatRequest, RequestError
 from inference.stop_texts import StopTexts
@@ -27,7 +27,7 @@ class Client:
 class Job:
     """One answer on its way from the thread that generates to the client.
 
-    pieces: of the answer, then an Answer, or what went wrong.
+    pieces: of the answer, then an Answer, or what went wrong. scores: of its tokens, where they are wanted.
     """
 
     request: ChatRequest
@@ -35,6 +35,7 @@ class Job:
     max_tokens: int
     options: dict[str, Any]
     client: Client
+    scores: TokenScores | None = None
     pieces: "asyncio.Queue[Piece | Answer | RequestError]" = field(default_factory=asyncio.Queue)
 
     def put(self, item: Piece | Answer | RequestError) -> None:

@@ -13,14 +13,13 @@ from tuning.errors import SettingsError
 
 DEFAULT_MAX_TOKENS = 2048
 _MAX_STOPS, _MAX_STOP_LENGTH = 16, 1000
+_MAX_TOP_LOGPROBS = 20
 # What changes no answer.
 _LABELS = {"user", "metadata", "safety_identifier", "prompt_cache_key", "service_tier"}
 # Fields with one value that says what is done anyway.
 _ONLY: dict[str, Any] = {
     "n": 1,
     "store": False,
-    "logprobs": False,
-    "top_logprobs": 0,
     "frequency_penalty": 0,
     "presence_penalty": 0,
     "parallel_tool_calls": True,
@@ -31,6 +30,7 @@ _READ = {
     *("model", "messages", "tools", "tool_choice", "chat_template_kwargs"),
     *("stream", "stream_options", "max_tokens", "max_completion_tokens", "stop", "seed"),
     *("temperature", "top_p", "top_k", "repetition_penalty"),
+    *("logprobs", "top_logprobs", "return_token_ids"),
 }
 
 
@@ -57,6 +57,8 @@ class ChatRequest:
     """What a client asks for.
 
     max_tokens: None where the request does not say. decoding: settings of inference/decoding.py that it names.
+    top_logprobs: likeliest tokens to tell of in each place; None: no log probabilities. return_token_ids: as vLLM has
+    it: the ids of prompt and answer.
     """
 
     conversation: Conversation
@@ -66,6 +68,8 @@ class ChatRequest:
     stops: tuple[str, ...] = ()
     seed: int | None = None
     decoding: dict[str, int | float] = field(default_factory=dict)
+    top_logprobs: int | None = None
+    return_token_ids: bool = False
 
 
 def read_request(body: dict[str, Any], model_name: str) -> ChatRequest:
@@ -88,14 +92,21 @@ def read_request(body: dict[str, Any], model_name: str) -> ChatRequest:
         raise RequestError("stream_options: expected an object with include_usage", param="stream_options")
     if streaming and not stream:
         raise RequestError("stream_options: only with stream", param="stream_options")
+    stops, top_logprobs = _read_stops(body.get("stop")), _read_logprobs(body)
+    return_token_ids = _read_bool(body, "return_token_ids")
+    for name, wanted in (("logprobs", top_logprobs is not None), ("return_token_ids", return_token_ids)):
+        if wanted and (stream or stops):
+            raise RequestError(f"{name}: not with {'stream' if stream else 'stop'} here", param=name)
     return ChatRequest(
         _read_conversation(body),
         stream=stream,
         include_usage=_read_bool(streaming, "include_usage"),
         max_tokens=_read_max_tokens(body),
-        stops=_read_stops(body.get("stop")),
+        stops=stops,
         seed=_read_whole(body, "seed"),
         decoding=_read_decoding(body),
+        top_logprobs=top_logprobs,
+        return_token_ids=return_token_ids,
     )
 
 
@@ -163,6 +174,17 @@ def _read_stops(value: Any) -> tuple[str, ...]:
     if not fits or not all(isinstance(stop, str) and 0 < len(stop) <= _MAX_STOP_LENGTH for stop in stops):
         raise RequestError(f"stop: expected a text, or up to {_MAX_STOPS} of them, none empty", param="stop")
     return tuple(stops)
+
+
+def _read_logprobs(body: dict[str, Any]) -> int | None:
+    number = _read_whole(body, "top_logprobs") or 0
+    if not 0 <= number <= _MAX_TOP_LOGPROBS:
+        raise RequestError(f"top_logprobs: must be from 0 to {_MAX_TOP_LOGPROBS}", param="top_logprobs")
+    if _read_bool(body, "logprobs"):
+        return number
+    if number:
+        raise RequestError("top_logprobs: only with logprobs", param="top_logprobs")
+    return None
 
 
 def _read_decoding(body: dict[str, Any]) -> dict[str, int | float]:

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 import openai
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -203,6 +204,26 @@ def test_a_seeded_answer_is_that_of_chat(models, unending, capsys):
     assert printable(answer.choices[0].message.content) == shown
 
 
+def test_log_probabilities_and_ids_are_the_models(merged):
+    answer = merged.ask(QUESTION, logprobs=True, top_logprobs=3, extra_body={"return_token_ids": True})
+    prompt, ids = answer.prompt_token_ids, answer.choices[0].token_ids
+    assert prompt == merged.handler.template.encode_prompt([{"role": "user", "content": QUESTION}])
+    logits = merged.loaded.model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
+    expected = torch.log_softmax(logits, -1)
+    entries = answer.choices[0].logprobs.content
+    assert len(ids) == len(entries) == 12
+    for place, (token_id, entry) in enumerate(zip(ids, entries, strict=True)):
+        assert entry.logprob == pytest.approx(expected[place, token_id].item(), abs=1e-4)
+        assert [each.logprob for each in entry.top_logprobs] == pytest.approx(
+            expected[place].topk(3).values.tolist(), abs=1e-4
+        )
+        assert entry.top_logprobs[0].token == entry.token == merged.loaded.tokenizer.decode([token_id])
+        assert entry.bytes is None or bytes(entry.bytes).decode() == entry.token
+    plain = merged.ask(QUESTION)
+    assert plain.choices[0].logprobs is None and not hasattr(plain, "prompt_token_ids")
+    assert plain.choices[0].message == answer.choices[0].message
+
+
 def test_several_turns(models, merged, capsys):
     session = commands.chat.Chat(chat.build_parser().parse_args([str(models / "merged"), "--max_new_tokens", "8"]))
     history = []
@@ -296,6 +317,10 @@ MISTAKES = {
     "penalty": ({"frequency_penalty": 0.5}, 400, "frequency_penalty: only 0 is supported"),
     "format": ({"response_format": {"type": "json_object"}}, 400, "response_format: only"),
     "choice": ({"tool_choice": "required"}, 400, "tool_choice: only 'auto' and 'none'"),
+    "top of none": ({"top_logprobs": 2}, 400, "top_logprobs: only with logprobs"),
+    "top": ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs: must be from 0 to 20"),
+    "streamed scores": ({"logprobs": True, "stream": True}, 400, "logprobs: not with stream"),
+    "scores to a stop": ({"return_token_ids": True, "stop": "x"}, 400, "return_token_ids: not with stop"),
     "unknown": ({"best_of": 3}, 400, "best_of: not supported here"),
     "variable": ({"chat_template_kwargs": {"mood": "good"}}, 400, "chat template has no variable mood"),
 }  # fmt: skip
@@ -316,6 +341,9 @@ JSON_VALUES = st.recursive(
     max_leaves=6,
 )
 FIELDS = [
+    "logprobs",
+    "top_logprobs",
+    "return_token_ids",
     "messages",
     "tools",
     "tool_choice",

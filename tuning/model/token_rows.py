@@ -30,6 +30,7 @@ class TokenRows(nn.Module):
     def __init__(self, model: PreTrainedModel, token_ids: dict[str, list[int]]):
         super().__init__()
         self.tied = is_tied(model)
+        self.enabled = True  # False: the matrices stay as they are
         layers = {"embedding": model.get_input_embeddings(), "output": model.get_output_embeddings()}
         self.names = {part: find_module_name(model, layer) for part, layer in layers.items()}
         self._hooks = []
@@ -68,6 +69,8 @@ class TokenRows(nn.Module):
         if part == "rows":
             return self.output_rows.clone()  # ZeRO-3 takes the parameter itself away again
         assert inputs is not None and result is not None
+        if not self.enabled:
+            return result
         if part == "embedding":
             assert self.embedding is not None
             row = self.row_of_token[inputs]

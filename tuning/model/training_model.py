@@ -1,11 +1,14 @@
 """The module that training engines wrap: a causal language model whose forward returns the loss sum."""
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -81,6 +84,26 @@ class TrainingModel(nn.Module):
             packed = describe_packing(input_ids, position_ids, lengths, row_starts)
         hidden: Tensor = self.causal_lm.get_decoder()(input_ids=input_ids, use_cache=False, **packed)[0]
         return hidden
+
+    @contextlib.contextmanager
+    def without_adapter(self) -> Iterator[None]:
+        """Inside, causal_lm is the base: LoRA, matrices that train whole, and vocabulary rows take no part.
+
+        Its logits are; the loss is not.
+        """
+        layers = [m for m in self.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+        # Not by peft's own context, which sets requires_grad of all that it passes.
+        for layer in layers:
+            layer._disable_adapters = True
+        if self.token_rows is not None:
+            self.token_rows.enabled = False
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer._disable_adapters = False
+            if self.token_rows is not None:
+                self.token_rows.enabled = True
 
 
 @torch.no_grad()

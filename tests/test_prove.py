@@ -1,0 +1,211 @@
+"""inference.prove: the right server is proven; the base, another template, no stop and another model are not."""
+
+import dataclasses
+import json
+import random
+import shutil
+
+import pytest
+import torch
+
+import commands.prove
+import finetune
+import inference.endpoint
+import merge_lora
+from commands.loading import load_answering
+from commands.prove import write_messages
+from inference import prove
+from tests.conftest import run_python
+from tests.serving import TOOL, endless, serving, write_tool_model
+from tests.test_saved import write_result
+
+TAUGHT = (("How far is the moon?", "Far."), ("你好吗？", "很好"), ("Who are you?", "Me"))
+
+
+@pytest.fixture(scope="module")
+def models(checkpoints, tmp_path_factory):
+    """An adapter whose answers are not the base's, the same merged, and what else a server may hold by mistake."""
+    root = tmp_path_factory.mktemp("prove")
+    write_result(checkpoints["untied"], "lora", root / "lora")
+    rows = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in TAUGHT]
+    (root / "train.json").write_text(json.dumps(rows))
+    words = ["--model_name_or_path", checkpoints["untied"], "--data_path", root / "train.json", "--use_lora"]
+    words += ["--output_dir", root / "tokens", "--per_device_train_batch_size", 3, "--max_steps", 60, "--lora_r", 32]
+    words += ["--learning_rate", 2e-2, "--save_strategy", "no", "--model_max_length", 128, "--logging_steps", 60]
+    finetune.main([str(word) for word in words])
+    merge_lora.main([str(root / "tokens"), str(root / "merged")])
+    shutil.copytree(root / "merged", root / "base")
+    shutil.copyfile(checkpoints["untied"] / "model.safetensors", root / "base" / "model.safetensors")
+    shutil.copytree(root / "merged", root / "template")
+    template = (root / "merged" / "chat_template.jinja").read_text()
+    assert "You are a helpful assistant." in template
+    (root / "template" / "chat_template.jinja").write_text(template.replace("a helpful assistant", "a pirate"))
+    endless(root / "merged", root / "endless")
+    (root / "rows.json").write_text(json.dumps(rows[:2]))
+    return root
+
+
+def run(model, served, capsys, *words):
+    words = [str(model), "--url", f"{served.url}/v1", "--max_new_tokens", "12", *map(str, words)]
+    code = prove.main(words)
+    return code, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["tokens", pytest.param("merged", marks=pytest.mark.slow)])
+def test_the_right_server_is_proven(models, capsys, kind):
+    with serving(models / kind) as served:
+        code, shown = run(models / kind, served, capsys, "--data", models / "rows.json")
+    assert code == 0 and shown.endswith("proven: it answers as the trained model\n"), shown
+    assert "2 rows, 7 fixed prompts" in shown and "prompts compared: 9 by ids" in shown
+    assert (
+        "answers as trained: 9 of 9, token by token; " in shown
+        and "log probabilities: differ by" in shown
+        and "warning" not in shown
+    )
+    assert ("the base alone would have answered" in shown) == (kind != "merged")
+
+
+@pytest.mark.slow
+def test_an_adapter_is_proven_by_its_merged_model(models, capsys):
+    with serving(models / "merged") as served:
+        assert run(models / "tokens", served, capsys)[0] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("served_kind", "local", "reason"),
+    [
+        ("base", "tokens", "the adapter is not applied"),
+        ("base", "merged", "another model"),
+        ("template", "merged", "another chat template"),
+        ("endless", "merged", "it does not stop at <|im_end|>"),
+        ("lora", "merged", ""),
+    ],
+)
+@pytest.mark.parametrize("tells", ["all", "text alone"])
+def test_another_model_template_or_stop_is_named(models, capsys, monkeypatch, served_kind, local, reason, tells):
+    if tells == "text alone":  # Ollama, say
+        read = inference.endpoint.read_response
+        monkeypatch.setattr(
+            inference.endpoint,
+            "read_response",
+            lambda response: dataclasses.replace(read(response), ids=None, prompt_ids=None, logprobs=None),
+        )
+    with serving(models / served_kind) as served:
+        code, shown = run(models / local, served, capsys, "--num", 0)
+    assert code == 1 and "not proven" in shown and reason in shown, shown
+
+
+@pytest.mark.slow
+def test_an_endpoint_that_refuses_what_is_not_openais(models, capsys, monkeypatch):
+    """Then it is asked for less, and the text decides."""
+    import inference.chat_handler
+    from inference.requests import RequestError, read_request
+
+    def refuse(body, name):
+        for field in ("return_token_ids", "logprobs"):
+            if field in body:
+                raise RequestError(f"{field}: unknown")
+        return read_request(body, name)
+
+    monkeypatch.setattr(inference.chat_handler, "read_request", refuse)
+    with serving(models / "merged") as served:
+        code, shown = run(models / "tokens", served, capsys, "--num", 0)
+    assert code == 0 and "prompts compared: 7 by their number" in shown and "log probabilities" not in shown
+
+
+@pytest.mark.slow
+def test_answers_that_do_not_end_prove_no_stop(models, capsys):
+    with serving(models / "merged") as served:
+        code, shown = run(models / "merged", served, capsys, "--num", 0, "--max_new_tokens", 1)
+    assert code == 1 and "so the stop was not compared" in shown
+
+
+@pytest.mark.slow
+def test_an_adapter_that_changes_nothing_is_not_proven(models, checkpoints, capsys, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(models / "lora", tmp_path / "zero")
+    for name in ("manifest.json", "run.json"):
+        (tmp_path / "zero" / name).unlink(missing_ok=True)
+    settings = json.loads((tmp_path / "zero" / "generation_config.json").read_text())
+    stops = {"eos_token_id": list(range(300))}  # an answer of an untrained model that ends
+    (tmp_path / "zero" / "generation_config.json").write_text(json.dumps(settings | stops))
+    file = tmp_path / "zero" / "adapter_model.safetensors"
+    save_file({name: torch.zeros_like(value) for name, value in load_file(file).items()}, file)
+    with serving(tmp_path / "zero") as served:
+        code, shown = run(tmp_path / "zero", served, capsys, "--num", 0)
+    assert code == 1 and "the base without the adapter would have answered the same" in shown
+
+
+@pytest.mark.slow
+def test_without_adapter_is_the_base(models, checkpoints):
+    """Rows, LoRA and all; and afterwards the adapter is back, to the bit."""
+    parse = prove.build_parser().parse_args
+    ids = torch.tensor([random.Random(0).choices(range(500), k=30)])
+    for kind in ("tokens", "lora"):
+        loaded = load_answering(parse([str(models / kind), "--url", "http://x/v1"]))
+        base = load_answering(parse([str(models / "base"), "--url", "http://x/v1"]))
+        with torch.no_grad():
+            before = loaded.model(ids).logits
+            with loaded.kept.without_adapter():
+                inside = loaded.model(ids).logits
+            assert torch.equal(loaded.model(ids).logits, before)
+            expected = base.model(ids).logits
+        assert torch.allclose(inside, expected, atol=1e-5) and not torch.allclose(before, expected, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_rows_with_tools(tokenizer, tmp_path, capsys):
+    model = write_tool_model(tokenizer, tmp_path / "caller")
+    from tests.serving import ANSWER, ASKED, CALL, RESULT
+
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": CALL}]}
+    answer = {"role": "assistant", "content": ANSWER}
+    rows = [
+        {"messages": [ASKED, call], "tools": [TOOL]},
+        {"messages": [ASKED, call, RESULT, answer], "tools": [TOOL]},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with serving(model) as served:
+        code, shown = run(model, served, capsys, "--data", tmp_path / "rows.jsonl", "--max_new_tokens", 60)
+    assert code == 0 and "2 rows" in shown, shown
+    wire = write_messages([ASKED, call, RESULT])
+    assert wire[1]["tool_calls"][0]["function"]["arguments"] == json.dumps(CALL["arguments"], ensure_ascii=False)
+    assert wire[1]["tool_calls"][0]["id"] == wire[2]["tool_call_id"]
+
+
+@pytest.mark.slow
+def test_mistakes_are_one_line(models):
+    for words, message in (
+        (["--url", "x"], "--url x: expected http://HOST:PORT/v1"),
+        (["--url", "http://127.0.0.1:9/v1"], "http://127.0.0.1:9/v1: Connection error."),
+    ):
+        done = run_python("-m", "inference.prove", models / "merged", *words, check=False)
+        assert (done.returncode, done.stderr) == (2, f"error: {message}\n")
+    with serving(models / "merged", "--api_key", "right") as served:
+        with pytest.raises(ValueError, match="wrong API key"):
+            prove.main([str(models / "merged"), "--url", f"{served.url}/v1", "--api_key", "wrong"])
+        with pytest.raises(ValueError, match="serves merged, not other"):
+            prove.main(
+                [str(models / "merged"), "--url", f"{served.url}/v1", "--api_key", "right", "--served_name", "other"]
+            )
+
+
+def test_rows_of_the_run(models, tmp_path, capsys):
+    """Its evaluation data, else its data; relative to where it ran."""
+    shutil.copytree(models / "merged", tmp_path / "run")
+    (tmp_path / "data.json").write_text((models / "rows.json").read_text())
+    args = prove.build_parser().parse_args([str(tmp_path / "run"), "--url", "http://x/v1"])
+    args.named = args.model
+    record = {"directory": str(tmp_path), "settings": {"data": {"data_path": ["data.json"], "eval_data_path": None}}}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    assert [row.asked.messages[0]["content"] for row in commands.prove.read_rows(args)] == [
+        "How far is the moon?",
+        "你好吗？",
+    ]
+    args.num = 1
+    assert len(commands.prove.read_rows(args)) == 1
+    record["settings"]["data"]["eval_data_path"] = ["gone.json"]
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    assert commands.prove.read_rows(args) == [] and "no rows of gone.json" in capsys.readouterr().out
