@@ -80,16 +80,18 @@ def wait_until(condition, timeout_s=30):
         time.sleep(0.02)
 
 
-def write_tool_model(tokenizer, directory):
-    """A tiny model trained until it calls a tool, and answers from the result."""
+CALLED = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": CALL}]}
+
+
+def write_tool_model(tokenizer, directory, turns=None, tools=(TOOL,)):
+    """A tiny model trained until it calls a tool, and answers from the result. turns: other ones to learn."""
     tokenizer = type(tokenizer)(
         tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>"
     )
     tokenizer.chat_template = find_template("chatml-tools").read_text()
     template = ChatTemplate(tokenizer)
-    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": CALL}]}
-    turns = [ASKED, call, RESULT, {"role": "assistant", "content": ANSWER}]
-    conversation = parse_record(Record({"messages": turns, "tools": [TOOL]}, "x", 0))
+    turns = turns or [ASKED, CALLED, RESULT, {"role": "assistant", "content": ANSWER}]
+    conversation = parse_record(Record({"messages": turns, "tools": list(tools)}, "x", 0))
     (row,) = template.encode_conversation(conversation)
     model = build_model(tokenizer, tied=False, initializer_range=0.02, hidden_size=64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)

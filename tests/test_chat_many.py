@@ -15,7 +15,7 @@ from data_utils.sources import DataError
 from data_utils.template import ChatTemplate
 from inference.batches import plan_batches
 from inference.generate import generate_answers
-from tests.serving import ANSWER, ASKED, CALL, RESULT, TOOL, write_tool_model
+from tests.serving import ANSWER, ASKED, CALLED, RESULT, TOOL, write_tool_model
 from tests.test_saved import write_result
 
 
@@ -86,20 +86,19 @@ def test_a_system_turn_of_the_command_line_is_for_rows_without_one(merged, tmp_p
 
 def test_tools_of_a_row(caller, tmp_path):
     rows = [{"messages": [ASKED], "tools": [TOOL]}]
-    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": CALL}]}
-    rows.append({"messages": [ASKED, call, RESULT], "tools": [TOOL]})
-    rows.append({"messages": [ASKED, call], "tools": [TOOL]})
+    rows.append({"messages": [ASKED, CALLED, RESULT], "tools": [TOOL]})
+    rows.append({"messages": [ASKED, CALLED], "tools": [TOOL]})
     out = tmp_path / "out.jsonl"
     chat.main([str(caller), "--prompts", str(write_rows(tmp_path / "r.jsonl", rows)), "--out", str(out)])
     found = read_rows(out)
-    assert found[0]["messages"][-1] == call and found[2]["expected"] == call
+    assert found[0]["messages"][-1] == CALLED and found[2]["expected"] == CALLED
     assert found[1]["messages"][-1] == {"role": "assistant", "content": ANSWER}
     assert all(row["tools"] == [TOOL] and row["ended_by"] == "stop" for row in found)
     (tmp_path / "tools.json").write_text(json.dumps([TOOL]))
     again = tmp_path / "again.jsonl"
     plain = write_rows(tmp_path / "p.jsonl", [{"messages": [ASKED]}])
     chat.main([str(caller), "--prompts", str(plain), "--tools", str(tmp_path / "tools.json"), "--out", str(again)])
-    assert read_rows(again)[0]["messages"][-1] == call
+    assert read_rows(again)[0]["messages"][-1] == CALLED
 
 
 @given(st.lists(st.integers(1, 50), max_size=200), st.integers(1, 5))

@@ -16,7 +16,7 @@ from commands.loading import load_answering
 from commands.prove import write_messages
 from inference import prove
 from tests.conftest import run_python
-from tests.serving import TOOL, endless, serving, write_tool_model
+from tests.serving import ANSWER, ASKED, CALL, CALLED, RESULT, TOOL, endless, serving, write_tool_model
 from tests.test_saved import write_result
 
 TAUGHT = (("How far is the moon?", "Far."), ("你好吗？", "很好"), ("Who are you?", "Me"))
@@ -158,19 +158,16 @@ def test_without_adapter_is_the_base(models, checkpoints):
 @pytest.mark.slow
 def test_rows_with_tools(tokenizer, tmp_path, capsys):
     model = write_tool_model(tokenizer, tmp_path / "caller")
-    from tests.serving import ANSWER, ASKED, CALL, RESULT
-
-    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": CALL}]}
     answer = {"role": "assistant", "content": ANSWER}
     rows = [
-        {"messages": [ASKED, call], "tools": [TOOL]},
-        {"messages": [ASKED, call, RESULT, answer], "tools": [TOOL]},
+        {"messages": [ASKED, CALLED], "tools": [TOOL]},
+        {"messages": [ASKED, CALLED, RESULT, answer], "tools": [TOOL]},
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with serving(model) as served:
         code, shown = run(model, served, capsys, "--data", tmp_path / "rows.jsonl", "--max_new_tokens", 60)
     assert code == 0 and "2 rows" in shown, shown
-    wire = write_messages([ASKED, call, RESULT])
+    wire = write_messages([ASKED, CALLED, RESULT])
     assert wire[1]["tool_calls"][0]["function"]["arguments"] == json.dumps(CALL["arguments"], ensure_ascii=False)
     assert wire[1]["tool_calls"][0]["id"] == wire[2]["tool_call_id"]
 
