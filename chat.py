@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 
 from commands.model_flags import add_model_flags, find_named_model
-from commands.prompts import check_answers, read_prompts
+from commands.prompts import check_answers, describe_answers, read_prompts
 from data_utils.sources import DataError
 from inference.decoding import read_setting
 from tuning.entry import OneLineParser, run_entry
@@ -23,6 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     find_named_model(args)
     prompts = read_prompts(args.prompts, raw=args.raw) if args.prompts else []
     if args.out and not check_answers(args, prompts, named):
+        print(describe_answers(args, len(prompts)))
         return
     from commands import chat  # torch and transformers, once nothing is left to say without them
 

@@ -178,5 +178,5 @@ def write_answers(out: str | None, lines: Iterator[dict[str, Any]]) -> None:
 
 def describe_answers(args: argparse.Namespace, num_prompts: int) -> str:
     """One line of what was done."""
-    before = f", {args.first:,} of them before" if args.first else ""
-    return printable(f"{num_prompts:,} answers in {args.out}{before}")
+    before = "all" if args.first == num_prompts else f"{args.first:,}"
+    return printable(f"{num_prompts:,} answers in {args.out}" + (f", {before} of them before" if args.first else ""))
