@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--system", help="system turn")
     parser.add_argument("--tools", metavar="FILE", help="JSON list of the tools that the model may call")
     parser.add_argument(
-        "--tool_module", metavar="TOOLS.py", help="run this Python file; its functions are tools, each run when you say so"
+        "--tool_module", metavar="TOOLS.py", help="run this file; its functions are tools, each run when you say so"
     )
     parser.add_argument("--max_new_tokens", type=int, default=512, help="longest answer in tokens (default 512)")
     parser.add_argument("--temperature", help="0: greedy; above, samples (default: the model's own)")
