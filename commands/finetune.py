@@ -28,6 +28,7 @@ from tuning.settings.arguments import Arguments, RunArguments, build_arguments
 from tuning.settings.options import ModelArguments, Settings
 from tuning.training.announce import describe_checkpoints, describe_training, find_doubts, find_rates
 from tuning.training.prepare import prepare_model
+from tuning.training.row_recorder import RowRecorder
 from tuning.training.run import begin_run, check_run, describe_run, finish_dry_run, run_training, say_summary
 from tuning.training.trainer import StepTrainer
 
@@ -98,6 +99,9 @@ def run(settings: Settings, *, began: float) -> int:
         record.values["serving"]["as_it_is"] += f", on {arguments.model.model_name_or_path}"
     writer = ResultWriter(model.training_model, data.tokenizer, model.generation_config, base=base, facts=facts)
     dropped = data.rows.directory / DROPPED_FILE if data.account.dropped or data.account.num_problems else None
+    recorder = None
+    if run.record_rows:
+        recorder = RowRecorder(data.rows.num_targets, data.rows.describe, len(steps))
     trainer = StepTrainer(
         model.training_model,
         run,
@@ -106,12 +110,13 @@ def run(settings: Settings, *, began: float) -> int:
         writer=writer,
         on_begin=lambda: begin_run(arguments, record, start, dropped),
         loraplus_lr_ratio=arguments.lora.loraplus_lr_ratio,
+        recorder=recorder,
     )
     if data.samples and is_rank_0():
         trainer.add_callback(SampleCallback(model.training_model, data.tokenizer, data.samples, run, say))
 
     # ---- result ----
-    code = run_training(trainer, record, writer, start)
+    code = run_training(trainer, record, writer, start, recorder)
     if code == 0:
         say_summary(record, Path(__file__).parent.parent, use_lora=arguments.lora.use_lora)
     return code

@@ -38,7 +38,7 @@ def encode_chunk(conversations: Sequence[Conversation], encoder: RowEncoder, opt
     """Encode conversations, cut their rows to length, and count what is trained and what is dropped."""
     chunk = EncodedChunk()
     template = encoder.template
-    kept: list[tuple[str, int, EncodedRow]] = []
+    kept: list[tuple[str, str, int, EncodedRow]] = []
     for conversation in conversations:
         try:
             rows = encoder.encode(conversation)
@@ -55,7 +55,7 @@ def encode_chunk(conversations: Sequence[Conversation], encoder: RowEncoder, opt
         named = _cut_and_count(chunk, conversation, rows, template.stop_ids, options)
         if template.writes_empty_thinking and conversation.text is None:
             _count_thinking(chunk.account, [row for _, row in named], template)
-        kept += [(row_id, number, row) for row_id, row in named]
+        kept += [(row_id, conversation.where, number, row) for row_id, row in named]
     chunk.rows = to_arrow(kept) if kept else None
     return chunk
 

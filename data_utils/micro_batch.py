@@ -18,7 +18,7 @@ class MicroBatch(TypedDict):
     input_ids: [1, T], rows one behind the other; or [B, T], padded on the right. No mask goes with them: packed rows
         are kept apart by their lengths, and in a causal model no token sees the padding after it.
     target_index: [N], positions in the flattened input_ids whose next token is supervised.
-    targets: [N], those next tokens.
+    targets: [N], those next tokens. target_rows: [N] int32, the number of each one's row.
     weights: [N] float32, of the loss of each target; left out where all are 1.
     Packed only: position_ids [1, T], starting anew in every row; lengths, tokens of each of the R rows (on the host);
     row_starts [R + 1] int32, where each begins, and T.
@@ -27,6 +27,7 @@ class MicroBatch(TypedDict):
     input_ids: Tensor
     target_index: Tensor
     targets: Tensor
+    target_rows: Tensor
     weights: NotRequired[Tensor]
     position_ids: NotRequired[Tensor]
     lengths: NotRequired[list[int]]
@@ -67,8 +68,10 @@ def _collate(rows: Sequence[TokenizedRow], *, shape: tuple[int, int], starts: li
     input_ids = np.zeros(shape[0] * shape[1], dtype=np.int64)
     targets = np.full(len(input_ids), IGNORE_INDEX, dtype=np.int64)
     weights = np.ones(len(input_ids), dtype=np.float32)
-    for (ids, labels, row_weights), start in zip(rows, starts, strict=False):
+    row_of_token = np.zeros(len(input_ids), dtype=np.int32)
+    for number, ((ids, labels, row_weights), start) in enumerate(zip(rows, starts, strict=False)):
         end = start + len(ids)
+        row_of_token[start:end] = number
         input_ids[start:end] = ids
         targets[start : end - 1] = labels[1:]  # of the next token; the first one of a row is predicted by nothing
         if row_weights is not None:
@@ -78,6 +81,7 @@ def _collate(rows: Sequence[TokenizedRow], *, shape: tuple[int, int], starts: li
         "input_ids": torch.from_numpy(input_ids).view(shape),
         "target_index": torch.from_numpy(index),
         "targets": torch.from_numpy(targets[index]),
+        "target_rows": torch.from_numpy(row_of_token[index]),
     }
     if any(row_weights is not None for *_, row_weights in rows):
         batch["weights"] = torch.from_numpy(weights[index])

@@ -18,7 +18,10 @@ ROWS_FILE, DROPPED_FILE = "rows.arrow", "dropped.jsonl"
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
+        ("source", pa.string()),  # file:line
         ("conversation", pa.int64()),  # hash: equal conversations are duplicates
+        ("prompt_hash", pa.int64()),  # of the ids before the first supervised span
+        ("answer_hash", pa.int64()),  # of the others
         ("input_ids", pa.list_(pa.int32())),
         ("starts", pa.list_(pa.int32())),  # of the supervised spans
         ("ends", pa.list_(pa.int32())),
@@ -116,9 +119,10 @@ def _cut_out(row: Row, start: int, end: int) -> Row:
     return Row(row.input_ids[start:end], row.labels[start:end], ends, row.weights[: len(ends)], pieces)
 
 
-def to_arrow(rows: Sequence[tuple[str, int, EncodedRow]]) -> pa.RecordBatch:
-    """Convert (row id, hash of the conversation, row) to a record batch with SCHEMA."""
-    encoded = [row for _, _, row in rows]
+def to_arrow(rows: Sequence[tuple[str, str, int, EncodedRow]]) -> pa.RecordBatch:
+    """Convert (row id, `file:line`, hash of the conversation, row) to a record batch with SCHEMA."""
+    encoded = [row for *_, row in rows]
+    hashes = [_hash_parts(row) for row in encoded]
     spans = [np.array(row.spans, dtype=np.float64).reshape(-1, 3) for row in encoded]
     id_offsets = np.cumsum([0, *(len(row.input_ids) for row in encoded)], dtype=np.int32)
     span_offsets = np.cumsum([0, *map(len, spans)], dtype=np.int32)
@@ -126,8 +130,11 @@ def to_arrow(rows: Sequence[tuple[str, int, EncodedRow]]) -> pa.RecordBatch:
     columns = np.concatenate(spans or [np.zeros((0, 3))])
     return pa.record_batch(
         [
-            pa.array([row_id for row_id, _, _ in rows], pa.string()),
-            pa.array([number for _, number, _ in rows], pa.int64()),
+            pa.array([row_id for row_id, *_ in rows], pa.string()),
+            pa.array([source for _, source, *_ in rows], pa.string()),
+            pa.array([number for _, _, number, _ in rows], pa.int64()),
+            pa.array([prompt for prompt, _ in hashes], pa.int64()),
+            pa.array([answer for _, answer in hashes], pa.int64()),
             pa.ListArray.from_arrays(id_offsets, pa.array(input_ids)),
             *(
                 pa.ListArray.from_arrays(span_offsets, pa.array(columns[:, i].astype(kind)))
@@ -137,6 +144,14 @@ def to_arrow(rows: Sequence[tuple[str, int, EncodedRow]]) -> pa.RecordBatch:
         ],
         schema=SCHEMA,
     )
+
+
+def _hash_parts(row: EncodedRow) -> tuple[int, int]:
+    start = row.spans[0][0] if row.spans else len(row.input_ids)
+    parts = (row.input_ids[:start], row.input_ids[start:])
+    hashes = (hashlib.blake2b(part.tobytes(), digest_size=8).digest() for part in parts)
+    prompt, answer = (int.from_bytes(each, "little", signed=True) for each in hashes)
+    return prompt, answer
 
 
 class TokenizedRows:
@@ -167,7 +182,7 @@ class TokenizedRows:
     @classmethod
     def from_rows(cls, rows: Iterable[tuple[str, Row]]) -> "TokenizedRows":
         """Hold (row id, row) in memory."""
-        encoded = [(row_id, 0, encode_row(row)) for row_id, row in rows]
+        encoded = [(row_id, "", 0, encode_row(row)) for row_id, row in rows]
         return cls(pa.Table.from_batches([to_arrow(encoded)]))
 
     def select(self, indices: NDArray[np.int64]) -> "TokenizedRows":
@@ -223,6 +238,20 @@ class TokenizedRows:
         hashes = np.concatenate([batch.conversations for batch in self._batches])
         return hashes if self._chosen is None else hashes[self._chosen]
 
+    def describe(self, indices: NDArray[np.int64]) -> dict[str, Any]:
+        """Columns of these rows: row_id, source (`file:line`), tokens (supervised ones), prompt_hash, answer_hash.
+
+        Rows of equal prompt_hash have one prompt; of equal answer_hash what follows is equal, too.
+        """
+        chosen = indices if self._chosen is None else self._chosen[indices]
+        taken = pa.array(chosen)
+        names = {"row_id": "id", "source": "source", "prompt_hash": "prompt_hash", "answer_hash": "answer_hash"}
+        columns = {
+            own: pa.chunked_array([batch.table[name] for batch in self._batches]).take(taken)
+            for own, name in names.items()
+        }
+        return {**columns, "tokens": pa.array(self.num_targets[indices], pa.int32())}
+
     def _find(self, index: int) -> "tuple[_Columns, int]":
         if not 0 <= index < len(self):
             raise IndexError(index)
@@ -235,6 +264,7 @@ class _Columns:
     """One record batch as numpy views."""
 
     def __init__(self, batch: pa.RecordBatch):
+        self.table = batch
         self.ids = batch["id"]
         self.conversations = _as_numpy(batch["conversation"])
         self.num_targets = _as_numpy(batch["num_targets"])

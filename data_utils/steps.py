@@ -14,11 +14,14 @@ from data_utils.rows import TokenizedRows
 class Step(TypedDict):
     """One rank's share of an optimizer step.
 
+    rows, row_ids: of each micro-batch, by their numbers in the data set and by their ids.
+
     Over all ranks: num_targets, num_tokens (without padding), num_positions (with it) and num_pairs, the sum of the
     rows' squared lengths, which the cost of attention goes by.
     """
 
     micro_batches: list[MicroBatch]
+    rows: list[list[int]]
     row_ids: list[list[str]]
     num_targets: int
     num_tokens: int
@@ -65,6 +68,7 @@ class StepDataset(Dataset[Step]):
         lengths = self.rows.lengths[indices].astype(np.int64)
         return {
             "micro_batches": [collate([self.rows[index] for index in micro_batch]) for micro_batch in plan[self.rank]],
+            "rows": plan[self.rank],
             "row_ids": [[self.rows.row_id(index) for index in micro_batch] for micro_batch in plan[self.rank]],
             "num_targets": int(self.rows.num_targets[indices].sum()),
             "num_tokens": int(lengths.sum()),

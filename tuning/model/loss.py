@@ -76,11 +76,20 @@ class OutputHead:
         if adapter is not None and (adapter.lora_variant or adapter.lora_B["default"].bias is not None):
             raise SettingsError("a variant of LoRA (DoRA, a bias) on the output layer is not supported")
         self._linear, self._token_rows = linear, token_rows
+        # Not an argument of the layer's forward: engines cast and copy those.
+        self._target_losses: Tensor | None = None
         self._compute_logits: Callable[..., Tensor] = linear.forward
         linear.forward = self._forward  # type: ignore[method-assign, assignment]
 
-    def sum_loss(self, hidden: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
-        """Summed cross-entropy. Shapes: hidden [N, H], targets [N], weights [N] of the targets' losses, or None."""
+    def sum_loss(
+        self, hidden: Tensor, targets: Tensor, weights: Tensor | None, target_losses: Tensor | None = None
+    ) -> Tensor:
+        """Summed cross-entropy.
+
+        Shapes: hidden [N, H], targets [N], weights [N] of the targets' losses, or None. target_losses: [N] float32,
+        gets each target's loss, without its weight.
+        """
+        self._target_losses = target_losses
         low_rank = None
         if (adapter := self._adapter) is not None:
             down, up = adapter.lora_A["default"], adapter.lora_B["default"]
@@ -113,6 +122,7 @@ class OutputHead:
             rows=rows,
             low_rank=low_rank,
             change=self._change,
+            target_losses=self._target_losses,
         )
 
 
@@ -132,6 +142,7 @@ def sum_cross_entropy(
     rows: tuple[Tensor, Tensor] | None = None,
     low_rank: tuple[Tensor, Tensor] | None = None,
     change: LogitChange = UNCHANGED,
+    target_losses: Tensor | None = None,
 ) -> Tensor:
     """Project hidden states and sum their cross-entropy; gradients are computed along with it.
 
@@ -146,6 +157,7 @@ def sum_cross_entropy(
     rows: (token ids [R], [R, H]) in place of those rows of weight.
     low_rank: (a [N, r], b [V, r]): a @ b.T is added to the logits.
     change: what is done to the logits before the softmax.
+    target_losses: [N] float32, gets each target's loss, without its weight.
 
     Returns: scalar float32.
     """
@@ -156,7 +168,7 @@ def sum_cross_entropy(
     with torch.autocast(device, enabled=False):
         loss: Tensor = _SumCrossEntropy.apply(
             (dtype, torch.is_grad_enabled(), change),
-            (targets, weights, token_ids),
+            (targets, weights, token_ids, target_losses),
             hidden,
             weight,
             bias,
@@ -186,7 +198,7 @@ class _SumCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, options: tuple, constants: tuple, *inputs: Tensor | None) -> Tensor:
-        (dtype, with_gradients, change), (targets, weights, token_ids) = options, constants
+        (dtype, with_gradients, change), (targets, weights, token_ids, target_losses) = options, constants
         hidden, weight, bias, rows, low_input, low_weight = (None if x is None else x.to(dtype) for x in inputs)
         assert hidden is not None and weight is not None and (low_input is None) == (low_weight is None)
         num_rows, num_logits = len(hidden), len(weight)
@@ -220,6 +232,8 @@ class _SumCrossEntropy(torch.autograd.Function):
             sums = p.sum(1, keepdim=True)
             losses = largest - p.amax(1, keepdim=True).log() + sums.log() - target_logit
             scale = sums.reciprocal()
+            if target_losses is not None:
+                target_losses[part] = losses.squeeze(1)
             if weights is not None:
                 losses, scale = losses * weights[part, None], scale * weights[part, None]
             total += losses.sum()

@@ -25,6 +25,7 @@ class TrainingModel(nn.Module):
 
     model: the transformers model, or the peft model around it. Its parameter names stay as they are.
     token_rows: trained rows of the embedding and output matrices, or None.
+    records_rows: each forward in training leaves row_losses: [R], the summed loss of each row, without weights.
 
     Raises: SettingsError: see loss.OutputHead.
     """
@@ -33,6 +34,8 @@ class TrainingModel(nn.Module):
         super().__init__()
         self.model: Any = model
         self.token_rows = token_rows
+        self.records_rows = False
+        self.row_losses: Tensor | None = None
         self._head = OutputHead(self.causal_lm.get_output_embeddings(), token_rows, find_logit_change(self.config))
 
     @property
@@ -60,16 +63,24 @@ class TrainingModel(nn.Module):
         position_ids: Tensor | None = None,
         lengths: Sequence[int] | None = None,
         row_starts: Tensor | None = None,
+        target_rows: Tensor | None = None,
     ) -> Tensor:
         """Summed cross-entropy of the micro-batch.
 
         Shapes: input_ids [B, T]; target_index [N], positions in the flattened [B * T]; targets [N]; weights [N] of the
-            targets' losses, or None where all are 1. Packed rows (see attention.py): input_ids and position_ids [1, T],
-            lengths of the R rows, row_starts [R + 1] int32. Returns: scalar.
+            targets' losses, or None where all are 1; target_rows [N] int32, the row of each. Packed rows (see
+            attention.py): input_ids and position_ids [1, T], lengths of the R rows, row_starts [R + 1] int32.
+        Returns: scalar.
         """
         hidden = self.hidden_states(input_ids, position_ids, lengths, row_starts)
         supervised = hidden.flatten(0, 1).index_select(0, target_index)
-        return self._head.sum_loss(supervised, targets, weights)
+        if target_rows is None or not (self.records_rows and self.training):
+            return self._head.sum_loss(supervised, targets, weights)
+        losses = torch.zeros(len(targets), device=targets.device)
+        total = self._head.sum_loss(supervised, targets, weights, losses)
+        num_rows = len(input_ids) if lengths is None else len(lengths)
+        self.row_losses = losses.new_zeros(num_rows).index_add_(0, target_rows, losses)
+        return total
 
     def hidden_states(
         self,

@@ -244,6 +244,7 @@ class RunOptions:
         "steps between log lines", default=1, above=0, below=_COUNT, needs="logging_strategy steps"
     )
     logging_first_step: bool = option("log the first step whatever logging_steps is", default=True)
+    record_rows: bool = option("write every row's loss, each time it was trained: rows.parquet", default=True)
     report_to: list[str] = option("tensorboard and wandb; none: only metrics.jsonl", default="none")
     run_name: str | None = option("name of the run there", default=None, needs="report_to")
     log_level: str = option("of the libraries", default="passive", choices=_LOG_LEVELS)

@@ -22,6 +22,7 @@ from tuning.planning.plan import Plan
 from tuning.settings.arguments import Arguments, RunArguments, describe_settings, flatten_settings
 from tuning.training.prepare import PreparedModel
 from tuning.training.progress import LOSS_PLOT_FILE, ProgressCallback
+from tuning.training.row_recorder import RowRecorder
 from tuning.training.trainer import StepTrainer
 
 
@@ -95,7 +96,13 @@ def begin_run(arguments: Arguments, record: RunRecord, start: StartingPoint, dro
     record.write("running")
 
 
-def run_training(trainer: StepTrainer, record: RunRecord, writer: ResultWriter, start: StartingPoint) -> int:
+def run_training(
+    trainer: StepTrainer,
+    record: RunRecord,
+    writer: ResultWriter,
+    start: StartingPoint,
+    recorder: RowRecorder | None = None,
+) -> int:
     """Train from the starting point and write the result, or what a stop leaves. All processes must call this.
 
     Returns: exit code: 0, or 128 and the number of the signal that stopped it.
@@ -121,10 +128,14 @@ def run_training(trainer: StepTrainer, record: RunRecord, writer: ResultWriter, 
         trainer.close()
         return 128 + trainer.stopped_by
     state = writer.collect()
+    if recorder is not None:
+        recorder.gather()
 
     def write_result() -> None:
         with new_result(record.directory, RESUME_HINT) as unfinished:
             writer.write(unfinished, state)
+            if recorder is not None:
+                recorder.write(unfinished)
             writer.seal(unfinished, step=record.results["steps"])
             record.write("finished")
 

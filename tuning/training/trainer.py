@@ -41,6 +41,7 @@ from tuning.training.failures import describe_lost_process, describe_out_of_memo
 from tuning.training.gradient_check import GradientCheck
 from tuning.training.metrics import StepMetrics
 from tuning.training.optimizer import describe_schedules, group_for_loraplus, restore_schedules
+from tuning.training.row_recorder import RowRecorder
 from tuning.training.schedule import ScheduleCallback
 from tuning.training.step_loader import StepSampler, build_loader, move_micro_batch
 from tuning.training.stopping import StopRequest
@@ -66,10 +67,11 @@ class StepTrainer(Trainer):
     """Trains a TrainingModel on steps; logs, evaluates, saves and resumes them.
 
     train_dataset, eval_dataset: item s is this rank's share of step s of the run, counted over epochs:
-        {"micro_batches": [inputs of the model's forward, ...], "row_ids": [[...], ...], "num_targets", "num_tokens",
-        "num_positions", "num_pairs"} (data_utils' Step); len() is the steps of one epoch. Every rank has the
-        same number of micro-batches.
+        {"micro_batches": [inputs of the model's forward, ...], "rows": [[...], ...], "row_ids": [[...], ...],
+        "num_targets", "num_tokens", "num_positions", "num_pairs"} (data_utils' Step); len() is the steps of one epoch.
+        Every rank has the same number of micro-batches.
     writer: writes what was trained into a directory (on rank 0).
+    recorder: of the rows' losses.
     on_begin: called on rank 0 when everything is loaded, before the first step: until then no file is touched.
 
     stopped_by: the signal that ended train() early, or 0.
@@ -93,6 +95,7 @@ class StepTrainer(Trainer):
         writer: ResultWriter,
         on_begin: Callable[[], None] | None = None,
         loraplus_lr_ratio: float | None = None,
+        recorder: RowRecorder | None = None,
     ):
         # The model comes sharded (distributed/sharding.py); the Trainer and accelerate would do it again, their way.
         self._is_fsdp = args.fsdp is not None
@@ -113,6 +116,8 @@ class StepTrainer(Trainer):
         self._is_best = False
         self._resumed_from: Path | None = None
         self._loraplus_lr_ratio = loraplus_lr_ratio
+        self._recorder = recorder
+        model.records_rows = recorder is not None
         self._metrics: StepMetrics | None = None  # opened by the first step after a log line
         self._saved_metrics: dict[str, Any] | None = None
         self._num_tokens_seen = self._num_targets_seen = 0
@@ -202,6 +207,8 @@ class StepTrainer(Trainer):
                     loss = model(**micro_batch) * scale
                     self.accelerator.backward(loss, **options)
                     losses.append(loss.detach())
+                if self._recorder is not None and (row_losses := self._training_model.row_losses) is not None:
+                    self._recorder.add(self.state.global_step + 1, inputs["rows"][index], row_losses)
             except Exception as error:
                 if is_out_of_memory(error):
                     raise self._explain_memory(micro_batch, inputs["row_ids"][index]) from error
@@ -251,6 +258,8 @@ class StepTrainer(Trainer):
             logs.update(self._metrics.rates(self._operations, self._peak_rate))
             logs["peak_gib"] = round(peak_memory_gib(self.args.device), 3)
             self._metrics = None
+            if self._recorder is not None:
+                self._recorder.collect()
         # The Trainer's summary counts steps as samples; run.json has the right one.
         if self.is_world_process_zero() and "train_runtime" not in logs:
             append_metrics(self.metrics_path, {"step": self.state.global_step, "epoch": self.state.epoch, **logs})
@@ -348,6 +357,8 @@ class StepTrainer(Trainer):
         def write(function: Callable[[], object]) -> None:
             work.do(lambda: _write_into(directory, function))
 
+        if self._recorder is not None:
+            self._recorder.gather()
         write(lambda: begin_result(directory))
         result = self.writer.collect()
         write(lambda: self.writer.write(unfinished, result))
@@ -372,6 +383,8 @@ class StepTrainer(Trainer):
         self.state.save_to_json(str(directory / TRAINER_STATE_FILE))
         if self.metrics_path.exists():
             (directory / METRICS_FILE).write_bytes(self.metrics_path.read_bytes())
+        if self._recorder is not None:
+            self._recorder.write(directory)
         self.writer.seal(directory, step=self.state.global_step)
 
     def _rotate(self, newest: Path) -> None:
@@ -439,6 +452,8 @@ class StepTrainer(Trainer):
             load_optimizer(checkpoint, self.model, self.optimizer)
             counters = read_counters(checkpoint)
             restore_schedules(counters, self.optimizer, self.lr_scheduler, self.accelerator.scaler)
+            if self._recorder is not None and self.is_world_process_zero():
+                self._recorder.restore(checkpoint)
         return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
