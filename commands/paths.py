@@ -65,7 +65,7 @@ def find_missing_paths(settings: Settings) -> Iterator[str]:
     for name, paths in (("data_path", data.data_path), ("eval_data_path", data.eval_data_path)):
         for path in paths or ():
             try:
-                find_data([path])
+                find_data([path], weighted=name == "data_path")
             except DataError as error:
                 yield f"--{name} {error}"
     for name, file in (

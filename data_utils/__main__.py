@@ -128,7 +128,8 @@ def _options(args: argparse.Namespace) -> DataOptions:
 
 
 def _check(args: argparse.Namespace) -> int:
-    find_data([*args.data, *(args.eval_data_path or [])])  # what does not exist is said before a tokenizer loads
+    find_data(args.data, weighted=True)
+    find_data(args.eval_data_path or [])  # what does not exist is said before a tokenizer loads
     _check_length(args)
     template = _load_template(args) if args.model else None
     account, seen = _account_for(args.data, args, template)
@@ -165,7 +166,7 @@ def _account_for(
     paths: list[str], args: argparse.Namespace, template: "ChatTemplate | None"
 ) -> tuple[Account, set[int]]:
     """The account of data files, and the hashes of their conversations."""
-    sources, options = find_data(paths), _options(args)
+    sources, options = find_data(paths, weighted=True), _options(args)
     if template is not None:
         from data_utils.dataset import TokenizedRows, build_rows
 

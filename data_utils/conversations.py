@@ -68,7 +68,7 @@ def check_first_rows(paths: Sequence[str], options: DataOptions) -> None:
     """
     if options.on_bad_row == "skip":
         return
-    sources = find_data(paths)
+    sources = find_data(paths, weighted=True)
     for source in sources:
         account = Account()
         rows = read_conversations(dataclasses.replace(source, sample=None), options, account)

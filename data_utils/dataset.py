@@ -20,7 +20,7 @@ from data_utils.report import Account, DataErrors, Statistics
 from data_utils.rows import DROPPED_FILE, ROWS_FILE, SCHEMA, TokenizedRows
 from data_utils.safe_encoder import TiktokenDiffers
 from data_utils.schema import Conversation
-from data_utils.sources import DataError, Source, hash_file
+from data_utils.sources import DataError, Source, hash_file, printable
 from data_utils.template import ChatTemplate
 from data_utils.worker_pool import WorkerDied, count_workers, map_in_order
 
@@ -35,8 +35,9 @@ def load_rows(
     options: DataOptions | None = None,
     *,
     cache: RowCache | None = None,
+    weighted: bool = False,
 ) -> tuple[TokenizedRows, Account]:
-    """Read, check and tokenise data files, or take the result from the cache.
+    """Read, check and tokenise data files, or take the result from the cache. weighted: as find_data has it.
 
     Several processes may call this at once: one builds while the others wait for its file lock, outside any
     collective operation.
@@ -45,7 +46,7 @@ def load_rows(
     """
     options = options or DataOptions()
     cache = cache or RowCache(None)
-    sources = find_data(paths)
+    sources = find_data(paths, weighted=weighted)
     hashes = [hash_file(source.path) for source in sources]
     key = [[str(source), digest] for source, digest in zip(sources, hashes, strict=True)]
     matters = vars(options) | ({} if any(source.sample for source in sources) else {"seed": None})
@@ -58,7 +59,24 @@ def load_rows(
         assert entry.account is not None
         account = Account(**entry.account)
         rows = TokenizedRows.from_directory(entry.directory)
+    if any(source.weight != 1 for source in sources):
+        _weigh(sources, rows, account)
     return rows, account
+
+
+def _weigh(sources: Sequence[Source], rows: TokenizedRows, account: Account) -> None:
+    """Train rows as often as `file*W` says.
+
+    Raises: DataError: a file that is named twice, or of which nothing is left.
+    """
+    names = [source.label or printable(str(source.path)) for source in sources]
+    if again := next((name for name in names if names.count(name) > 1), None):
+        raise DataError(f"{again}: is named twice, so that a weight (*) of it is not clear; name it once")
+    rows.weigh({name: source.weight for name, source in zip(names, sources, strict=True)})
+    for source, file, (indices, weight) in zip(sources, account.files, rows.groups or (), strict=True):
+        if indices and not round(len(indices) * weight):
+            raise DataError(f"{source}*{weight:g}: leaves none of its {len(indices):,} rows in an epoch")
+        file["weight"], file["rows"] = weight, len(indices)
 
 
 def build_rows(

@@ -20,7 +20,7 @@ from typing import Any
 
 from data_utils.hub import explain_no_modelscope
 from data_utils.model_path import can_reach
-from data_utils.sources import DataError, Source, find_sources
+from data_utils.sources import DataError, Source, find_sources, split_weight
 
 _PREFIXES = ("hf:", "ms:")
 _NAME = r"[\w.-]+"
@@ -47,17 +47,23 @@ class HubData:
         return f"{self.hub}:{self.name}{subset}{split}"
 
 
-def find_data(paths: Sequence[str | Path]) -> list[Source]:
+def find_data(paths: Sequence[str | Path], *, weighted: bool = False) -> list[Source]:
     """The data files behind paths (sources.find_sources) and behind names of the hubs, which are downloaded.
+
+    weighted: whether a weight (`*2.5`) means anything here, as it does for training data.
 
     Raises: DataError: as find_sources; a name that is none, a data set that cannot be had.
     """
-    found = []
+    found: list[Source] = []
+    for path in paths if not weighted else ():
+        if split_weight(str(path))[1] != 1:
+            raise DataError(f"{path}: a weight (*) has an effect on training data only; leave it out")
     for path in paths:
         if str(path).startswith(_PREFIXES):
-            wanted = read_name(str(path))
+            name, weight = split_weight(str(path))
+            wanted = read_name(name)
             file, label = _fetch(HubData(wanted.hub, wanted.name, wanted.subset, wanted.split))
-            found.append(Source(file, wanted.sample, label))
+            found.append(Source(file, wanted.sample, label, weight))
         else:
             found += find_sources([path])
     return found

@@ -21,6 +21,7 @@ class Layout:
     max_tokens: tokens a micro-batch may have, padding included.
     packed: rows lie one behind the other, without padding; else beside each other, padded to the longest.
     seed: of the order of rows; None keeps it (evaluation).
+    groups: (row indices, weight) of each file, where rows are trained more or less often than once an epoch.
     """
 
     def __init__(
@@ -32,8 +33,11 @@ class Layout:
         max_tokens: int,
         packed: bool,
         seed: int | None,
+        groups: Sequence[tuple[Sequence[int], float]] | None = None,
     ):
         self.lengths = lengths
+        self._groups = groups
+        self.rows_per_epoch = count_epoch(groups) if groups else len(lengths)
         self.rows_per_step = rows_per_step
         self.num_ranks = num_ranks
         self.max_tokens = max_tokens
@@ -44,18 +48,26 @@ class Layout:
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of an epoch."""
-        return -(-len(self.lengths) // self.rows_per_step)
+        return -(-self.rows_per_epoch // self.rows_per_step)
 
     def rows_of(self, step: int) -> list[int]:
         """Row indices of a step, counted over epochs."""
         epoch, position = divmod(step, self.steps_per_epoch)
         known, order = self._order  # read once: another thread may ask for another epoch
         if known != epoch:
-            num_rows = len(self.lengths)
-            order = range(num_rows) if self.seed is None else order_rows(num_rows, self.seed, epoch)
+            order = self._order_epoch(epoch)
             self._order = (epoch, order)
         start = position * self.rows_per_step
         return list(order[start : start + self.rows_per_step])
+
+    def _order_epoch(self, epoch: int) -> Sequence[int]:
+        if self.seed is None:
+            return range(len(self.lengths))
+        order = order_rows(self.rows_per_epoch, self.seed, epoch)
+        if self._groups is None:
+            return order
+        rows = mix_rows(self._groups, self.seed, epoch)
+        return [rows[index] for index in order]
 
     def plan(self, step: int) -> list[list[list[int]]]:
         """For each rank its micro-batches of a step, counted over epochs, each a list of row indices."""
@@ -70,6 +82,30 @@ def order_rows(num_rows: int, seed: int, epoch: int) -> list[int]:
     order = list(range(num_rows))
     random.Random(f"{seed}/{epoch}").shuffle(order)
     return order
+
+
+def count_epoch(groups: Sequence[tuple[Sequence[int], float]]) -> int:
+    """How many rows an epoch has, counted as often as they are trained. groups: as in Layout."""
+    return sum(round(len(rows) * weight) for rows, weight in groups)
+
+
+def mix_rows(groups: Sequence[tuple[Sequence[int], float]], seed: int, epoch: int) -> list[int]:
+    """The rows of an epoch, before they are put in order: each as often as its file's weight says.
+
+    What is over the whole number is a part of the file, another one each epoch: over several epochs every row of a file
+    comes equally often, up to one.
+
+    Example: [([0, 1], 1.5), ([2], 2.0)] -> [0, 1, 0, 2, 2], in the next epoch [0, 1, 1, 2, 2]
+    """
+    mixed: list[int] = []
+    for number, (rows, weight) in enumerate(groups):
+        mixed += list(rows) * int(weight)
+        left = round(len(rows) * weight) - len(rows) * int(weight)
+        if left:
+            order = list(rows)
+            random.Random(f"{seed}/part/{number}").shuffle(order)
+            mixed += [order[(epoch * left + index) % len(order)] for index in range(left)]
+    return mixed
 
 
 def plan_step(lengths: Sequence[int], *, num_ranks: int, max_tokens: int, packed: bool) -> list[list[list[int]]]:

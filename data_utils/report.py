@@ -55,7 +55,8 @@ def group_problems(messages: Sequence[str]) -> list[str]:
 class Account:
     """What became of the input. Every row read is trained, or counted with a reason and its place (`file:line`).
 
-    files: [{"path", "sha256", "conversations"}]. fingerprint: hash of all tokens and what is trained of them.
+    files: [{"path", "sha256", "conversations"}], with "weight" and "rows" where a file has a weight.
+    fingerprint: hash of all tokens and what is trained of them.
     conversations: rows read. conversations_trained: those with at least one trained turn. rows: training rows.
     split: conversations that became several rows. shortened: those that lost turns at their end.
     dropped: reason -> how many turns or conversations; places: reason -> the first of them.
@@ -154,6 +155,10 @@ class Account:
         else:  # no tokenizer made rows of them
             made = f"{self.conversations_trained:,} {turns}"
         lines = [f"{self.conversations:,} conversations: {made}"]
+        if any("weight" in file for file in self.files):
+            parts = [(file["path"], file["rows"], file["weight"]) for file in self.files]
+            named = ", ".join(f"{path} {count:,} x {weight:g}" for path, count, weight in parts)
+            lines.append(f"an epoch has {sum(round(n * w) for _, n, w in parts):,} rows: {as_line(named, 500)}")
         if self.lengths:
             named = ", ".join(f"{name} {value:,}" for name, value in self.lengths.items())
             lines.append(f"tokens a row: {named}")

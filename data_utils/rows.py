@@ -2,7 +2,7 @@
 
 import copy
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -158,13 +158,16 @@ class TokenizedRows:
     """Rows in a memory-mapped Arrow file, so that a million rows take no memory.
 
     Indexing gives (input_ids int64, labels int64, weights float32 or None), each of shape [T].
-    lengths, num_targets: tokens and supervised tokens of every row, int32 arrays.
+    lengths, num_targets: tokens and supervised tokens of every row, int32 arrays. groups: row indices and weight of
+    each file; None where every row is trained once an epoch.
     """
 
     directory: Path
 
     def __init__(self, table: pa.Table):
         self._chosen: NDArray[np.int64] | None = None
+        # Of each row its file, and of each file its weight.
+        self._files: tuple[NDArray[np.int64], list[float]] | None = None
         batches = table.to_batches() or [pa.RecordBatch.from_pylist([], schema=SCHEMA)]
         self._batches = [_Columns(batch) for batch in batches]
         self._first = np.cumsum([0, *(len(batch.num_targets) for batch in self._batches)])
@@ -190,7 +193,24 @@ class TokenizedRows:
         chosen = copy.copy(self)
         chosen._chosen = indices if self._chosen is None else self._chosen[indices]
         chosen.lengths, chosen.num_targets = self.lengths[indices], self.num_targets[indices]
+        if self._files is not None:
+            chosen._files = (self._files[0][indices], self._files[1])
         return chosen
+
+    def weigh(self, weights: Mapping[str, float]) -> None:
+        """Train rows as often as their files' weights say. weights: of each file, by its name in `file:line`."""
+        numbers = {name: number for number, name in enumerate(weights)}
+        sources = (source for batch in self._batches for source in batch.table["source"].to_pylist())
+        files = np.array([numbers[source.rpartition(":")[0]] for source in sources], dtype=np.int64)
+        self._files = (files if self._chosen is None else files[self._chosen], list(weights.values()))
+
+    @property
+    def groups(self) -> list[tuple[list[int], float]] | None:
+        """See TokenizedRows."""
+        if self._files is None:
+            return None
+        files, weights = self._files
+        return [(np.flatnonzero(files == number).tolist(), weight) for number, weight in enumerate(weights)]
 
     def split(self, share: float, seed: int) -> "tuple[TokenizedRows, TokenizedRows]":
         """The rows without, and with, a share of the conversations; equal conversations are on the same side.

@@ -13,11 +13,13 @@ import random
 import re
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 FORMATS = (".json", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".csv", ".tsv")
+_WEIGHT = re.compile(r"[0-9]{1,4}(\.[0-9]{1,6})?")
+_MOST_OFTEN = 1000
 _BOM = b"\xef\xbb\xbf"
 _MESSAGE_CHARACTERS = 2000
 csv.field_size_limit(2**31 - 1)  # of a cell; Python's own limit is 128 KiB
@@ -43,11 +45,16 @@ class Record:
 
 @dataclass(frozen=True)
 class Source:
-    """One data file. sample: how many of its rows to take, or None for all. label: its name, where the path is none."""
+    """One data file.
+
+    sample: how many of its rows to take, or None for all. label: its name, where the path is none. weight: how often
+    an epoch has its rows.
+    """
 
     path: Path
     sample: int | None = None
     label: str | None = None
+    weight: float = 1.0
 
     @property
     def name(self) -> str:
@@ -74,12 +81,15 @@ def as_line(text: str, limit: int) -> str:
 def find_sources(paths: Sequence[str | Path]) -> list[Source]:
     """The data files behind `file`, `file#N` (a sample of N rows) and `directory/` (every data file below it).
 
+    `*W` at the end of any of them is their weight: an epoch has each row W times, of 2.5 two or three times.
+
     Raises: DataError: nothing there, an unknown format, or a directory without a data file.
     """
     found = []
     for path in paths:
         try:
-            found += _find_sources(str(path))
+            name, weight = split_weight(str(path))
+            found += [replace(source, weight=weight) for source in _find_sources(name)]
         except OSError as error:
             raise DataError(f"{str(path)[:100]}: cannot be read: {error.strerror}") from None
     return found
@@ -144,6 +154,19 @@ def hash_file(path: str | Path) -> str:
     """SHA-256 of a file's bytes, as hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def split_weight(text: str) -> tuple[str, float]:
+    """A path and its weight. Raises: DataError: a weight that is none.
+
+    Example: "a.json#100*2.5" -> ("a.json#100", 2.5)
+    """
+    name, mark, number = text.rpartition("*")
+    if not mark or Path(text).exists():
+        return text, 1.0
+    if not _WEIGHT.fullmatch(number) or not 0 < float(number) <= _MOST_OFTEN:
+        raise DataError(f"{text}: after * stands how often an epoch has the rows, such as {name}*2.5, to {_MOST_OFTEN}")
+    return name, float(number)
 
 
 def _find_sources(text: str) -> list[Source]:

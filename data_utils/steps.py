@@ -56,6 +56,7 @@ class StepDataset(Dataset[Step]):
             max_tokens=max_tokens,
             packed=packed,
             seed=seed,
+            groups=None if seed is None else rows.groups,
         )
 
     def __len__(self) -> int:

@@ -67,7 +67,7 @@ def read_training_data(
 
     Raises: DataError: mistakes in the data.
     """
-    rows, account = load_rows(paths, template, options, cache=cache)
+    rows, account = load_rows(paths, template, options, cache=cache, weighted=True)
     say("data: " + "\n      ".join(account.describe()))
     eval_rows, eval_account = None, None
     if eval_paths:

@@ -41,7 +41,7 @@ def describe_facts(
     trajectory = {
         **chosen,
         "base model": base.fingerprint[:12],
-        "data": {Path(str(file["path"])).name: str(file["sha256"])[:12] for file in account.files},
+        "data": {Path(str(file["path"])).name: _name_data(file) for file in account.files},
         "tokenised rows": account.fingerprint[:12],
         "quantization": quantization,
     }
@@ -57,6 +57,11 @@ def describe_facts(
         versions=environment["versions"],
         quantization=quantization,
     )
+
+
+def _name_data(file: dict[str, Any]) -> str:
+    weight = file.get("weight", 1)
+    return str(file["sha256"])[:12] + ("" if weight == 1 else f"*{weight:g}")
 
 
 def find_starting_point(run: RunArguments, facts: RunFacts) -> StartingPoint:
