@@ -24,6 +24,8 @@ def main(argv: list[str] | None = None) -> int:
     check_network(args)
     if args.engine == "vllm" and args.device_map:
         raise SettingsError("--device_map: has no effect with --engine vllm, which spreads a model by its own flags")
+    if args.engine == "vllm" and args.page:
+        raise SettingsError("--page: has no effect with --engine vllm, which has no page")
     if args.device_map and args.bits:
         raise SettingsError(f"--device_map {args.device_map}: a quantised model stays on one device; leave it out")
     lacking = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
@@ -84,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--api_key",
         help=f"key that clients must send; better {KEY_VARIABLE} in the environment, which ps does not show",
     )
+    parser.add_argument("--page", action="store_true", help="serve a chat page for the browser, too")
     parser.add_argument("--base", help="base model of an adapter (default: the one it names)")
     parser.add_argument(
         "--dtype",
