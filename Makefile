@@ -38,10 +38,12 @@ test: setup-dev ## the tests that take minutes
 test-all: setup-dev ## every test this machine can run, with names and skips
 	$(BIN)/python -m pytest -v -rs -n 2 --dist worksteal
 
-lint: setup-dev ## ruff and mypy
+lint: setup-dev ## ruff, mypy, shellcheck and hadolint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck finetune/*.sh docker/*.sh
+	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
 
 check: lint test ## lint, then test
 
