@@ -108,16 +108,18 @@ check_model() {
 use_model() {
     [[ -n $checkpoint ]] || fail "-c: say which model; see -h"
     check_model -c "$checkpoint"
+    if [[ -e $checkpoint/adapter_config.json ]]; then
+        [[ -n $base ]] || fail "-c $checkpoint: is an adapter; name its base model: -b DIR"
+    elif [[ -n $base ]]; then
+        fail "-b $base: has no effect, as $checkpoint is no adapter"
+    fi
     checkpoint=$(absolute "$checkpoint")
     mount_path "$checkpoint" readonly
     if [[ -n $base ]]; then
-        [[ -e $checkpoint/adapter_config.json ]] || fail "-b $base: has no effect, as $checkpoint is no adapter"
         check_model -b "$base"
         base=$(absolute "$base")
         mount_path "$base" readonly
         rest+=(--base "$base")
-    elif [[ -e $checkpoint/adapter_config.json ]]; then
-        fail "-c $checkpoint: is an adapter; name its base model: -b DIR"
     fi
 }
 
