@@ -1,11 +1,11 @@
 // The chat page: the conversation, its settings, and the buttons.
 
 import { readModel, streamAnswer } from "./api.js";
+import { FieldError, NUMBERS, readNumbers } from "./settings.js";
 import { TEXTS } from "./texts.js";
 import { drawTurn, isBlank, renderEditor, renderTurn, sendByEnter } from "./turns.js";
 
 const KEPT = "chat-page"; // in sessionStorage: of this tab, until it is closed
-const NUMBERS = ["temperature", "top_p", "top_k", "repetition_penalty", "max_tokens", "seed"];
 const byId = (id) => document.getElementById(id);
 
 // turns: {role, content}; an answer also has reasoning, and how it ended (ending, numTokens), once it has.
@@ -43,20 +43,6 @@ function takeKept() {
 
 // ---- what is asked ----
 
-class FieldError extends Error {}
-
-function readSettings() {
-  const found = {};
-  for (const id of NUMBERS) {
-    const text = byId(id).value.trim();
-    const value = Number(text);
-    const isExact = Number.isFinite(value) && (!Number.isInteger(value) || Number.isSafeInteger(value));
-    if (text && !isExact) throw new FieldError(say("notNumber", id));
-    if (text) found[id] = value;
-  }
-  return found;
-}
-
 function buildRequest() {
   const system = byId("system").value;
   const messages = system.trim() ? [{ role: "system", content: system }] : [];
@@ -66,7 +52,7 @@ function buildRequest() {
     if (turn.reasoning) message.reasoning_content = turn.reasoning;
     messages.push(message);
   }
-  return { model: model.name, messages, ...readSettings() };
+  return { model: model.name, messages, ...readNumbers(say) };
 }
 
 // Answer the last turn, which is the user's.
