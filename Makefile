@@ -5,13 +5,16 @@ DATA ?= ../shared/data/alpaca_en.json ../shared/data/alpaca_zh.json
 TOKENIZER ?= ../shared/qwen_tokenizer/hf
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-all lint check bench bench-data
+.PHONY: help setup setup-dev setup-browser demo test test-all lint check bench bench-data
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 18
 
 setup: .venv/.installed ## make .venv and install requirements_finetune.txt, once
 setup-dev: .venv/.installed-dev ## likewise, and requirements_dev.txt: serve.py, tests, linters, benchmarks
+
+setup-browser: ## Debian's Chromium and its driver, for the tests of the chat page (as root)
+	apt-get install -y --no-install-recommends chromium chromium-driver
 
 .venv/.installed: requirements_finetune.txt
 	$(PYTHON) -m venv .venv
@@ -35,10 +38,12 @@ test: setup-dev ## the tests that take minutes
 test-all: setup-dev ## every test this machine can run, with names and skips
 	$(BIN)/python -m pytest -v -rs -n 2 --dist worksteal
 
-lint: setup-dev ## ruff and mypy
+lint: setup-dev ## ruff, mypy, shellcheck and hadolint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck finetune/*.sh docker/*.sh
+	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
 
 check: lint test ## lint, then test
 

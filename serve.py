@@ -26,6 +26,8 @@ def main(argv: list[str] | None = None) -> int:
         raise SettingsError("--device_map: has no effect with --engine vllm, which spreads a model by its own flags")
     if args.engine == "vllm" and args.kv_cache != "full":
         raise SettingsError("--kv_cache: has no effect with --engine vllm, which has a flag of its own")
+    if args.engine == "vllm" and args.page:
+        raise SettingsError("--page: has no effect with --engine vllm, which has no page")
     lacking = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if args.engine == "transformers" and lacking:
         raise SettingsError(f"{lacking[0]} is not installed: pip install -r requirements_serve.txt")
@@ -80,6 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--api_key",
         help=f"key that clients must send; better {KEY_VARIABLE} in the environment, which ps does not show",
     )
+    parser.add_argument("--page", action="store_true", help="serve a chat page for the browser, too")
     parser.add_argument(
         "--engine",
         choices=["transformers", "vllm"],

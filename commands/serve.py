@@ -50,14 +50,17 @@ def build_server(args: argparse.Namespace, loaded: Answering, listener: socket.s
     template = ChatTemplate(loaded.tokenizer, system_message=loaded.system_message)
     manager = OneModel(args.name, loaded.model, loaded.tokenizer)
     chat = ChatHandler(manager, template, args.kv_cache)
-    app = build_app(chat, key=args.api_key, host=args.host)
+    app = build_app(chat, key=args.api_key, host=args.host, page=args.page)
     host = f"[{args.host}]" if ":" in args.host else args.host
     access = "with a key" if args.api_key else "without a key, this machine only"
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
-            say(f"serving {args.name} at http://{host}:{listener.getsockname()[1]}/v1 ({access})")
+            address = f"http://{host}:{listener.getsockname()[1]}"
+            say(f"serving {args.name} at {address}/v1 ({access})")
+            if args.page:
+                say(f"chat page: {address}")
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             super().handle_exit(sig, frame)

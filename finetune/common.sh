@@ -1,4 +1,5 @@
 # Shared by the launchers; sourced, not run. POSIX sh: works under sh as well as bash.
+# shellcheck shell=sh
 #
 # launch NAME RECIPE FLAGS... -- ARGUMENTS...: reads -m -d -o -h from the arguments and runs finetune.py with
 # recipes/RECIPE.yaml and FLAGS first, so that flags given on the command line win. DRY_RUN=1 prints the command.

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import hmac
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -26,12 +26,15 @@ CLIENT_GONE: ContextVar[asyncio.Event] = ContextVar("CLIENT_GONE")
 class Gate:
     """ASGI middleware. key: that every request must bring, or None: then only requests to loopback names are taken.
 
+    open_paths: what is served without the key.
+
     A web page can send requests to this machine under a name of its own (DNS rebinding); a browser says that name.
     """
 
-    def __init__(self, app: App, key: str | None, host: str):
+    def __init__(self, app: App, key: str | None, host: str, open_paths: Collection[str] = ()):
         self._app = app
         self._key = None if key is None else key.encode()
+        self._open_paths = open_paths
         self._names = {*_LOOPBACK_NAMES, host, f"[{host}]"}
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -42,7 +45,8 @@ class Gate:
         if scope["type"] != "http":
             return
         headers = dict(scope["headers"])
-        if self._key is not None and not self._has_key(headers.get(b"authorization", b"")):
+        needs_key = self._key is not None and scope["path"] not in self._open_paths
+        if needs_key and not self._has_key(headers.get(b"authorization", b"")):
             message = "wrong API key" if b"authorization" in headers else "no API key: send Authorization: Bearer KEY"
             await _refuse(send, 401, message, "invalid_api_key")
             return

@@ -10,13 +10,14 @@ from transformers.cli.serving.server import build_server
 
 from inference.chat_handler import ChatHandler
 from inference.gate import Gate
+from inference.page_routes import FILES, add_page
 from inference.requests import RequestError, describe_error, model_not_found
 
 _ROUTES = {"/v1/chat/completions", "/v1/models", "/health"}
 
 
-def build_app(chat: ChatHandler, *, key: str | None, host: str) -> Gate:
-    """The app that uvicorn runs. key: that requests must bring, or None. host: that it listens at."""
+def build_app(chat: ChatHandler, *, key: str | None, host: str, page: bool = False) -> Gate:
+    """The app that uvicorn runs. key: that requests must bring, or None. host: that it listens at. page: at /, too."""
     manager, state = chat.model_manager, chat.generation_state
     others = [name for name in inspect.signature(build_server).parameters if name.endswith("_handler")]
     handlers = {**dict.fromkeys(others), "chat_handler": chat}
@@ -29,8 +30,10 @@ def build_app(chat: ChatHandler, *, key: str | None, host: str) -> Gate:
             raise model_not_found(name, manager.name)
         return manager.get_gen_models()[0]
 
+    if page:
+        add_page(app, chat)
     _answer_mistakes(app)
-    return Gate(app, key, host)
+    return Gate(app, key, host, open_paths=FILES if page else ())
 
 
 def _answer_mistakes(app: Any) -> None:
