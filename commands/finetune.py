@@ -11,7 +11,7 @@ from data_utils.new_tokens import find_pieces, read_new_tokens, read_saved_token
 from data_utils.steps import StepDataset
 from data_utils.template import ChatTemplate
 from data_utils.tokenizer import load_tokenizer
-from data_utils.training_data import TrainingData, read_training_data
+from data_utils.training_data import GENERAL_FILE, TrainingData, read_training_data
 from inference.samples import SampleCallback
 from tuning.checkpoint.base import inspect_base
 from tuning.checkpoint.result import ResultWriter
@@ -27,6 +27,7 @@ from tuning.planning.survey import survey_steps
 from tuning.settings.arguments import Arguments, RunArguments, build_arguments
 from tuning.settings.options import ModelArguments, Settings
 from tuning.training.announce import describe_checkpoints, describe_training, find_doubts, find_rates
+from tuning.training.forgetting import ForgettingMeter
 from tuning.training.prepare import prepare_model
 from tuning.training.row_recorder import RowRecorder
 from tuning.training.run import begin_run, check_run, describe_run, finish_dry_run, run_training, say_summary
@@ -111,6 +112,7 @@ def run(settings: Settings, *, began: float) -> int:
         on_begin=lambda: begin_run(arguments, record, start, dropped),
         loraplus_lr_ratio=arguments.lora.loraplus_lr_ratio,
         recorder=recorder,
+        meter=build_meter(arguments, data.general_rows, budget, packed=packed),
     )
     if data.samples and is_rank_0():
         trainer.add_callback(SampleCallback(model.training_model, data.tokenizer, data.samples, run, say))
@@ -169,6 +171,7 @@ def read_data(arguments: Arguments, new_tokens: list[str]) -> TrainingData:
         eval_paths=data.eval_data_path,
         eval_share=data.eval_share,
         prompts_path=run.sample_prompts,
+        general_path=(run.general or GENERAL_FILE) if run.forgetting else None,
         cache=RowCache(None if data.no_cache else default_root(model.cache_dir)),
         say=say,
     )
@@ -208,6 +211,20 @@ def build_steps(
         rank=run.process_index,
         num_ranks=run.world_size,
     )
+
+
+def build_meter(
+    arguments: Arguments, rows: TokenizedRows | None, limit: int, *, packed: bool
+) -> ForgettingMeter | None:
+    """What measures forgetting on general rows. limit, packed: as in build_eval_steps."""
+    if rows is None:
+        return None
+    batch = arguments.run.per_device_eval_batch_size
+    budget = max(int(rows.lengths.max()), min(batch * arguments.data.model_max_length, limit))
+    steps = StepDataset(rows, rows_per_step=batch, max_tokens=budget, packed=packed, seed=None)
+    lora = arguments.lora
+    has_adapter = lora.use_lora and lora.lora_bias == "none"  # biases train in place: the base is not there any more
+    return ForgettingMeter(steps, arguments.run.device, has_adapter=has_adapter)
 
 
 def count_rows_per_step(run: RunArguments) -> int:

@@ -71,6 +71,7 @@ def find_missing_paths(settings: Settings) -> Iterator[str]:
     for name, file in (
         ("chat_template", data.chat_template and str(find_template(data.chat_template))),
         ("sample_prompts", run.sample_prompts),
+        ("general", run.general),
         ("deepspeed", run.deepspeed),
     ):
         if file is not None and not Path(file).is_file():

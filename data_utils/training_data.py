@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -13,6 +14,8 @@ from data_utils.report import Account
 from data_utils.sources import read_lines
 from data_utils.template import ChatTemplate
 
+GENERAL_FILE = Path(__file__).parent / "general.jsonl"  # prose, code, arithmetic and refusals, in English and Chinese
+
 
 @dataclass
 class TrainingData:
@@ -20,6 +23,7 @@ class TrainingData:
 
     eval_account: None where the evaluation's rows are a share of the training data; account is of both then.
     samples: (text, token ids) of prompts to answer. cache: keeps the rows' files, which may be temporary.
+    general_rows: on which forgetting is measured.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -30,11 +34,13 @@ class TrainingData:
     eval_account: Account | None
     samples: list[tuple[str, list[int]]]
     cache: RowCache
+    general_rows: TokenizedRows | None = None
 
     @property
     def longest(self) -> int:
         """Tokens of the longest row."""
-        return max(int(rows.lengths.max()) for rows in (self.rows, self.eval_rows) if rows is not None)
+        all_rows = (self.rows, self.eval_rows, self.general_rows)
+        return max(int(rows.lengths.max()) for rows in all_rows if rows is not None)
 
     @property
     def largest_token_id(self) -> int:
@@ -57,12 +63,14 @@ def read_training_data(
     eval_paths: list[str] | None,
     eval_share: float | None,
     prompts_path: str | None,
+    general_path: str | Path | None,
     cache: RowCache,
     say: Callable[[str], None],
 ) -> TrainingData:
     """Tokenise the files, or find them tokenised, and account for every row.
 
     eval_share: of the conversations, held back in place of eval_paths. prompts_path: a file with a prompt a line.
+    general_path: text to measure forgetting on.
     say: takes lines for the log.
 
     Raises: DataError: mistakes in the data.
@@ -84,4 +92,8 @@ def read_training_data(
         )
     prompts = read_lines(prompts_path) if prompts_path else []
     samples = [(line, template.encode_prompt([{"role": "user", "content": line}])) for line in prompts]
-    return TrainingData(tokenizer, template, rows, account, eval_rows, eval_account, samples, cache)
+    general_rows = None
+    if general_path is not None:
+        general_rows, general = load_rows([general_path], template, options, cache=cache)
+        say(f"general text, to measure what is forgotten: {general.rows:,} rows, {general.supervised_tokens:,} tokens")
+    return TrainingData(tokenizer, template, rows, account, eval_rows, eval_account, samples, cache, general_rows)

@@ -76,6 +76,7 @@ class OutputHead:
         if adapter is not None and (adapter.lora_variant or adapter.lora_B["default"].bias is not None):
             raise SettingsError("a variant of LoRA (DoRA, a bias) on the output layer is not supported")
         self._linear, self._token_rows = linear, token_rows
+        self.num_logits = linear.out_features
         # Not an argument of the layer's forward: engines cast and copy those.
         self._target_losses: Tensor | None = None
         self._compute_logits: Callable[..., Tensor] = linear.forward

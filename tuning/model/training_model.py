@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from tuning.errors import SettingsError
 from tuning.machine import is_out_of_memory
 from tuning.model.attention import describe_packing
-from tuning.model.loss import OutputHead, change_logits, find_logit_change
+from tuning.model.divergence import Start, compare_with_base, compare_with_start, keep_start
+from tuning.model.loss import OutputHead, change_logits, chunk_rows, find_logit_change
 from tuning.model.quantized_linear import QuantizedLinear
 from tuning.model.token_rows import TokenRows
 
@@ -64,16 +65,32 @@ class TrainingModel(nn.Module):
         lengths: Sequence[int] | None = None,
         row_starts: Tensor | None = None,
         target_rows: Tensor | None = None,
-    ) -> Tensor:
+        general: Start | str | None = None,
+    ) -> Any:
         """Summed cross-entropy of the micro-batch.
 
         Shapes: input_ids [B, T]; target_index [N], positions in the flattened [B * T]; targets [N]; weights [N] of the
             targets' losses, or None where all are 1; target_rows [N] int32, the row of each. Packed rows (see
             attention.py): input_ids and position_ids [1, T], lengths of the R rows, row_starts [R + 1] int32.
+        general: measure the divergence from the start instead (divergence.py): "start" gives a Start; a Start, or
+            "base" of an adapter, gives [N, 3].
+
         Returns: scalar.
         """
         hidden = self.hidden_states(input_ids, position_ids, lengths, row_starts)
         supervised = hidden.flatten(0, 1).index_select(0, target_index)
+        if general is not None:
+            chunk = chunk_rows(len(targets), self._head.num_logits, targets.device.type)
+            if general == "base":
+                with self.without_adapter():
+                    base = self.hidden_states(input_ids, position_ids, lengths, row_starts)
+                base = base.flatten(0, 1).index_select(0, target_index)
+                return compare_with_base(
+                    supervised, base, targets, self._log_probabilities, self._base_log_probabilities, chunk
+                )
+            if isinstance(general, Start):
+                return compare_with_start(supervised, targets, self._log_probabilities, general, chunk)
+            return keep_start(supervised, targets, self._log_probabilities, chunk)
         if target_rows is None or not (self.records_rows and self.training):
             return self._head.sum_loss(supervised, targets, weights)
         losses = torch.zeros(len(targets), device=targets.device)
@@ -95,6 +112,15 @@ class TrainingModel(nn.Module):
             packed = describe_packing(input_ids, position_ids, lengths, row_starts)
         hidden: Tensor = self.causal_lm.get_decoder()(input_ids=input_ids, use_cache=False, **packed)[0]
         return hidden
+
+    def _log_probabilities(self, hidden: Tensor) -> Tensor:
+        logits = self.causal_lm.get_output_embeddings()(hidden).float()
+        change_logits(logits, find_logit_change(self.config))
+        return torch.log_softmax(logits, -1)
+
+    def _base_log_probabilities(self, hidden: Tensor) -> Tensor:
+        with self.without_adapter():
+            return self._log_probabilities(hidden)
 
     @contextlib.contextmanager
     def without_adapter(self) -> Iterator[None]:

@@ -237,6 +237,20 @@ class RunOptions:
     load_best_model_at_end: bool = option("the best evaluation becomes the result", default=False, trajectory=True)
     metric_for_best_model: str | None = option("loss or perplexity", default=None, shown="loss")
     greater_is_better: bool | None = option("of that metric", default=None, shown="False")
+    forgetting: bool = option(
+        "at each evaluation, loss and divergence from the start on general text", default=False,
+        needs="eval_strategy steps|epoch",
+    )  # fmt: skip
+    general: str | None = option(
+        "that text: any data file", default=None, shown="200 short items that come with the program", needs="forgetting"
+    )
+    early_stopping_patience: int | None = option(
+        "evaluations without a lower loss after which the run ends",
+        default=None, shown="none", at_least=1, trajectory=True, needs="eval_strategy steps|epoch",
+    )  # fmt: skip
+    early_stopping_threshold: float = option(
+        "how much lower it must be", default=0.0, at_least=0, trajectory=True, needs="early_stopping_patience"
+    )
     do_eval: bool = option("accepted for older scripts", default=False)
 
     logging_strategy: Literal["no", "steps", "epoch"] = option("when to log", default="steps", section="log")

@@ -57,6 +57,8 @@ class ProgressCallback(TrainerCallback):
         """Show what was logged."""
         if "eval_loss" in logs:
             line = f"eval loss {logs['eval_loss']:.4f}  perplexity {logs['eval_perplexity']:.3f}"
+            if "general_kl" in logs:
+                line += f"  general loss {logs['general_loss']:.4f}, KL {logs['general_kl']:.2g}"
             self._console.print(f"{_place(state)}  {line}", highlight=False, soft_wrap=True)
         elif "loss" in logs:
             line = describe_logs(logs)

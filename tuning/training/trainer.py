@@ -38,9 +38,11 @@ from tuning.model.training_model import TrainingModel
 from tuning.planning.operations import count_operations, measure_matmul_rate
 from tuning.settings.arguments import RunArguments
 from tuning.training.failures import describe_lost_process, describe_out_of_memory
+from tuning.training.forgetting import ForgettingMeter
 from tuning.training.gradient_check import GradientCheck
 from tuning.training.metrics import StepMetrics
 from tuning.training.optimizer import describe_schedules, group_for_loraplus, restore_schedules
+from tuning.training.outcome import count_stale, describe_outcome
 from tuning.training.row_recorder import RowRecorder
 from tuning.training.schedule import ScheduleCallback
 from tuning.training.step_loader import StepSampler, build_loader, move_micro_batch
@@ -71,7 +73,7 @@ class StepTrainer(Trainer):
         "num_targets", "num_tokens", "num_positions", "num_pairs"} (data_utils' Step); len() is the steps of one epoch.
         Every rank has the same number of micro-batches.
     writer: writes what was trained into a directory (on rank 0).
-    recorder: of the rows' losses.
+    recorder: of the rows' losses. meter: of what is forgotten.
     on_begin: called on rank 0 when everything is loaded, before the first step: until then no file is touched.
 
     stopped_by: the signal that ended train() early, or 0.
@@ -96,6 +98,7 @@ class StepTrainer(Trainer):
         on_begin: Callable[[], None] | None = None,
         loraplus_lr_ratio: float | None = None,
         recorder: RowRecorder | None = None,
+        meter: ForgettingMeter | None = None,
     ):
         # The model comes sharded (distributed/sharding.py); the Trainer and accelerate would do it again, their way.
         self._is_fsdp = args.fsdp is not None
@@ -116,7 +119,8 @@ class StepTrainer(Trainer):
         self._is_best = False
         self._resumed_from: Path | None = None
         self._loraplus_lr_ratio = loraplus_lr_ratio
-        self._recorder = recorder
+        self._recorder, self._meter = recorder, meter
+        self.general: dict[str, float] | None = None  # what the meter said last
         model.records_rows = recorder is not None
         self._metrics: StepMetrics | None = None  # opened by the first step after a log line
         self._saved_metrics: dict[str, Any] | None = None
@@ -303,16 +307,26 @@ class StepTrainer(Trainer):
         if self.args.world_size > 1:
             dist.all_reduce(total)
         loss = total.item() / num_targets
+        self.general = self._meter.measure(model) if self._meter else None
         metrics = {
             f"{metric_key_prefix}_loss": loss,
             f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700.0)),
             f"{metric_key_prefix}_runtime": round(time.perf_counter() - started, 3),
+            **(self.general or {}),
         }
         self.log(metrics)
         self._note_best(loss)
+        if self.is_in_train and self.is_stale():
+            self.control.should_training_stop = True
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._exclude_time(started)
         return metrics
+
+    def is_stale(self) -> bool:
+        """Whether the evaluation's loss has not fallen for --early_stopping_patience evaluations."""
+        patience = self.args.early_stopping_patience
+        losses = [entry["eval_loss"] for entry in self.state.log_history if "eval_loss" in entry]
+        return patience is not None and count_stale(losses, self.args.early_stopping_threshold) >= patience
 
     def _stop_evaluating(self, signal_number: int) -> None:
         """Leave the evaluation for whoever resumes, and save."""
@@ -385,6 +399,8 @@ class StepTrainer(Trainer):
             (directory / METRICS_FILE).write_bytes(self.metrics_path.read_bytes())
         if self._recorder is not None:
             self._recorder.write(directory)
+        if self._meter is not None:
+            self._meter.save(directory)
         self.writer.seal(directory, step=self.state.global_step)
 
     def _rotate(self, newest: Path) -> None:
@@ -454,6 +470,14 @@ class StepTrainer(Trainer):
             restore_schedules(counters, self.optimizer, self.lr_scheduler, self.accelerator.scaler)
             if self._recorder is not None and self.is_world_process_zero():
                 self._recorder.restore(checkpoint)
+            if self._meter is not None:
+                self._meter.restore(checkpoint)
+        if self._meter is not None:
+            self.model.eval()
+            with torch.no_grad():
+                self._meter.begin(self.model_wrapped)
+            reshard(self.model)
+            self.model.train()
         return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -463,8 +487,8 @@ class StepTrainer(Trainer):
         """See OVERRIDDEN."""
 
     def _run_epoch(self, *args: Any, **options: Any) -> None:
-        # Resumed at the last step, or stopped while evaluating at the start.
-        if self.stopped_by or self.state.global_step >= self.state.max_steps:
+        # Resumed at the last step, or where it had stopped early; or stopped while evaluating at the start.
+        if self.stopped_by or self.state.global_step >= self.state.max_steps or self.is_stale():
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **options)
@@ -494,6 +518,9 @@ class StepTrainer(Trainer):
                 raise
         if not self.stopped_by:
             self.check_weights()
+            if self._meter is not None:  # of the result, which may be an earlier checkpoint
+                self.model.eval()
+                self.general = self._meter.measure(self.model_wrapped)
         self._train_s += time.perf_counter() - self._began
         return result
 
@@ -510,6 +537,9 @@ class StepTrainer(Trainer):
             "peak_gib": round(peak_memory_gib(self.args.device), 3),
             "loss": {"first": losses[0], "last": losses[-1]} if losses else None,
             "eval_loss": evaluations[-1] if evaluations else None,
+            "general": self.general,
+            "outcome": describe_outcome(self.state.log_history, self.general),
+            "stopped_early": not self.stopped_by and self.is_stale() and self.state.global_step < self.state.max_steps,
             "best": {"step": self.state.best_global_step, "eval_loss": self.state.best_metric} if evaluations else None,
         }
 

@@ -1,0 +1,72 @@
+"""What the losses of a run say, in words: whether it goes on falling, and what happened in the end."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+_LITTLE = 0.01  # of a loss: less is no change
+_FORGOTTEN = 0.05  # of the loss on general text, that it may rise before something counts as forgotten
+_FAR = 0.3  # nats a token
+
+
+def count_stale(losses: Sequence[float], threshold: float) -> int:
+    """How many of the last losses are none that fell: by more than threshold below the lowest that counted before.
+
+    Example: [3.0, 2.0, 2.1, 1.95], threshold 0.1 -> 2
+    """
+    lowest, stale = math.inf, 0
+    for loss in losses:
+        if loss < lowest - threshold:
+            lowest, stale = loss, 0
+        else:
+            stale += 1
+    return stale
+
+
+def describe_outcome(log: Sequence[dict[str, Any]], general: dict[str, float] | None) -> list[str]:
+    """What happened in a run, a line each: what it learnt, whether it overfitted or stopped falling, what it forgot.
+
+    log: entries with "step" and "loss" or "eval_loss". general: as ForgettingMeter.measure has it.
+    """
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    evaluations = [(entry["step"], entry["eval_loss"]) for entry in log if "eval_loss" in entry]
+    lines = []
+    if len(losses) > 1:
+        first, last = losses[0], _mean(losses[-max(1, len(losses) // 10) :])
+        fell = last < first * (1 - _LITTLE)
+        lines.append(
+            f"learnt: the training loss fell from {first:.4f} to {last:.4f}"
+            if fell
+            else f"learnt nothing: the training loss went from {first:.4f} to {last:.4f}"
+        )
+    if len(evaluations) > 1:
+        lines.append(_describe_evaluations(evaluations))
+    if general is not None:
+        lines.append(describe_general(general))
+    return lines
+
+
+def _describe_evaluations(evaluations: Sequence[tuple[int, float]]) -> str:
+    best_step, best = min(evaluations, key=lambda each: each[1])
+    last_step, last = evaluations[-1]
+    if last > best * (1 + _LITTLE):
+        return f"overfitted: the evaluation loss rose since step {best_step:,}, from {best:.4f} to {last:.4f}"
+    near = next(step for step, loss in evaluations if loss <= best * (1 + _LITTLE))
+    if near < last_step and len([step for step, _ in evaluations if step > near]) > 1:
+        return f"stopped falling: the evaluation loss is {last:.4f}, and was within 1 % of it at step {near:,}"
+    return f"still learning: the evaluation loss was lowest near the end, {best:.4f} at step {best_step:,}"
+
+
+def describe_general(general: dict[str, float]) -> str:
+    """One line of what a model forgot. general: as ForgettingMeter.measure has it."""
+    before, after = general["general_base_loss"], general["general_loss"]
+    verdict = "kept what it knew"
+    if after > before * (1 + _FORGOTTEN):
+        verdict = "forgot"
+    elif general["general_kl"] > _FAR:
+        verdict = "moved far from the start"
+    return f"{verdict}: general text: loss {before:.2f} -> {after:.2f}, KL {general['general_kl']:.2g}"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
