@@ -22,7 +22,7 @@ STANDARD_ONLY = {
 }
 OPTIONAL = {
     *("deepspeed", "bitsandbytes", "gptqmodel", "mpi4py", "optimum", "tiktoken", "datasets", "modelscope"),
-    *("fastapi", "starlette", "uvicorn", "openai", "pydantic", "vllm"),
+    *("fastapi", "starlette", "uvicorn", "openai", "pydantic", "vllm", "gguf", "conversion"),
 }
 LEAVES = {"errors", "messages", "machine", "console"}
 # Folders of tuning/ and what each may import beside itself and the leaves.
@@ -40,7 +40,10 @@ MAY_IMPORT = {
     "training": {"settings", "distributed", "model", "planning", "checkpoint"},
 }
 SCRIPTS = {"finetune", "merge_lora", "quantize", "chat", "serve"}
-SCRIPT_MODULES = {"tuning.convert"}  # run as python -m: they know what the scripts know, and nothing imports them
+SCRIPT_MODULES = {
+    "tuning.convert",
+    "inference.export",
+}  # run as python -m: they know what the scripts know, and nothing imports them
 ENTRIES = {*SCRIPTS, "examples", "tests", "benchmarks"}
 PACKAGES = {
     "data_utils": {"tuning", "inference", "commands", *ENTRIES},
