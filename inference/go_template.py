@@ -5,13 +5,13 @@ and, or, not, len and slice, without trim markers, pipes and definitions. A test
 Language: https://pkg.go.dev/text/template
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 _ACTION = re.compile(r"\{\{ ((?:\"(?:[^\"\\]|\\.)*\"|[^\"}])*) \}\}")
 _WORD = re.compile(r'\s*(\(|\)|"(?:[^"\\]|\\.)*"|\d+|\$?\.?\w*(?:\.\w+)*)')
+_ESCAPE = re.compile(r"\\u([0-9a-f]{4})|\\U([0-9a-f]{8})")
 _RANGE = re.compile(r"range (\$\w+), \$_ := (.+)")
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "eq": lambda a, b: a == b,
@@ -107,7 +107,7 @@ def _apply(values: list[Any]) -> Any:
 
 def _read(word: str, dot: Any, names: dict[str, Any]) -> Any:
     if word.startswith('"'):
-        return json.loads(word)
+        return _ESCAPE.sub(lambda match: chr(int(match[1] or match[2], 16)), word[1:-1])
     if word.isdigit():
         return int(word)
     if word in _FUNCTIONS:

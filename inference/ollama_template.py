@@ -192,21 +192,13 @@ def write(frames: Frames) -> str:
 
 def quote(text: str) -> str:
     """Text as a template writes it. Modelfiles lose characters that are not printable, and end at three quotes."""
-    safe = text.replace('"""', '\x00"\x00"\x00"')
-    return "".join(c if c in "\n\t" or (c.isprintable() and c != "{") else _as_string(c) for c in safe)
+    quoted = "".join(c if c in "\n\t" or (c.isprintable() and c != "{") else _as_string(c) for c in text)
+    return quoted.replace('"""', '"{{ "" }}"{{ "" }}"')
 
 
 def _as_string(c: str) -> str:
-    if c == "\x00":
-        return '{{ "" }}'
     code = ord(c)
-    return (
-        f'{{{{ "{c}" }}}}'
-        if c == "{"
-        else f'{{{{ "\\u{code:04x}" }}}}'
-        if code < 0x10000
-        else f'{{{{ "\\U{code:08x}" }}}}'
-    )
+    return '{{ "' + ("{" if c == "{" else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}") + '" }}'
 
 
 def compare(translated: str, template: ChatTemplate, frames: Frames) -> None:
