@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> None:
     system_message = read_system_message(checkpoint)
     template = ChatTemplate(tokenizer, system_message=system_message)
     stop_ids = find_stop_ids(checkpoint, template)
+    eos_id = gguf_file.choose_eos(tokenizer, stop_ids[0])
     notes = [*find_differences(tokenizer)]
     modelfile = None
     if args.to == "ollama":  # before the minutes that a conversion takes
@@ -65,11 +66,12 @@ def run(args: argparse.Namespace) -> None:
         gguf_converter.convert(
             checkpoint, file, dtype=dtype, tokenizer=tokenizer, name=args.name, llama_cpp=args.llama_cpp
         )
-        gguf_file.set_stop_and_bos(file, stop_ids[0])
+        reader = gguf_file.open_file(file)
+        gguf_file.set_ends(reader, eos_id)
         notes += gguf_file.check_tokenizer(
-            file, tokenizer, stop_ids=stop_ids, num_rows=load_config(str(checkpoint)).get_text_config().vocab_size
+            reader, tokenizer, stop_ids=stop_ids, num_rows=load_config(str(checkpoint)).get_text_config().vocab_size
         )
-        comparison = gguf_file.compare_tensors(file, checkpoint)
+        comparison = gguf_file.compare_tensors(reader, checkpoint)
         if modelfile is not None:
             (unfinished / "Modelfile").write_text(modelfile, encoding="utf-8")
         write_manifest(unfinished, exported_from=str(checkpoint.resolve()), to=args.to)

@@ -57,7 +57,7 @@ def stage(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, directory: Path)
         for key in ("auto_map", "chat_template"):
             values.pop(key, None)
         if name == "tokenizer_config.json":
-            values.setdefault("add_bos_token", False)  # for set_stop_and_bos to be written at all
+            values.setdefault("add_bos_token", False)  # for gguf_file.set_ends to be written at all
         (directory / name).write_text(json.dumps(values), encoding="utf-8")
     (directory / "chat_template.jinja").write_text(tokenizer.get_chat_template(), encoding="utf-8")
 

@@ -49,27 +49,48 @@ class Comparison:
         return lines
 
 
-def set_stop_and_bos(file: Path, stop_id: int) -> None:
-    """Have the file stop where answers were trained to stop, and put no tokens around prompts of its own accord.
+def open_file(file: Path) -> Any:
+    """A reader of a GGUF file, which also changes it in place. It takes some seconds for a large vocabulary."""
+    import gguf
+
+    return gguf.GGUFReader(file, "r+")
+
+
+def choose_eos(tokenizer: PreTrainedTokenizerBase, stop_id: int) -> int:
+    """The token that the file calls eos: the one that answers were trained to end with.
+
+    But where the chat template writes {{ eos_token }} for another one, it is that, as an engine puts it in there.
+
+    Raises: SettingsError: then llama.cpp would not stop at the trained one.
+    """
+    if "eos_token" not in tokenizer.get_chat_template() or tokenizer.eos_token_id == stop_id:
+        return stop_id
+    if (stop := tokenizer.convert_ids_to_tokens(stop_id)) not in _ALWAYS_STOP:
+        raise SettingsError(
+            f"answers end with {stop}, but the chat template writes eos_token, which is {tokenizer.eos_token}: a GGUF "
+            "holds one of them; write that token's text into chat_template.jinja"
+        )
+    return int(tokenizer.eos_token_id)
+
+
+def set_ends(reader: Any, eos_id: int) -> None:
+    """Write where answers end, and that no tokens are put around prompts.
 
     The chat template writes the token that prompts begin with, where there is one: a second one was never trained.
 
     Raises: SettingsError: the file has no field for it.
     """
-    import gguf
-
-    reader = gguf.GGUFReader(file, "r+")
-    for name, value in (("eos_token_id", stop_id), ("add_bos_token", False), ("add_eos_token", False)):
+    for name, value in (("eos_token_id", eos_id), ("add_bos_token", False), ("add_eos_token", False)):
         entry = reader.get_field(f"tokenizer.ggml.{name}")
         if entry is not None:
             entry.parts[entry.data[0]][0] = value
         elif name == "eos_token_id":
-            raise SettingsError(f"{file.name}: has no {name}; give the checkpoint's tokenizer an eos_token")
+            raise SettingsError(f"the GGUF file has no {name}; give the checkpoint's tokenizer an eos_token")
     reader.data.flush()
 
 
 def check_tokenizer(
-    file: Path, tokenizer: PreTrainedTokenizerBase, *, stop_ids: Sequence[int], num_rows: int | None = None
+    reader: Any, tokenizer: PreTrainedTokenizerBase, *, stop_ids: Sequence[int], num_rows: int | None = None
 ) -> list[str]:
     """Hold the file's vocabulary, chat template and stop token against a tokenizer.
 
@@ -80,22 +101,18 @@ def check_tokenizer(
 
     Raises: SettingsError: something differs.
     """
-    import gguf
-
-    read = partial(_read_field, gguf.GGUFReader(file))
+    read = partial(_read_field, reader)
     if read("tokenizer.chat_template") != tokenizer.get_chat_template():
-        raise SettingsError(f"{file.name}: holds another chat template than the checkpoint")
-    if read("tokenizer.ggml.eos_token_id") != stop_ids[0]:
-        raise SettingsError(
-            f"{file.name}: stops at token {read('tokenizer.ggml.eos_token_id')}, trained is {stop_ids[0]}"
-        )
+        raise SettingsError("the GGUF file holds another chat template than the checkpoint")
+    if (eos_id := read("tokenizer.ggml.eos_token_id")) != choose_eos(tokenizer, stop_ids[0]):
+        raise SettingsError(f"the GGUF file stops at token {eos_id}, trained is {stop_ids[0]}")
     if read("tokenizer.ggml.add_bos_token") is not False:
-        raise SettingsError(f"{file.name}: does not say that no token goes before prompts (add_bos_token)")
-    _check_vocabulary(file, tokenizer, read, num_rows or len(tokenizer))
+        raise SettingsError("the GGUF file does not say that no token goes before prompts (add_bos_token)")
+    _check_vocabulary(tokenizer, read, num_rows or len(tokenizer))
     expected = find_pre_tokenizer(tokenizer)
     if expected is not None and read("tokenizer.ggml.pre") != expected:
         raise SettingsError(
-            f"{file.name}: splits text as {read('tokenizer.ggml.pre')}, but the tokenizer does so as {expected}"
+            f"the GGUF file splits text as {read('tokenizer.ggml.pre')}, but the tokenizer does so as {expected}"
         )
     texts = [str(tokenizer.convert_ids_to_tokens(i)) for i in stop_ids[1:]]
     if more := [text for text in texts if text not in _ALWAYS_STOP]:
@@ -108,33 +125,34 @@ def _read_field(reader: Any, name: str) -> Any:
     return None if entry is None else entry.contents()
 
 
-def _check_vocabulary(file: Path, tokenizer: PreTrainedTokenizerBase, read: Any, num_rows: int) -> None:
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, read: Any, num_rows: int) -> None:
     tokens, kinds = read("tokenizer.ggml.tokens") or [], read("tokenizer.ggml.token_type") or []
     if len(tokens) != num_rows:
-        raise SettingsError(f"{file.name}: has {len(tokens):,} tokens, the checkpoint {num_rows:,}")
+        raise SettingsError(f"the GGUF file has {len(tokens):,} tokens, the checkpoint {num_rows:,}")
     added = tokenizer.added_tokens_decoder
     for token_id, text in enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))):
         if text is not None and tokens[token_id] != text:
-            raise SettingsError(f"{file.name}: token {token_id} is {tokens[token_id]!r}, the tokenizer's is {text!r}")
+            raise SettingsError(
+                f"the GGUF file's token {token_id} is {tokens[token_id]!r}, the tokenizer's is {text!r}"
+            )
         if token_id in added and added[token_id].special and kinds[token_id] != 3:  # of gguf.TokenType: CONTROL
-            raise SettingsError(f"{file.name}: {text} is no control token in it, as it is in the tokenizer")
+            raise SettingsError(f"{text} is no control token in the GGUF file, as it is in the tokenizer")
     merges = read_definition(tokenizer)["model"].get("merges")
     if merges and (written := read("tokenizer.ggml.merges")) is not None:
         own = [
             merge if isinstance(merge, str) else " ".join(part.replace(" ", "Ġ") for part in merge) for merge in merges
         ]
         if written != own:
-            raise SettingsError(f"{file.name}: merges other pieces of text than the tokenizer")
+            raise SettingsError("the GGUF file merges other pieces of text than the tokenizer")
 
 
-def compare_tensors(file: Path, checkpoint: Path) -> Comparison:
+def compare_tensors(reader: Any, checkpoint: Path) -> Comparison:
     """Hold every tensor of a checkpoint against the file's.
 
     Raises: SettingsError: numbers differ where the file should have the checkpoint's own.
     """
     import gguf
 
-    reader = gguf.GGUFReader(file)
     architecture = _read_field(reader, "general.architecture")
     number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(number, _read_field(reader, f"{architecture}.block_count"))
@@ -151,7 +169,7 @@ def compare_tensors(file: Path, checkpoint: Path) -> Comparison:
             continue
         getattr(result, _compare(stored, tensor, None if expert is None else int(expert.group(1)))).append(stored.name)
     if result.changed and architecture in _UNCHANGED:
-        raise SettingsError(f"{file.name}: {result.changed[0]} has other numbers in it than in {checkpoint}")
+        raise SettingsError(f"{result.changed[0]} has other numbers in the GGUF file than in {checkpoint}")
     return result
 
 

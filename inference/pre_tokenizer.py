@@ -5,15 +5,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-# As tokenizer.json has them. Digits one by one; qwen35 keeps combining marks with their letters.
-_QWEN2 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN35 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
-_BY_SPLIT = {_QWEN2: "qwen2", _QWEN35: "qwen35"}
+# As tokenizer.json has them: digits one by one; qwen35 keeps combining marks with their letters.
+SPLITS = {
+    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+",
+    "qwen35": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
 _PLAIN_MERGES = {"dropout": None, "byte_fallback": False, "ignore_merges": False, "continuing_subword_prefix": None}
 
 
@@ -34,7 +32,7 @@ def find_pre_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str | None:
     split, byte_level = steps
     if split["behavior"] != "Isolated" or split["invert"] or byte_level["use_regex"] or byte_level["add_prefix_space"]:
         return None
-    return _BY_SPLIT.get(split["pattern"].get("Regex"))
+    return next((name for name, pattern in SPLITS.items() if split["pattern"] == {"Regex": pattern}), None)
 
 
 def find_differences(tokenizer: PreTrainedTokenizerBase) -> list[str]:
