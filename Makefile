@@ -10,7 +10,7 @@ LLAMA_CPP_VERSION := 0.3.36
 .PHONY: help setup setup-dev setup-llama-cpp demo test test-all lint check bench bench-data
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 18
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 24
 
 setup: .venv/.installed ## make .venv and install requirements_finetune.txt, once
 setup-dev: .venv/.installed-dev ## likewise, and requirements_dev.txt: serve.py, tests, linters, benchmarks

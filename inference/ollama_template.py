@@ -39,6 +39,12 @@ _NUM_CONVERSATIONS = 300
 class Untranslatable(SettingsError):
     """A chat template that Ollama's language cannot express, or that is none known here."""
 
+    def __init__(self, why: str):
+        super().__init__(
+            f"--to ollama: the chat template cannot be said in Ollama's language: {why}; export it --to gguf: that "
+            "file holds the chat template itself, which Ollama takes from version 0.30 on (docs/serving.md)"
+        )
+
 
 @dataclass(frozen=True)
 class Frames:
@@ -68,11 +74,11 @@ def translate(template: ChatTemplate) -> tuple[str, list[str]]:
     Raises: Untranslatable: with the first difference.
     """
     if "strftime_now" in template.tokenizer.get_chat_template():
-        raise Untranslatable("--to ollama: the chat template writes the day's date, which Ollama's language cannot")
+        raise Untranslatable("it writes the day's date")
     try:
         frames = find_frames(template)
     except (jinja2.TemplateError, LookupError) as error:
-        raise Untranslatable(f"--to ollama: the chat template is none that can be translated: {error}") from None
+        raise Untranslatable(f"{error}") from None
     translated = write(frames)
     compare(translated, template, frames)
     notes = []
@@ -213,8 +219,8 @@ def compare(translated: str, template: ChatTemplate, frames: Frames) -> None:
         if found != expected:
             at = next(i for i, (a, b) in enumerate(zip(found + "\0", expected + "\1", strict=False)) if a != b)
             raise Untranslatable(
-                f"--to ollama: the chat template cannot be said in Ollama's language: after {expected[:at][-40:]!r} it "
-                f"has {expected[at : at + 40]!r}, the translation {found[at : at + 40]!r}"
+                f"after {expected[:at][-40:]!r} it has {expected[at : at + 40]!r}, the translation "
+                f"{found[at : at + 40]!r}"
             )
 
 
