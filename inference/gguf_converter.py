@@ -11,11 +11,13 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from inference.pre_tokenizer import find_pre_tokenizer
+from tuning.checkpoint.tensor_files import list_tensors
 from tuning.errors import MachineError, SettingsError, read_json_object
 
 _PROGRAM = Path(__file__).parent / "run_converter.py"
 _LINKED = (".safetensors", ".json", ".txt", ".model")
 _DESCRIPTIONS = ("config.json", "tokenizer_config.json")
+_WITH_MTP = ("qwen3_next", "qwen3_5")
 _SHADOWED = ("chat_template.json", "chat_template.jinja")
 
 
@@ -29,6 +31,7 @@ def convert(
     with tempfile.TemporaryDirectory(prefix="export-") as directory:
         stage(checkpoint, tokenizer, Path(directory))
         words = [directory, "--outfile", str(file), "--outtype", dtype, "--model-name", name]
+        words += ["--no-mtp"] if lacks_mtp(checkpoint) else []
         done = subprocess.run(
             [sys.executable, str(_PROGRAM), str(llama_cpp), find_pre_tokenizer(tokenizer) or "", *words],
             env=os.environ | {"HF_HUB_OFFLINE": "1"},
@@ -41,7 +44,8 @@ def convert(
         return
     if "No space left on device" in done.stderr:
         raise MachineError(f"{file}: could not be written: No space left on device; make room, then run it again")
-    raise SettingsError(f"{checkpoint}: llama.cpp's converter ({llama_cpp}) fails: {find_reason(done.stderr)}")
+    why = find_reason(done.stderr).replace(directory, str(checkpoint))
+    raise SettingsError(f"{checkpoint}: llama.cpp's converter ({llama_cpp}) fails: {why}")
 
 
 def stage(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
@@ -62,10 +66,21 @@ def stage(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, directory: Path)
     (directory / "chat_template.jinja").write_text(tokenizer.get_chat_template(), encoding="utf-8")
 
 
+def lacks_mtp(checkpoint: Path) -> bool:
+    """Whether a Qwen3-Next or Qwen3.5 is without the layers that predict further tokens: the converter expects them."""
+    model_type = str(read_json_object(checkpoint / "config.json").get("model_type"))
+    return model_type.startswith(_WITH_MTP) and not any(name.startswith("mtp.") for name in list_tensors(checkpoint))
+
+
 def find_reason(log: str) -> str:
     """The line of the converter's log that says why it failed."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    if any("BPE pre-tokenizer was not recognized" in line for line in lines):
+    lines = [line.strip() for line in log.splitlines() if line.strip(" ^~")]
+    errors = [i for i, line in enumerate(lines) if re.match(r"ERROR:|[\w.]*(Error|Exception)\b", line)]
+    at = errors[-1] if errors else -1
+    if not lines:
+        return "it says nothing"
+    if "BPE pre-tokenizer was not recognized" in lines[at]:
         return "it does not know how this tokenizer splits text (BPE pre-tokenizer was not recognized)"
-    errors = [line for line in lines if re.match(r"ERROR:|[\w.]*(Error|Exception)\b", line)]
-    return (errors or lines or ["it says nothing"])[-1].removeprefix("ERROR:hf-to-gguf:")
+    if lines[at] == "AssertionError" and len(lines) > 1:
+        return f"{lines[at]}: {lines[at - 1]}"
+    return lines[at].removeprefix("ERROR:hf-to-gguf:")

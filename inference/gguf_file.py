@@ -18,6 +18,7 @@ from tuning.errors import SettingsError
 # llama.cpp computes with these checkpoints' numbers as they are; others get some of theirs in another form.
 _UNCHANGED = ("llama", "qwen2", "qwen2moe", "qwen3", "qwen3moe")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
+_LANGUAGE_MODEL = re.compile(r"^(?:model\.)?language_model\.(?:model\.)?(?=embed_tokens|layers|norm)")  # beside a tower
 # At these texts llama.cpp ends an answer in every model: llama-vocab.cpp, special_eog_ids.
 _ALWAYS_STOP = {
     *("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|end_of_text|>", "<end_of_turn>"),
@@ -160,13 +161,18 @@ def compare_tensors(reader: Any, checkpoint: Path) -> Comparison:
     result = Comparison()
     for stored in list_tensors(checkpoint).values():
         expert = _EXPERT.search(stored.name)
-        name = names.get_name(_EXPERT.sub(".experts.", stored.name), try_suffixes=(".weight", ".bias"))
+        plain = _LANGUAGE_MODEL.sub("model.", _EXPERT.sub(".experts.", stored.name))
+        name = names.get_name(plain, try_suffixes=(".weight", ".bias"))
         tensor = written.get(name) if name else None
         if tensor is None:
             # A tied output layer is in the file once, as the embedding.
             is_tied_copy = name == "output.weight" and "output.weight" not in written
             result.absent += [] if is_tied_copy else [stored.name]
             continue
+        if name == "token_embd.weight" and tensor.shape[-1] != stored.shape[0]:
+            raise SettingsError(
+                f"the GGUF file has {tensor.shape[-1]:,} rows of tokens, the checkpoint {stored.shape[0]:,}"
+            )
         getattr(result, _compare(stored, tensor, None if expert is None else int(expert.group(1)))).append(stored.name)
     if result.changed and architecture in _UNCHANGED:
         raise SettingsError(f"{result.changed[0]} has other numbers in the GGUF file than in {checkpoint}")

@@ -12,14 +12,14 @@ SPLITS = {
     "qwen35": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
-_PLAIN_MERGES = {"dropout": None, "byte_fallback": False, "ignore_merges": False, "continuing_subword_prefix": None}
+_NOT_PLAIN = ("dropout", "byte_fallback", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
 
 
 def find_pre_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """llama.cpp's name of the pre-tokenizer; None where it is none of those known here."""
     definition = read_definition(tokenizer)
     merges = definition["model"]
-    if merges["type"] != "BPE" or any(merges.get(name, value) != value for name, value in _PLAIN_MERGES.items()):
+    if merges["type"] != "BPE" or any(merges.get(name) for name in _NOT_PLAIN):
         return None
     if (definition["normalizer"] or {"type": "NFC"})["type"] != "NFC":
         return None

@@ -106,6 +106,12 @@ def test_the_runs_system_message_is_exported_or_told(model, llama_cpp, tmp_path,
         ),
         ("Traceback:\n  File x\nValueError: Can not map tensor 'y'\n", SettingsError, "Can not map tensor 'y'"),
         ("NotImplementedError: BPE pre-tokenizer was not recognized - z", SettingsError, "how this tokenizer splits"),
+        ("** BPE pre-tokenizer was not recognized! **\nKeyError: 'x'", SettingsError, r"fails: KeyError: 'x'"),
+        (
+            "  File x\n    assert a != b\n           ^^^^^^\nAssertionError",
+            SettingsError,
+            "AssertionError: assert a != b",
+        ),
         ("OSError: [Errno 28] No space left on device", MachineError, "make room"),
     ],
 )
