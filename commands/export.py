@@ -49,6 +49,9 @@ def run(args: argparse.Namespace) -> None:
     stop_ids = find_stop_ids(checkpoint, template)
     eos_id = gguf_file.choose_eos(tokenizer, stop_ids[0])
     notes = [*find_differences(tokenizer)]
+    if isinstance(tokenizer.chat_template, dict):
+        others = sorted(tokenizer.chat_template.keys() - {"default"})
+        notes.append(f"of the named chat templates only the default one is exported, without {', '.join(others)}")
     modelfile = None
     if args.to == "ollama":  # before the minutes that a conversion takes
         modelfile, more = write_modelfile(

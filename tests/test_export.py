@@ -96,6 +96,17 @@ def test_the_runs_system_message_is_exported_or_told(model, llama_cpp, tmp_path,
     assert 'SYSTEM """Be brief."""\n' in (tmp_path / "b" / "Modelfile").read_text()
 
 
+def test_other_named_templates_are_told(model, llama_cpp, tmp_path, capsys):
+    (model / "chat_template.jinja").write_text(load_tokenizer(str(model)).get_chat_template())
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}{{ messages }}")
+    run(model, tmp_path / "out", llama_cpp, "--to", "gguf")
+    assert (
+        "note: of the named chat templates only the default one is exported, without tool_use"
+        in capsys.readouterr().out
+    )
+
+
 @pytest.mark.parametrize(
     ("log", "error", "message"),
     [
