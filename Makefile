@@ -3,12 +3,14 @@ BIN := .venv/bin
 DEMO := output/demo
 DATA ?= ../shared/data/alpaca_en.json ../shared/data/alpaca_zh.json
 TOKENIZER ?= ../shared/qwen_tokenizer/hf
+# Of llama-cpp-python, whose source holds llama.cpp and its converter.
+LLAMA_CPP_VERSION := 0.3.36
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev setup-browser demo test test-all lint check bench bench-data
+.PHONY: help setup setup-dev setup-browser setup-llama-cpp demo test test-all lint check bench bench-data
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 18
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 24
 
 setup: .venv/.installed ## make .venv and install requirements_finetune.txt, once
 setup-dev: .venv/.installed-dev ## likewise, and requirements_dev.txt: serve.py, tests, linters, benchmarks
@@ -21,8 +23,22 @@ setup-browser: ## Debian's Chromium and its driver, for the tests of the chat pa
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements_finetune.txt
 	touch $@
 
-.venv/.installed-dev: .venv/.installed requirements_dev.txt requirements_serve.txt
+.venv/.installed-dev: .venv/.installed requirements_dev.txt requirements_serve.txt requirements_export.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements_finetune.txt -r requirements_dev.txt
+	touch $@
+
+setup-llama-cpp: .venv/.installed-llama-cpp ## llama.cpp from PyPI, for python -m inference.export; needs cmake and a C++ compiler
+
+.venv/.installed-llama-cpp: .venv/.installed requirements_export.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements_export.txt
+	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-python \
+		--dest .venv llama-cpp-python==$(LLAMA_CPP_VERSION)
+	mkdir -p .venv/llama.cpp
+	tar xzf .venv/llama_cpp_python-$(LLAMA_CPP_VERSION).tar.gz -C .venv/llama.cpp --strip-components=3 \
+		llama_cpp_python-$(LLAMA_CPP_VERSION)/vendor/llama.cpp
+	cmake -S .venv/llama.cpp -B .venv/llama.cpp/build -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF \
+		-DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF
+	cmake --build .venv/llama.cpp/build -j2 --target llama-completion llama-tokenize llama-quantize
 	touch $@
 
 demo: setup ## fine-tune the tiny example model on examples/conversations.json, merge it, ask it three questions

@@ -12,10 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from commands.original import find_loadable, find_loadable_base
 from data_utils.sources import printable
 from data_utils.tokenizer import load_tokenizer
+from tuning.checkpoint.manifest import MANIFEST_FILE
+from tuning.checkpoint.run_record import RUN_FILE
 from tuning.errors import SettingsError, explain_bad_files, read_json_object
 from tuning.model.loading import Trust, find_quantization, load_generation_config, load_model
 from tuning.model.quantization import Quantization
 
+SYSTEM_MESSAGE = "system_message"  # in manifests of models that are made of results
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -86,13 +89,28 @@ def _choose_quantization(bits: int | None, own: Quantization | None, path: str) 
 
 
 def read_system_message(path: Path) -> str | None:
-    """The --system_message of the run, where the template does not carry it itself."""
-    run = path / "run.json"
-    if not run.is_file():
-        return None
-    with explain_bad_files(f"{run}: is not as it was written"):
-        message = read_json_object(run)["settings"]["data"]["system_message"]
+    """The --system_message of the run, where the template does not carry it itself; also of what was made of a result."""
+    run, manifest = path / RUN_FILE, path / MANIFEST_FILE
+    message = None
+    if run.is_file():
+        with explain_bad_files(f"{run}: is not as it was written"):
+            message = read_json_object(run)["settings"]["data"]["system_message"]
+    elif manifest.is_file():
+        said = read_json_object(manifest)  # a checkpoint's has the settings of its run
+        trajectory = said.get("trajectory")
+        message = said.get(SYSTEM_MESSAGE) or (isinstance(trajectory, dict) and trajectory.get(SYSTEM_MESSAGE)) or None
     return None if message is None else str(message)
+
+
+def keep_system_message(*sources: Path) -> dict[str, str]:
+    """What the manifest of a model that is made of results says of their system messages.
+
+    Raises: SettingsError: they have several, of which the new model could keep one only.
+    """
+    found = {message for source in sources if (message := read_system_message(source)) is not None}
+    if len(found) > 1:
+        raise SettingsError(f"{', '.join(map(str, sources))}: trained with different --system_message")
+    return {SYSTEM_MESSAGE: found.pop()} if found else {}
 
 
 def tell(line: str) -> None:

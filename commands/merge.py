@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from commands.loading import DTYPES
+from commands.loading import DTYPES, keep_system_message
 from commands.original import find_loadable_base
 from data_utils.tokenizer import load_tokenizer
 from tuning.checkpoint import adapter_base, merge, verify
@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(
         str(adapter_base.tokenizer_source(first, base)), trust_remote_code=trust.trust_remote_code
     )
+    kept = keep_system_message(*(path for path, _ in sources.adapters))
     dtype = None if args.dtype == "auto" else DTYPES[args.dtype]
     said = dtype or read_dtype(str(base), trust_remote_code=trust.trust_remote_code)
     merged = _prepare(sources, dtype)
@@ -90,7 +91,8 @@ def run(args: argparse.Namespace) -> None:
         verdict = "merge not verified (--no-verify)"
         if probes is not None:
             verdict = _verify(sources, merged, unfinished, probes)
-        write_manifest(unfinished, finished, onto="base" if sources.onto is None else "dequantized")
+        onto = "base" if sources.onto is None else "dequantized"
+        write_manifest(unfinished, finished, onto=onto, **kept)
     print(verdict)
     print(f"merged: {out} ({str(said).removeprefix('torch.')})")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from commands.loading import keep_system_message
 from commands.original import find_loadable
 from data_utils.conversations import DataOptions
 from data_utils.dataset import load_rows
@@ -90,6 +91,7 @@ def run(args: argparse.Namespace) -> None:
         after = gptq.measure_perplexity(model, held_back)
         if not math.isfinite(after):
             raise SettingsError(f"{out}: the quantised model's perplexity is {after}, so it is of no use; try --bits 8")
-        write_manifest(unfinished, quantized_from=str(path), perplexity={"before": before, "after": after})
+        measured = {"before": before, "after": after}
+        write_manifest(unfinished, quantized_from=str(path), perplexity=measured, **keep_system_message(path))
     print(f"perplexity of {len(held_back):,} held-back rows: before {before:.3f}, after {after:.3f}")
     print(f"quantised: {out} ({time.perf_counter() - started:.0f} s)")

@@ -22,7 +22,7 @@ STANDARD_ONLY = {
 }
 OPTIONAL = {
     *("deepspeed", "bitsandbytes", "gptqmodel", "mpi4py", "optimum", "tiktoken", "datasets", "modelscope"),
-    *("fastapi", "starlette", "uvicorn", "openai", "pydantic", "vllm"),
+    *("fastapi", "starlette", "uvicorn", "openai", "pydantic", "vllm", "gguf", "conversion"),
 }
 LEAVES = {"errors", "messages", "machine", "console"}
 # Folders of tuning/ and what each may import beside itself and the leaves.
@@ -41,7 +41,7 @@ MAY_IMPORT = {
 }
 SCRIPTS = {"finetune", "merge_lora", "quantize", "chat", "serve"}
 # Run as python -m, or the door for notebooks: they know what the scripts know, and nothing imports them.
-SCRIPT_MODULES = {"tuning.convert", "inference.__init__", "inference.prove"}
+SCRIPT_MODULES = {"tuning.convert", "inference.__init__", "inference.prove", "inference.export"}
 ENTRIES = {*SCRIPTS, "examples", "tests", "benchmarks"}
 PACKAGES = {
     "data_utils": {"tuning", "inference", "commands", *ENTRIES},

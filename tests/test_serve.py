@@ -4,6 +4,7 @@ import gc
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,7 +26,7 @@ import chat
 import commands.chat
 import merge_lora
 import serve
-from commands.loading import load_answering
+from commands.loading import load_answering, read_system_message
 from data_utils.sources import DataError, printable
 from data_utils.template import ChatTemplate
 from inference.chat_handler import MAX_WAITING
@@ -142,6 +143,24 @@ def test_the_system_message_of_the_run_is_added_as_chat_does(models, tmp_path):
         own = [{"role": "system", "content": "Own."}, *body["messages"]]
         session.system = "Own."
         assert served.handler._read(body | {"messages": own}, None).prompt == session.encode("Q")
+
+
+def test_the_system_message_stays_with_what_is_made_of_a_result(models, tmp_path):
+    shutil.copytree(models / "lora", tmp_path / "a")
+    said = {"settings": {"data": {"system_message": "Be brief."}}}
+    (tmp_path / "a" / "run.json").write_text(json.dumps(said))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    merge_lora.main([str(tmp_path / "a"), str(tmp_path / "merged"), "--no-verify"])
+    assert read_system_message(tmp_path / "merged") == "Be brief."
+    session = commands.chat.Chat(chat.build_parser().parse_args([str(tmp_path / "merged")]))
+    assert session.system == "Be brief."
+    said["settings"]["data"]["system_message"] = "Be kind."
+    (tmp_path / "b" / "run.json").write_text(json.dumps(said))
+    with pytest.raises(ValueError, match="trained with different --system_message"):
+        merge_lora.main([str(tmp_path / "both"), "--adapter", f"{tmp_path / 'a'}:0.5", f"{tmp_path / 'b'}:0.5"])
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "manifest.json").write_text(json.dumps({"trajectory": {"system_message": "Be quick."}}))
+    assert read_system_message(tmp_path / "checkpoint") == "Be quick."
 
 
 def test_what_the_template_drops_is_refused_as_in_training(tokenizer):
