@@ -89,9 +89,9 @@ def _choose_quantization(bits: int | None, own: Quantization | None, path: str) 
 
 
 def read_system_message(path: Path) -> str | None:
-    """The --system_message of the run, where the template does not carry it itself; also of what was made of a result."""
+    """The --system_message of a run, where the template does not carry it. path: its result, or made of one."""
     run, manifest = path / RUN_FILE, path / MANIFEST_FILE
-    message = None
+    message: Any = None
     if run.is_file():
         with explain_bad_files(f"{run}: is not as it was written"):
             message = read_json_object(run)["settings"]["data"]["system_message"]
@@ -102,7 +102,7 @@ def read_system_message(path: Path) -> str | None:
     return None if message is None else str(message)
 
 
-def keep_system_message(*sources: Path) -> dict[str, str]:
+def keep_system_message(*sources: Path) -> dict[str, Any]:
     """What the manifest of a model that is made of results says of their system messages.
 
     Raises: SettingsError: they have several, of which the new model could keep one only.
