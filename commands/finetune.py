@@ -12,6 +12,7 @@ from data_utils.steps import StepDataset
 from data_utils.template import ChatTemplate
 from data_utils.tokenizer import load_tokenizer
 from data_utils.training_data import GENERAL_FILE, TrainingData, read_training_data
+from inference.held_out import HeldOutCallback, find_questions
 from inference.samples import SampleCallback
 from tuning.checkpoint.base import inspect_base
 from tuning.checkpoint.result import ResultWriter
@@ -19,6 +20,7 @@ from tuning.checkpoint.resume import describe_facts, find_starting_point
 from tuning.console import is_rank_0, say
 from tuning.distributed.processes import check_agreement, leave_processes, on_all_ranks, on_rank_0
 from tuning.distributed.startup import start_processes
+from tuning.errors import SettingsError
 from tuning.model.build import TokensInUse
 from tuning.model.loading import local_directory
 from tuning.model.new_tokens import NewTokens
@@ -51,6 +53,9 @@ def run(settings: Settings, *, began: float) -> int:
     # ---- data ----
     data = on_all_ranks(lambda: read_data(arguments, new_tokens))
     check_agreement(data.fingerprints)
+    questions = find_questions(data.eval_rows, run.eval_generate) if run.eval_generate and data.eval_rows else []
+    if run.eval_generate and not questions:
+        raise SettingsError("--eval_generate: the evaluation data asks nothing: it is plain text alone")
 
     # ---- plan ----
     tokens = describe_tokens(data, new_tokens)
@@ -116,6 +121,8 @@ def run(settings: Settings, *, began: float) -> int:
     )
     if data.samples and is_rank_0():
         trainer.add_callback(SampleCallback(model.training_model, data.tokenizer, data.samples, run, say))
+    if questions and is_rank_0():
+        trainer.add_callback(HeldOutCallback(model.training_model, data.tokenizer, questions, run, say))
 
     # ---- result ----
     code = run_training(trainer, record, writer, start, recorder)

@@ -62,10 +62,9 @@ def check_engine(arguments: Arguments) -> None:
         raise SettingsError("--fsdp and --fp16: gradients of shards are not scaled; use --bf16, or --deepspeed")
     if run.optimizer_name not in ("adamw_torch", "adamw_torch_fused"):
         raise SettingsError(f"--optim {run.optimizer_name}: {flag} shards its state; use adamw_torch")
-    if run.sample_prompts and run.engine in ("zero3", "fsdp"):
-        raise SettingsError(
-            f"--sample_prompts: no process holds the full model with {flag}; ask checkpoints with chat.py"
-        )
+    asked = "sample_prompts" if run.sample_prompts else "eval_generate" if run.eval_generate else None
+    if asked and run.engine in ("zero3", "fsdp"):
+        raise SettingsError(f"--{asked}: no process holds the full model with {flag}; ask checkpoints with chat.py")
     if lora.q_lora and (config.get("data_types") or {}).get("buffer_dtype"):
         raise SettingsError("--deepspeed: data_types.buffer_dtype casts the scales of quantised weights; delete it")
     if lora.q_lora and run.engine == "zero3":

@@ -237,6 +237,10 @@ class RunOptions:
     load_best_model_at_end: bool = option("the best evaluation becomes the result", default=False, trajectory=True)
     metric_for_best_model: str | None = option("loss or perplexity", default=None, shown="loss")
     greater_is_better: bool | None = option("of that metric", default=None, shown="False")
+    eval_generate: int | None = option(
+        "held-out conversations that are answered at each evaluation, and measured",
+        default=None, shown="none", at_least=1, needs="eval_strategy steps|epoch",
+    )  # fmt: skip
     forgetting: bool = option(
         "at each evaluation, loss and divergence from the start on general text", default=False,
         needs="eval_strategy steps|epoch",

@@ -4,6 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from tuning.training.row_recorder import EpochRows
+
+_EPOCHS_TOLD = 10
 _LITTLE = 0.01  # of a loss: less is no change
 _FORGOTTEN = 0.05  # of the loss on general text, that it may rise before something counts as forgotten
 _FAR = 0.3  # nats a token
@@ -31,19 +34,45 @@ def describe_outcome(log: Sequence[dict[str, Any]], general: dict[str, float] | 
     losses = [entry["loss"] for entry in log if "loss" in entry]
     evaluations = [(entry["step"], entry["eval_loss"]) for entry in log if "eval_loss" in entry]
     lines = []
+    if len(losses) == 1:
+        lines.append(f"the training loss was {losses[0]:.4f}")
     if len(losses) > 1:
         first, last = losses[0], _mean(losses[-max(1, len(losses) // 10) :])
-        fell = last < first * (1 - _LITTLE)
-        lines.append(
-            f"learnt: the training loss fell from {first:.4f} to {last:.4f}"
-            if fell
-            else f"learnt nothing: the training loss went from {first:.4f} to {last:.4f}"
-        )
+        if last < first * (1 - _LITTLE):
+            lines.append(f"learnt: the training loss fell from {first:.4f} to {last:.4f}")
+        else:
+            way_out = "; lower --learning_rate, or look at the data" if last > first else ""
+            lines.append(f"learnt nothing: the training loss went from {first:.4f} to {last:.4f}{way_out}")
     if len(evaluations) > 1:
         lines.append(_describe_evaluations(evaluations))
     if general is not None:
         lines.append(describe_general(general))
     return lines
+
+
+def describe_epoch(epoch: int, num_epochs: int, log: Sequence[dict[str, Any]], rows: EpochRows | None) -> list[str]:
+    """What an epoch did, in up to three lines: its loss, the evaluation, the rows with the highest losses.
+
+    epoch: from 1. log: as describe_outcome has it. rows: None: not recorded.
+    """
+    lines = []
+    if rows is not None:
+        since = ""
+        if rows.before is not None:
+            since = f", before {rows.before:.4f}; {rows.fell:,} of {rows.compared:,} rows fell"
+        lines.append(f"epoch {epoch:,} of {num_epochs:,}: loss {rows.loss:.4f}{since}")
+    evaluations = [(entry["step"], entry["eval_loss"]) for entry in log if "eval_loss" in entry]
+    if evaluations:
+        best_step, best = min(evaluations, key=lambda each: each[1])
+        lines.append(f"  evaluation: loss {evaluations[-1][1]:.4f}, best {best:.4f} at step {best_step:,}")
+    if rows is not None:
+        lines.append("  highest: " + ", ".join(f"{source} ({loss:.2f})" for source, loss in rows.highest))
+    return lines
+
+
+def is_told(epoch: int, num_epochs: int) -> bool:
+    """Whether an epoch, from 1, gets its lines: of many epochs some ten do, and the last."""
+    return epoch % math.ceil(num_epochs / _EPOCHS_TOLD) == 0 or epoch == num_epochs
 
 
 def _describe_evaluations(evaluations: Sequence[tuple[int, float]]) -> str:

@@ -6,6 +6,7 @@ prompt_hash and answer_hash. The losses are those that training computes anyway.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 ROWS_FILE = "rows.parquet"
+_NAMED = 3  # rows
 _VISIT = np.dtype([("row", np.int32), ("step", np.int32), ("loss", np.float32)])
+
+
+@dataclass(frozen=True)
+class EpochRows:
+    """What an epoch's rows learnt.
+
+    loss: mean over the tokens; before: of the epoch before, None in the first. fell, compared: how many rows' losses
+    fell since then. highest: (`file:line`, loss) of the rows with the highest losses.
+    """
+
+    loss: float
+    before: float | None
+    fell: int
+    compared: int
+    highest: list[tuple[str, float]]
 
 
 class RowRecorder:
@@ -64,11 +81,40 @@ class RowRecorder:
         dist.gather_object(mine, found or None)
         self._all += found
 
+    def summarize(self, epoch: int) -> EpochRows | None:
+        """What an epoch's rows learnt, of all that was gathered. On rank 0. None: nothing of it is known."""
+        visits = self._sorted()
+        epochs = (visits["step"] - 1) // self._steps_per_epoch
+        now, before = visits[epochs == epoch], visits[epochs == epoch - 1]
+        if not len(now):
+            return None
+        earlier = dict(zip(before["row"].tolist(), before["loss"].tolist(), strict=True))
+        pairs = [
+            (loss, earlier[row])
+            for row, loss in zip(now["row"].tolist(), now["loss"].tolist(), strict=True)
+            if row in earlier
+        ]
+        highest = now[np.argsort(-now["loss"], kind="stable")[:_NAMED]]
+        sources = self._describe(highest["row"].astype(np.int64))["source"].to_pylist()
+        return EpochRows(
+            self._mean(now),
+            self._mean(before) if len(before) else None,
+            sum(loss < old for loss, old in pairs),
+            len(pairs),
+            list(zip(sources, highest["loss"].tolist(), strict=True)),
+        )
+
+    def _mean(self, visits: NDArray[Any]) -> float:
+        return float(np.average(visits["loss"], weights=self._num_targets[visits["row"]]))
+
+    def _sorted(self) -> NDArray[Any]:
+        visits = np.concatenate([np.zeros(0, _VISIT), *self._all])
+        self._all = [visits[np.lexsort((visits["row"], visits["step"]))]]
+        return self._all[0]
+
     def write(self, directory: Path) -> None:
         """Write what was gathered. On rank 0."""
-        visits = np.concatenate([np.zeros(0, _VISIT), *self._all])
-        visits = visits[np.lexsort((visits["row"], visits["step"]))]
-        self._all = [visits]
+        visits = self._sorted()
         columns = self._describe(visits["row"].astype(np.int64))
         table = pa.table(
             {

@@ -156,18 +156,14 @@ def say_summary(record: RunRecord, scripts: Path, *, use_lora: bool) -> None:
     results: dict[str, Any] = record.results
     python = f"python {'' if Path.cwd() == scripts else shlex.quote(f'{scripts}/')}"
     out, merged = shlex.quote(str(record.directory)), shlex.quote(f"{record.directory}-merged")
-    if loss := results["loss"]:
-        say(f"loss: first {loss['first']:.4f}, last {loss['last']:.4f}")
-        if results["steps"] > 1 and loss["last"] > loss["first"]:
-            say("warning: the loss ended higher than it began; lower --learning_rate, or look at the data")
+    for line in results["outcome"]:
+        say(line)
     if best := results["best"]:
         say(f"evaluation: best loss {best['eval_loss']:.4f} at step {best['step']:,}, last {results['eval_loss']:.4f}")
         if results["stopped_early"]:
             say(f"            stopped early at step {results['steps']:,}: it did not fall any more")
         if results["eval_loss"] > best["eval_loss"] and not record.values["settings"]["run"]["load_best_model_at_end"]:
             say("            the result is the last step; --load_best_model_at_end True takes the best")
-    for line in results["outcome"]:
-        say(line)
     say(f"trained {results['steps']:,} steps in {results['train_s']:,} s, {results['tokens_per_s']:,} tokens/s")
     memory = record.values["plan"]["memory"]
     planned = memory and f" (planned: {memory['total'] / 2**30:.2f})"

@@ -29,6 +29,7 @@ from tuning.checkpoint.training_state import (
     save_training_state,
     trained_parameters,
 )
+from tuning.console import say
 from tuning.distributed.processes import RankZeroWork, leave_processes, on_rank_0, raise_on_all_ranks
 from tuning.distributed.sharding import local_part, reshard
 from tuning.errors import MachineError, explain_failed_write
@@ -42,7 +43,7 @@ from tuning.training.forgetting import ForgettingMeter
 from tuning.training.gradient_check import GradientCheck
 from tuning.training.metrics import StepMetrics
 from tuning.training.optimizer import describe_schedules, group_for_loraplus, restore_schedules
-from tuning.training.outcome import count_stale, describe_outcome
+from tuning.training.outcome import count_stale, describe_epoch, describe_outcome, is_told
 from tuning.training.row_recorder import RowRecorder
 from tuning.training.schedule import ScheduleCallback
 from tuning.training.step_loader import StepSampler, build_loader, move_micro_batch
@@ -492,6 +493,21 @@ class StepTrainer(Trainer):
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **options)
+        if not self.stopped_by and self.state.global_step % self.steps_per_epoch == 0:
+            self._tell_epoch()
+
+    def _tell_epoch(self) -> None:
+        """What the epoch did, in the log."""
+        epoch = self.state.global_step // self.steps_per_epoch
+        num_epochs = math.ceil(self.state.max_steps / self.steps_per_epoch)
+        if not is_told(epoch, num_epochs):
+            return
+        if self._recorder is not None:
+            self._recorder.gather()
+        if self.is_world_process_zero():
+            rows = self._recorder.summarize(epoch - 1) if self._recorder else None
+            for line in describe_epoch(epoch, num_epochs, self.state.log_history, rows):
+                say(line)
 
     # ---- a run ----
 
