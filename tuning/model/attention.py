@@ -3,15 +3,16 @@
 Registered with transformers under one name, so that every model that goes through its attention interface can use it.
 """
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -23,6 +24,20 @@ _QUERIES = 256  # of a block, where attention is written out: its scores are 256
 
 # Windows that attention was asked for, while somebody looks (packing.py).
 windows_seen: list[int | None] | None = None
+
+
+@contextlib.contextmanager
+def rows_lie_apart() -> Iterator[None]:
+    """Inside, transformers does not look for packed rows in position ids that count on: its look waits for the GPU."""
+    looks = getattr(masking_utils, "find_packed_sequence_indices", None)
+    if looks is None:  # another version
+        yield
+        return
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = looks
 
 
 def describe_packing(

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from tuning.errors import SettingsError
 from tuning.machine import is_out_of_memory
-from tuning.model.attention import describe_packing
+from tuning.model.attention import describe_packing, rows_lie_apart
 from tuning.model.divergence import Start, compare_with_base, compare_with_start, keep_start
 from tuning.model.loss import OutputHead, change_logits, chunk_rows, find_logit_change
 from tuning.model.quantized_linear import QuantizedLinear
@@ -107,10 +107,13 @@ class TrainingModel(nn.Module):
         row_starts: Tensor | None = None,
     ) -> Tensor:
         """What the output layer sees, [B, T, H]; inputs as in forward."""
-        packed: dict[str, Any] = {}
+        decoder = self.causal_lm.get_decoder()
         if lengths is not None:
-            packed = describe_packing(input_ids, position_ids, lengths, row_starts)
-        hidden: Tensor = self.causal_lm.get_decoder()(input_ids=input_ids, use_cache=False, **packed)[0]
+            packing = describe_packing(input_ids, position_ids, lengths, row_starts)
+            hidden: Tensor = decoder(input_ids=input_ids, use_cache=False, **packing)[0]
+            return hidden
+        with rows_lie_apart():
+            hidden = decoder(input_ids=input_ids, use_cache=False)[0]
         return hidden
 
     def _log_probabilities(self, hidden: Tensor) -> Tensor:
