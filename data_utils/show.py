@@ -4,11 +4,8 @@ import html
 import json
 from collections.abc import Iterator, Sequence
 
-from rich.console import Console
-from rich.text import Text
-
 from data_utils.new_tokens import list_content_tokens
-from data_utils.sources import printable
+from data_utils.sources import DataError, printable
 from data_utils.template import IGNORE_INDEX, ChatTemplate, Row
 
 _PAGE = """<!doctype html>
@@ -36,6 +33,11 @@ document.getElementById("filter").addEventListener("input", (event) => {{
 
 def as_text(row_id: str | None, row: Row, template: ChatTemplate, *, colour: bool, ids: bool) -> str:
     """Trained stretches in [[ ]], control tokens in « », and below them why each stretch is trained or not."""
+    try:
+        from rich.console import Console
+        from rich.text import Text
+    except ImportError:
+        raise DataError("rich is not installed: pip install rich; --html and --json do without") from None
     text = Text()
     for trained, pieces in _stretches(row, template):
         marked = Text("[[" if trained else "")

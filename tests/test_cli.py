@@ -34,6 +34,7 @@ def test_a_run_leaves_a_whole_result(run_script, checkpoints, tmp_path):
         "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
         "chat_template.jinja", "generation_config.json", "run.json", "metrics.jsonl", "manifest.json",
         "loss.png",
+        "rows.parquet",
         "checkpoint-3", "checkpoint-4",
     }  # fmt: skip
 

@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 
-from commands import chat
 from data_utils.__main__ import main
 from data_utils.sources import DataError, as_line, find_sources, printable, read_records
 from tests.test_cli import flags
@@ -90,7 +89,7 @@ def test_escapes_in_errors_of_every_entry_are_shown_and_not_obeyed(capfd):
 
 
 def test_escapes_in_answers_are_shown_and_not_obeyed(capfd):
-    chat._write(HIDING)
+    conversation._write(HIDING)
     out, _ = capfd.readouterr()
     assert not unprintable(out) and "hidden" in out
 

@@ -1,8 +1,21 @@
 """What one process of a run says to the user."""
 
 import os
+from typing import Any
 
-from rich.console import Console
+try:
+    from rich.console import Console
+except ImportError:  # on machines that others set up
+
+    class Console:  # type: ignore[no-redef]
+        """Prints lines as they are."""
+
+        is_terminal = False
+
+        def print(self, line: str, **_: Any) -> None:
+            """Print a line."""
+            print(line, flush=True)
+
 
 CONSOLE = Console()
 

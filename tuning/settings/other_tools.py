@@ -99,7 +99,7 @@ _NOT_HERE = {
     "here --fsdp full_shard": ("fsdp_version tensor_parallel tp_size device_map"),
     "here --train_embeddings full": ("additional_target lora_modules_to_save modules_to_save"),
     "not available yet": (
-        "neftune_alpha early_stopping_patience freeze_trainable_layers use_galore use_badam llama_pro use_apollo "
+        "neftune_alpha freeze_trainable_layers use_galore use_badam llama_pro use_apollo "
         "loraplus_lr_embedding curriculum_sampling"
     ),
     "here the type of the weights follows from --bf16, --fp16 and --pure_bf16": (

@@ -10,11 +10,10 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
 from tuning.checkpoint.run_record import METRICS_FILE
+from tuning.console import Console
 from tuning.errors import explain_failed_write
 from tuning.messages import RESUME_HINT
 
@@ -34,15 +33,17 @@ class ProgressCallback(TrainerCallback):
         self._console = console
         self._output_dir = output_dir
         self._chance_loss = math.log(vocabulary_size) if vocabulary_size else None
-        self._live: Progress | None = None
+        self._live: Any = None  # rich's Progress
         self._began = (0.0, 0)  # time (s) and step
-        self._task = TaskID(0)
+        self._task: Any = None
         self._next_plot = time.monotonic() + _SECONDS_BETWEEN_PLOTS
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the clock; open the live line, on a terminal."""
         self._began = (time.monotonic(), state.global_step)
         if self._console.is_terminal:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
             columns = (BarColumn(24), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
             self._live = Progress(*columns, console=self._console)
             self._task = self._live.add_task("", total=state.max_steps, completed=state.global_step)
