@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 
+from commands import conversation
 from data_utils.__main__ import main
 from data_utils.sources import DataError, as_line, find_sources, printable, read_records
 from tests.test_cli import flags
