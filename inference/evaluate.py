@@ -56,11 +56,10 @@ def check_flags(args: argparse.Namespace) -> None:
                 setattr(args, name, default)
             elif not getattr(args, owner):
                 raise SettingsError(f"--{name}: has no effect without --{owner}")
-    low = [name for name in ("batch_size", "max_new_tokens", "limit") if (getattr(args, name) or 1) < 1]
-    low += [name for name in ("worst", "num_fewshot") if (getattr(args, name) or 0) < 0]
-    low += ["model_max_length"] if args.model_max_length < 2 else []
-    if low or args.limit == 0:
-        raise SettingsError(f"--{(low or ['limit'])[0]}: too low")
+    least = {"model_max_length": 2, "worst": 0, "num_fewshot": 0}
+    for name in ("batch_size", "max_new_tokens", "limit", *least):
+        if (value := getattr(args, name)) is not None and value < least.get(name, 1):
+            raise SettingsError(f"--{name} {value}: must be at least {least.get(name, 1)}")
     for name in args.tasks or () if not args.allow_code_execution else ():
         if name.startswith(_RUN_CODE):
             raise SettingsError(f"--tasks {name}: runs code that the model writes; --allow_code_execution lets it")
