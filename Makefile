@@ -18,7 +18,7 @@ setup-dev: .venv/.installed-dev ## likewise, and requirements_dev.txt: serve.py,
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements_finetune.txt
 	touch $@
 
-.venv/.installed-dev: .venv/.installed requirements_dev.txt requirements_serve.txt
+.venv/.installed-dev: .venv/.installed requirements_dev.txt requirements_serve.txt requirements_eval.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements_finetune.txt -r requirements_dev.txt
 	touch $@
 

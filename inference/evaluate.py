@@ -60,6 +60,8 @@ def check_flags(args: argparse.Namespace) -> None:
     for name in ("batch_size", "max_new_tokens", "limit", *least):
         if (value := getattr(args, name)) is not None and value < least.get(name, 1):
             raise SettingsError(f"--{name} {value}: must be at least {least.get(name, 1)}")
+    if args.tasks and args.kv_cache != "full":
+        raise SettingsError(f"--kv_cache {args.kv_cache}: not with --tasks, where lm-eval generates")
     for name in args.tasks or () if not args.allow_code_execution else ():
         if name.startswith(_RUN_CODE):
             raise SettingsError(f"--tasks {name}: runs code that the model writes; --allow_code_execution lets it")

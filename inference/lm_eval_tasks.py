@@ -53,7 +53,12 @@ class Tasks:
             if not allow_code and (unsafe := _find_unsafe(index.task_index, name)):
                 raise SettingsError(f"--tasks {name}: {unsafe} runs code that the model writes; --allow_code_execution")
             place = contextlib.chdir(dataset_dir) if dataset_dir else contextlib.nullcontext()
-            with place, explain_bad_files(f"--tasks {name}: cannot be loaded with its data set"):
+            with (
+                place,
+                explain_bad_files(
+                    f"--tasks {name}: cannot be loaded with its data set (of the hub, or in --dataset_dir)"
+                ),
+            ):
                 found = index.load([name])
             for kind in loaded:
                 loaded[kind] |= found.get(kind, {})
@@ -65,10 +70,10 @@ class Tasks:
         for name, task in loaded["tasks"].items():
             if getattr(task, "UNSAFE_CODE", False) and not allow_code:
                 raise SettingsError(f"--tasks {name}: runs code that the model writes; --allow_code_execution lets it")
-            if num_fewshot is not None and task.get_config("num_fewshot") != 0:
-                task.set_config(key="num_fewshot", value=num_fewshot)
-            elif task.get_config("num_fewshot") is None:
-                task.set_config(key="num_fewshot", value=0)
+            own = task.get_config("num_fewshot")
+            if num_fewshot and own == 0:
+                raise SettingsError(f"--num_fewshot {num_fewshot}: {name} is always asked without solved examples")
+            task.set_config(key="num_fewshot", value=(own or 0) if num_fewshot is None else num_fewshot)
         self._loaded = loaded
 
     @property
@@ -193,7 +198,8 @@ def _find_index(manager: Any, names: Sequence[str], task_path: str | None) -> An
     """The tasks among which all names are: local ones alone, if they are enough, since lm-eval's take seconds."""
     if task_path:
         index = manager(include_path=str(Path(task_path).resolve()), include_defaults=False)
-        if set(names) <= set(index.all_tasks):
+        members = {member for entry in index.task_index.values() for member in _list_members(entry)}
+        if {*names, *members} <= set(index.all_tasks):
             return index
     index = manager(include_path=str(Path(task_path).resolve()) if task_path else None)
     if unknown := [name for name in names if name not in index.task_index]:
@@ -209,11 +215,14 @@ def _find_unsafe(index: Any, name: str, seen: frozenset[str] = frozenset()) -> s
     entry = index.get(name)
     if entry is None or name in seen:
         return None
-    config = entry.cfg or {}
-    if config.get("unsafe_code"):
+    if (entry.cfg or {}).get("unsafe_code"):
         return name
-    members = config.get("task")
-    inside = [*(members if isinstance(members, list) else ()), *entry.tags]
-    inside_names = [each.get("task", each.get("group")) if isinstance(each, dict) else each for each in inside]
-    found = (_find_unsafe(index, str(each), seen | {name}) for each in inside_names)
+    found = (_find_unsafe(index, member, seen | {name}) for member in _list_members(entry))
     return next(filter(None, found), None)
+
+
+def _list_members(entry: Any) -> list[str]:
+    """Names of the tasks and groups that a group or a tag of lm-eval's index consists of."""
+    listed = (entry.cfg or {}).get("task")
+    members = [*(listed if isinstance(listed, list) else ()), *(entry.tags if entry.yaml_path is None else ())]
+    return [str(each.get("task", each.get("group")) if isinstance(each, dict) else each) for each in members]

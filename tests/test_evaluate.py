@@ -189,6 +189,7 @@ def test_the_table_and_the_worst_are_shown_and_written(models, capsys):
         (["--data", CONVERSATIONS, "--max_new_tokens", "0"], "--max_new_tokens 0: must be at least 1"),
         (["--tasks", "mmlu", "--limit", "0"], "--limit 0: must be at least 1"),
         (["--tasks", "humaneval"], "runs code that the model writes; --allow_code_execution lets it"),
+        (["--tasks", "mmlu", "--kv_cache", "quantized"], "--kv_cache quantized: not with --tasks"),
         (["--tasks", "mmlu", "--dataset_dir", "absent"], "--dataset_dir absent: no such directory"),
         (["--data", CONVERSATIONS, "--json", "absent/x.json"], "its directory is not there"),
         (["--data", CONVERSATIONS, "--fail_below", "loss=1"], "lower is better; use --fail_above"),
