@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -17,7 +18,7 @@ from inference.estimates import Value, subtract
 from inference.held_out import HeldOut, Result
 from inference.metrics import match_exactly, measure_rouge_l
 from tuning.checkpoint.files import replace_file
-from tuning.console import CONSOLE, say
+from tuning.console import say
 from tuning.errors import SettingsError, explain_failed_write
 
 _MOST_CHARACTERS = 300  # of a text among the worst conversations, on the terminal and in markdown
@@ -172,8 +173,7 @@ def _print_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
     for line in lines:
         table.add_row(*map(Text, line))
     # As wide as it is: cut to a pipe's 80 columns it would lack numbers.
-    wide = CONSOLE.options.update(max_width=10_000)
-    CONSOLE.print(table, width=CONSOLE.measure(table, options=wide).maximum, crop=False)
+    Console(width=Console(width=10_000).measure(table).maximum).print(table)
 
 
 def _to_markdown(header: Sequence[str], lines: Sequence[Sequence[str]], worst: Sequence[str]) -> str:

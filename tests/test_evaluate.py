@@ -14,6 +14,7 @@ from commands.loading import load_answering
 from data_utils.template import ChatTemplate
 from inference import evaluate
 from inference.held_out import measure_losses
+from inference.metrics import DATA_METRICS
 from tests import runs
 from tests.conftest import CONVERSATIONS, build_model
 from tests.serving import ANSWER, ASKED, CALL, CALLED, RESULT, TOOL, write_tool_model
@@ -89,8 +90,12 @@ def test_an_adapter_brings_its_base_and_equals_its_merge(models, report, checkpo
     assert 0 < difference["standard_error"] < math.inf and "difference" not in loss["untied"]
 
 
-def test_batches_change_nothing(models, report):
+def test_batches_change_nothing_and_the_table_is_whole(models, report, capsys):
     alone = run(models, models / "adapter", models / "merged", "--batch_size", "1")
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["untied", "adapter", "difference", "merged", "difference"] in lines
+    assert all(line.count("±") == 5 for line in lines if line[0] in DATA_METRICS)
+    assert [line[0] for line in lines if line[0] in DATA_METRICS] == list(alone["metrics"])
     for name in report["order"]:
         assert_same(column(alone, name), column(report, name))
 
