@@ -23,7 +23,7 @@ setup-browser: ## Debian's Chromium and its driver, for the tests of the chat pa
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements_finetune.txt
 	touch $@
 
-.venv/.installed-dev: .venv/.installed requirements_dev.txt requirements_serve.txt requirements_export.txt
+.venv/.installed-dev: .venv/.installed requirements_dev.txt requirements_serve.txt requirements_export.txt requirements_eval.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements_finetune.txt -r requirements_dev.txt
 	touch $@
 

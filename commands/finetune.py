@@ -12,7 +12,7 @@ from data_utils.steps import StepDataset
 from data_utils.template import ChatTemplate
 from data_utils.tokenizer import load_tokenizer
 from data_utils.training_data import GENERAL_FILE, TrainingData, read_training_data
-from inference.held_out import HeldOutCallback, find_questions
+from inference.eval_answers import AnswersCallback, find_questions
 from inference.samples import SampleCallback
 from tuning.checkpoint.base import inspect_base
 from tuning.checkpoint.result import ResultWriter
@@ -122,7 +122,7 @@ def run(settings: Settings, *, began: float) -> int:
     if data.samples and is_rank_0():
         trainer.add_callback(SampleCallback(model.training_model, data.tokenizer, data.samples, run, say))
     if questions and is_rank_0():
-        trainer.add_callback(HeldOutCallback(model.training_model, data.tokenizer, questions, run, say))
+        trainer.add_callback(AnswersCallback(model.training_model, data.tokenizer, questions, run, say))
 
     # ---- result ----
     code = run_training(trainer, record, writer, start, recorder)

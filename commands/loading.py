@@ -1,4 +1,4 @@
-"""A model or an adapter, ready to answer: for chat.py, serve.py and the tools of inference/."""
+"""A model or an adapter, ready to answer: for chat.py, serve.py, evaluate.py and the tools of inference/."""
 
 import argparse
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from commands.original import find_loadable, find_loadable_base
 from data_utils.sources import printable
@@ -78,6 +78,34 @@ def load_answering(args: argparse.Namespace, *, needs_template: bool = True) -> 
     if (generation_config := load_generation_config(str(path))) is not None:
         model.generation_config = generation_config  # where the adapter was trained to stop
     return Answering(model, tokenizer, read_system_message(path), kept=training_model)
+
+
+@dataclass
+class Asking:
+    """What prompts are made with and answers end by, without a model: its tokenizer, system message and stop tokens."""
+
+    tokenizer: PreTrainedTokenizerBase
+    system_message: str | None
+    generation_config: GenerationConfig
+
+
+def load_asking(args: argparse.Namespace) -> Asking:
+    """Load what goes with the model or adapter that args.model names, but no weights.
+
+    args: as load_answering takes them. Raises: as load_answering does.
+    """
+    path = Path(args.model)
+    if not (path / "adapter_config.json").is_file():
+        source = name = find_loadable(args.model, allow_pickle=args.allow_pickle, say=tell)
+    else:
+        from tuning.checkpoint.adapter_base import find_base, tokenizer_source
+
+        base = find_base(path, find_loadable_base(path, args.base, args, tell), None)
+        source = str(tokenizer_source(path, base))
+        name = str(path if (path / "generation_config.json").is_file() else base)
+    tokenizer = load_tokenizer(source, trust_remote_code=args.trust_remote_code)
+    config = load_generation_config(name) or GenerationConfig()
+    return Asking(tokenizer, read_system_message(path), config)
 
 
 def _choose_quantization(bits: int | None, own: Quantization | None, path: str) -> Quantization | None:

@@ -11,6 +11,11 @@ from tuning.errors import SettingsError
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Add MODEL and the flags of loading it."""
     parser.add_argument("model", help="merged model, full model, or adapter directory")
+    add_loading_flags(parser)
+
+
+def add_loading_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of loading a model."""
     parser.add_argument("--base", help="base model of an adapter (default: the one it names)")
     parser.add_argument(
         "--dtype",

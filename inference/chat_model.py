@@ -104,11 +104,7 @@ class ChatModel:
 
     @cached_property
     def _markup(self) -> Any:
-        try:
-            from inference.markup import find_markup
-        except ImportError as error:
-            raise SettingsError(f"tools: {error}; pip install -r requirements_serve.txt") from None
-        return find_markup(self.template)
+        return load_markup(self.template)
 
     def find_shown(self, has_tools: bool) -> frozenset[str]:
         """Special tokens that are part of an answer's text: the markup of calls."""
@@ -122,6 +118,15 @@ class ChatModel:
 
         parser = MessageParser(self._markup.calls, self.tokenizer.decode(prompt), tools)
         return _as_message([*parser.feed(text), *parser.finish()])
+
+
+def load_markup(template: ChatTemplate) -> Any:
+    """What a template writes calls of tools with (markup.Markup). Raises: SettingsError: libraries are lacking."""
+    try:
+        from inference.markup import find_markup
+    except ImportError as error:
+        raise SettingsError(f"tools: {error}; pip install -r requirements_serve.txt") from None
+    return find_markup(template)
 
 
 def choose_cache(model: PreTrainedModel, kind: str) -> dict[str, Any]:

@@ -273,7 +273,8 @@ def test_help_is_short_and_has_the_real_defaults(words):
 
 
 @pytest.mark.parametrize(
-    "script", ["merge_lora.py", "chat.py", "serve.py", "quantize.py", "examples/tiny_model.py", "examples/ask.py"]
+    "script",
+    ["merge_lora.py", "chat.py", "serve.py", "quantize.py", "evaluate.py", "examples/tiny_model.py", "examples/ask.py"],
 )
 def test_every_script_has_help(script):
     assert run_python(script, "--help").stdout.startswith("usage: ")

@@ -22,7 +22,7 @@ STANDARD_ONLY = {
 }
 OPTIONAL = {
     *("deepspeed", "bitsandbytes", "gptqmodel", "mpi4py", "optimum", "tiktoken", "datasets", "modelscope"),
-    *("fastapi", "starlette", "uvicorn", "openai", "pydantic", "vllm", "gguf", "conversion"),
+    *("fastapi", "starlette", "uvicorn", "openai", "pydantic", "vllm", "gguf", "conversion", "lm_eval"),
 }
 LEAVES = {"errors", "messages", "machine", "console"}
 # Folders of tuning/ and what each may import beside itself and the leaves.
@@ -39,9 +39,9 @@ MAY_IMPORT = {
     "checkpoint": {"settings", "distributed", "model"},
     "training": {"settings", "distributed", "model", "planning", "checkpoint"},
 }
-SCRIPTS = {"finetune", "merge_lora", "quantize", "chat", "serve"}
+SCRIPTS = {"finetune", "merge_lora", "quantize", "chat", "serve", "evaluate"}
 # Run as python -m, or the door for notebooks: they know what the scripts know, and nothing imports them.
-SCRIPT_MODULES = {"tuning.convert", "inference.__init__", "inference.prove", "inference.export"}
+SCRIPT_MODULES = {"tuning.convert", "inference.__init__", "inference.prove", "inference.export", "inference.evaluate"}
 ENTRIES = {*SCRIPTS, "examples", "tests", "benchmarks"}
 PACKAGES = {
     "data_utils": {"tuning", "inference", "commands", *ENTRIES},

@@ -11,7 +11,7 @@ from data_utils.conversations import DataOptions
 from data_utils.dataset import load_rows
 from data_utils.schema import parse_record
 from data_utils.sources import Record
-from inference.held_out import find_questions
+from inference.eval_answers import find_questions
 from inference.metrics import measure_rouge_l
 from tests import runs
 from tests.conftest import CONVERSATIONS, tear
