@@ -53,9 +53,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """Command line."""
-    parser = OneLineParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__)
     add_model_flags(parser)
     ask = parser.add_mutually_exclusive_group()
     ask.add_argument("--prompt", help="one question; the answer goes to standard output")

@@ -58,7 +58,7 @@ def read_weight(text: str) -> tuple[str, float]:
 
 def build_parser() -> argparse.ArgumentParser:
     """Command line."""
-    parser = OneLineParser(description=__doc__, allow_abbrev=False)
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("one", metavar="ADAPTER", nargs="?", help="output directory of a LoRA run, or a checkpoint")
     parser.add_argument("out", metavar="OUT", help="directory for the merged model; absent or empty")
     parser.add_argument(

@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """Command line."""
-    parser = OneLineParser(description=__doc__, allow_abbrev=False)
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("model", help="a standalone model: of full training, or merged")
     parser.add_argument("out", help="directory for the quantised model; absent or empty")
     parser.add_argument("--data", nargs="+", required=True, help="conversations to calibrate and to measure on")

@@ -38,7 +38,7 @@ def load(
     words = [f"--{name}={value}" for name, value in flags.items() if value is not None]
     trust = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
     words += [f"--{name}" for name, value in trust.items() if value]
-    parser = OneLineParser(allow_abbrev=False)
+    parser = OneLineParser()
     add_model_flags(parser)
     args = parser.parse_args([*words, "--", str(model)])
     find_named_model(args)

@@ -108,12 +108,7 @@ def read_options(args: argparse.Namespace) -> DataOptions:
 
 def build_parser() -> argparse.ArgumentParser:
     """Command line."""
-    parser = OneLineParser(
-        prog="evaluate.py",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = OneLineParser(prog="evaluate.py", description=__doc__)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="merged or full models, adapter directories")
     parser.add_argument("--data", nargs="+", metavar="FILE", help="held-out conversations, as training takes them")
     parser.add_argument("--max_new_tokens", type=int, help="longest answer in tokens (default 512)")

@@ -50,12 +50,7 @@ def find_llama_cpp(named: str | None) -> Path:
 
 def build_parser() -> argparse.ArgumentParser:
     """Command line."""
-    parser = OneLineParser(
-        prog="python -m inference.export",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = OneLineParser(prog="python -m inference.export", description=__doc__)
     parser.add_argument("model", help="a standalone model: of full training, or merged")
     parser.add_argument("out", help="directory for the export; absent or empty")
     parser.add_argument("--to", required=True, choices=["gguf", "ollama"], help="ollama: a Modelfile beside the GGUF")

@@ -34,12 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Command line."""
-    parser = OneLineParser(
-        prog="python -m inference.prove",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = OneLineParser(prog="python -m inference.prove", description=__doc__)
     add_model_flags(parser)
     parser.add_argument("--url", required=True, help="of the API, up to and with /v1")
     parser.add_argument("--api_key", default="none", help="that the endpoint asks for")

@@ -21,12 +21,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """Command line."""
-    parser = OneLineParser(
-        prog="python -m tuning.convert",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = OneLineParser(prog="python -m tuning.convert", description=__doc__)
     parser.add_argument("source", help="directory of the original checkpoint, with qwen.tiktoken")
     parser.add_argument("out", help="directory for the converted model; absent or empty")
     parser.add_argument("--overwrite", action="store_true", help="delete OUT first")

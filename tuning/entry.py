@@ -18,7 +18,10 @@ _OBEYED = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode's categories of control char
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Shows a mistake in one line, without the usage."""
+    """Shows a mistake in one line, without the usage; a flag is written out; the description keeps its line breaks."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**{"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter, **options})
 
     def error(self, message: str) -> NoReturn:
         """Raise what run_entry prints."""
