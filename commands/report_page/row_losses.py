@@ -195,12 +195,12 @@ def read_row_losses(path: Path) -> RowLosses:
 
 def _read_column(column: Any, name: str, kind: type) -> NDArray[Any]:
     if column.null_count:
-        raise SettingsError(f"the column {name} has empty cells")
+        raise ValueError(f"the column {name} has empty cells")
     if kind is str:
         return np.array(column.to_pylist(), dtype=object)
     values = np.asarray(column)
     if values.dtype.kind not in ("iu" if kind is int else "f"):
-        raise SettingsError(f"the column {name} holds {column.type}")
+        raise ValueError(f"the column {name} holds {column.type}")
     return values.astype(np.int64 if kind is int else np.float64)
 
 
@@ -209,9 +209,9 @@ def _arrange(columns: dict[str, NDArray[Any]], *, has_hashes: bool) -> RowLosses
     _, place, row = np.unique(columns["row"], return_index=True, return_inverse=True)
     epochs, epoch = np.unique(columns["epoch"], return_inverse=True)
     if not len(place):
-        raise SettingsError("there is no row in it yet")
+        raise ValueError("there is no row in it yet")
     if len(place) * len(epochs) > _MAX_CELLS:
-        raise SettingsError(f"{len(place):,} rows in {len(epochs):,} epochs are too many to compare")
+        raise ValueError(f"{len(place):,} rows in {len(epochs):,} epochs are too many to compare")
     losses = np.where(np.isfinite(columns["loss"]), columns["loss"], np.inf)
     sums, counts = np.zeros((len(place), len(epochs))), np.zeros((len(place), len(epochs)))
     np.add.at(sums, (row, epoch), losses)
