@@ -104,7 +104,7 @@ def _row_lines(losses: RowLosses, row: int, data: DataRows) -> list[str]:
     values = [show(value) for value in losses.losses[row] if not math.isnan(value)]
     if len(values) > _MAX_SHOWN_EPOCHS:
         values = [*values[:3], "...", *values[-2:]]
-    words = [where, row_id, f"excess {show(losses.excess[row])}", f"{losses.tokens[row]:,} tokens"]
+    words = [where, row_id, f"excess {show(round(losses.excess[row], 1))}", f"{losses.tokens[row]:,} tokens"]
     words += [f"loss {' '.join(values)}", ", ".join(losses.verdicts_of(row))]
     lines = [printable("  ".join(filter(None, words)))]
     if texts := data.texts((where, row_id)):

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from commands.report_page import charts, server
 from commands.report_page.charts import Curve, Level, draw_chart
 from commands.report_page.data_rows import read_rows
+from commands.report_page.markup import tag
 from commands.report_page.page import build_page
 from commands.report_page.runs import read_run
 from data_utils.sources import printable
@@ -149,6 +150,13 @@ def test_texts_never_become_markup(tmp_path_factory, texts):
     expected = {**texts, "value": json.dumps([texts["value"]], ensure_ascii=False)}
     for name, text in expected.items():
         assert escaped(text).replace("\n", "\\n") in seen, name
+
+
+@given(HOSTILE)
+def test_an_element_holds_its_texts(text):
+    found = Parsed(tag("p", text, tag("b", text), title=text))
+    assert found.tags == [("p", ["title"]), ("b", []), "/b", "/p"]
+    assert "".join(found.texts) == escaped(text) * 2 and found.values == [escaped(text)]
 
 
 def test_names_of_runs_are_text_too(tmp_path):
@@ -480,7 +488,7 @@ def test_the_page_in_a_browser(trained, tmp_path, run_script):
         charts_ = browser.find_elements("css selector", ".charts svg")
         assert len(charts_) == 7 and all(chart.size["height"] > 100 for chart in charts_)
         rows = browser.find_elements("css selector", "#worst-0 tbody tr")
-        browser.find_element("css selector", "input[data-rows]").send_keys(rows[3].text.split("\n")[1])
+        browser.find_element("css selector", "input[data-rows]").send_keys(rows[3].text.split("\n")[1].split()[0])
         assert [row.is_displayed() for row in rows] == [number == 3 for number in range(len(rows))]
         assert browser.execute_script("return document.body.scrollWidth <= innerWidth"), "no sideways scrolling"
 

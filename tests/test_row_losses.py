@@ -230,11 +230,21 @@ def test_ten_shuffled_answers_are_among_the_worst_twenty(tmp_path):
             *("finetune.py", "--model_name_or_path", tmp_path / model, "--data_path", tmp_path / data),
             *("--output_dir", tmp_path / out, "--num_train_epochs", epochs, "--learning_rate", rate),
             *("--per_device_train_batch_size", 8, "--model_max_length", 512, "--lr_scheduler_type", "cosine"),
-            *("--logging_steps", 50, "--save_strategy", "no", "--no_cache"),
+            *(
+                "--adam_beta2",
+                0.95,
+                "--warmup_steps",
+                0.1,
+                "--logging_steps",
+                50,
+                "--save_strategy",
+                "no",
+                "--no_cache",
+            ),
             timeout_s=600,
         )
 
-    train("base", "right.jsonl", "knows", 14, 4e-3)
+    train("base", "right.jsonl", "knows", 11, 3e-3)
     train("knows", "planted.jsonl", "out", 3, 5e-4)
     listed = run_python("-m", "tuning.report", tmp_path / "out", "--rows", "--json").stdout.splitlines()
     worst = {json.loads(line)["source"] for line in listed}

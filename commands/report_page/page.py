@@ -175,5 +175,5 @@ def _show_answers(runs: Sequence[Run]) -> Content:
             previous = (run, answer)
             rows.append([*([run.name] if len(runs) > 1 else []), f"{step:,}", answer, ended])
         headings = [*(["run"] if len(runs) > 1 else []), "steps", "answer", "ended by"]
-        parts += [tag("h3", prompt), table(headings, rows)]
+        parts += [tag("h3", prompt), table(headings, rows, class_="answers")]
     return parts

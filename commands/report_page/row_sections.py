@@ -123,11 +123,11 @@ def _list_rows(losses: RowLosses, rows: Sequence[int], data: DataRows) -> Markup
             [
                 [where, tag("br"), tag("span", row_id, class_="note")],
                 f"{losses.tokens[row]:,}",
-                tag("span", f"{show(losses.first[row])} → {show(losses.last[row])}", class_="one-line"),
+                f"{show(losses.first[row])} → {show(losses.last[row])}",
                 draw_sparkline(values[~np.isnan(values)].tolist(), highest),
-                show(losses.excess[row]),
+                show(round(losses.excess[row], 1)),
                 ", ".join(losses.verdicts_of(row)),
                 [tag("span", shorten(texts[0]), class_="note"), tag("br"), shorten(texts[1])] if texts else None,
             ]
         )
-    return table(("place", "tokens", "loss", "by epoch", "excess", "verdicts", "prompt and answer"), lines)
+    return table(("place", "tokens", "loss", "by epoch", "excess", "verdicts", "prompt and answer"), lines, class_="rows")
