@@ -8,7 +8,7 @@ from typing import Any
 
 from commands.report_page.charts import show
 from commands.report_page.data_rows import DataRows, Place, read_rows, shorten
-from commands.report_page.page import build_page
+from commands.report_page.page import MARK, build_page
 from commands.report_page.row_losses import RowLosses, choose_rows, read_row_losses
 from commands.report_page.row_sections import NUM_WORST
 from commands.report_page.runs import read_run, read_runs
@@ -18,6 +18,7 @@ from tuning.checkpoint.files import replace_file
 from tuning.errors import SettingsError, explain_failed_write
 
 PAGE_FILE = "report.html"
+_HEAD_BYTES = 4096  # of a page, which has its mark there
 _MAX_SHOWN_EPOCHS = 6  # losses of a row in the terminal; of more its first and last
 
 
@@ -35,10 +36,20 @@ def write_page(directories: list[str], out: str | None) -> None:
     """Write the page. Raises: SettingsError: no such run. MachineError: it cannot be written."""
     runs = read_runs(directories)
     path = Path(out) if out is not None else runs[0].directory / PAGE_FILE
-    page = build_page(runs).encode()
-    with explain_failed_write(path, "name another --out"):
-        replace_file(path, page)
+    with explain_failed_write(path, "try again, or name another --out"):
+        _check_place(path)
+        replace_file(path, build_page(runs).encode())
     print(f"report: {path}")
+
+
+def _check_place(path: Path) -> None:
+    """See that a file in the page's place is an earlier page. Raises: SettingsError."""
+    if not path.is_file():
+        return
+    with open(path, "rb") as file:
+        head = file.read(_HEAD_BYTES)
+    if MARK.encode() not in head:
+        raise SettingsError(f"{path}: is there, and no report; name another --out")
 
 
 def serve(directories: list[str], port: int) -> None:

@@ -59,6 +59,7 @@ def write_run(directory, *, texts=None, rows=3, status="finished", lines=()):
         "plan": {"memory": {"total": 2**30}, "layout": {"num_steps": 4}},
         "parameters": {"trainable": 10, "total": 1000},
         "wall_s": 12.5,
+        "sessions": [{"began": "2026-01-02T03:04:05+00:00"}],
     }
     (directory / "run.json").write_text(json.dumps(record))
     metrics = [{"step": n, "loss": 4.0 / n, "learning_rate": 0.1, "peak_gib": 0.5, "tokens_per_s": 9} for n in (1, 2)]
@@ -389,6 +390,10 @@ def test_mistakes_are_one_line_each(tmp_path, run_script):
         (run / "run.json").write_text(text)
         code, _, stderr = run_script(SCRIPT, run)
         assert code == 2 and message in stderr and len(stderr.splitlines()) == 1
+    theirs = tmp_path / "theirs.html"
+    theirs.write_text("<p>theirs</p>")
+    assert "theirs.html: is there, and no report" in run_script(SCRIPT, other, "--out", theirs)[2]
+    assert theirs.read_text() == "<p>theirs</p>"
     code, _, stderr = run_script(SCRIPT, other, "--out", tmp_path / "absent" / "page.html")
     assert code == 1 and "page.html: could not be written: No such file or directory" in stderr
 
@@ -398,7 +403,19 @@ ODD = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )
-KEYS = ["status", "settings", "data", "eval_data", "plan", "parameters", "versions", "git", "wall_s", "directory"]
+KEYS = [
+    "sessions",
+    "status",
+    "settings",
+    "data",
+    "eval_data",
+    "plan",
+    "parameters",
+    "versions",
+    "git",
+    "wall_s",
+    "directory",
+]
 
 
 @settings(max_examples=40)

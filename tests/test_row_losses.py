@@ -102,6 +102,12 @@ def test_rows_disagree_where_a_prompt_has_two_answers(pairs):
     assert find_disagreeing(prompts, answers).tolist() == expected
 
 
+def test_rows_that_disagree_stand_together():
+    prompts, answers = np.array([7, 8, 7, 9, 8, 7]), np.array([1, 1, 2, 1, 2, 3])
+    rows = of(np.array([[1.0], [5.0], [3.0], [9.0], [2.0], [4.0]]), hashes=(prompts, answers))
+    assert choose_rows(rows, sort="loss", verdict="disagrees") == [1, 4, 5, 2, 0]
+
+
 def test_plain_text_has_no_prompt_to_disagree_on():
     nothing = int.from_bytes(hashlib.blake2b(b"", digest_size=8).digest(), "little", signed=True)
     assert not find_disagreeing(np.array([nothing, nothing]), np.array([1, 2])).any()

@@ -11,6 +11,7 @@ from commands.report_page.row_sections import show_label_view, show_rows
 from commands.report_page.runs import Run, is_number
 from commands.report_page.settings import show_account, show_differences, show_settings
 
+MARK = tag("meta", name="generator", content="python -m tuning.report")  # a file with it may be written over
 _FOLDER = Path(__file__).parent
 _CHARTS = (  # title, name in metrics.jsonl, whether the axis begins at 0
     ("Gradient norm", "grad_norm", False),
@@ -54,6 +55,7 @@ def _write_document(title: str, body: Content, refresh_s: int | None) -> str:
     head = [
         tag("meta", charset="utf-8"),
         tag("meta", http_equiv="Content-Security-Policy", content=policy),
+        MARK,
         tag("meta", name="viewport", content="width=device-width"),
         tag("title", title),
         tag("style", Markup(style)),
@@ -100,10 +102,15 @@ def _describe_run(run: Run) -> dict[str, str | None]:
     steps = max((step for step, _ in losses), default=0)
     planned = run.find("plan", "layout", "num_steps")
     counts = run.find("parameters", "trainable"), run.find("parameters", "total")
+    sessions = run.find("sessions")
+    began = (
+        sessions[0].get("began") if isinstance(sessions, list) and sessions and isinstance(sessions[0], dict) else None
+    )
     best = min(evaluations, key=lambda point: point[1], default=(0, 0))
     plan, wall_s = run.planned_gib, run.find("wall_s")
     return {
         "status": run.status,
+        "began": began if isinstance(began, str) else None,
         "model": run.find_text("settings", "model", "model_name_or_path"),
         "trained": f"{run.kind}: {counts[0]:,} of {counts[1]:,} parameters" if _counts(*counts) else run.kind,
         "steps": f"{steps:,.0f}" + (f" of {planned:,}" if _counts(planned) else ""),

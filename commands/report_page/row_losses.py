@@ -170,7 +170,12 @@ def choose_rows(losses: RowLosses, *, sort: str = "excess", verdict: str | None 
         "place": np.arange(len(losses.tokens)),
     }
     order = np.argsort(keys[sort], kind="stable")
-    return (order if verdict is None else order[losses.verdicts[verdict][order]]).tolist()
+    if verdict is not None:
+        order = order[losses.verdicts[verdict][order]]
+    if verdict == "disagrees" and losses.hashes is not None:  # rows of one prompt stand together
+        _, place, prompt = np.unique(losses.hashes[0][order], return_index=True, return_inverse=True)
+        order = order[np.argsort(place[prompt], kind="stable")]
+    return order.tolist()
 
 
 # ---- reading ----

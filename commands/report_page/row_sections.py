@@ -130,4 +130,5 @@ def _list_rows(losses: RowLosses, rows: Sequence[int], data: DataRows) -> Markup
                 [tag("span", shorten(texts[0]), class_="note"), tag("br"), shorten(texts[1])] if texts else None,
             ]
         )
-    return table(("place", "tokens", "loss", "by epoch", "excess", "verdicts", "prompt and answer"), lines, class_="rows")
+    headings = ("place", "tokens", "loss", "by epoch", "excess", "verdicts", "prompt and answer")
+    return table(headings, lines, class_="rows")
