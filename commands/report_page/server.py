@@ -33,7 +33,8 @@ def make_server(directories: list[str], port: int) -> ThreadingHTTPServer:
         timeout = _CLIENT_TIMEOUT_S
 
         def do_GET(self) -> None:
-            if self.headers.get("Host", "").rpartition(":")[0] not in _NAMES:
+            host = self.headers.get("Host", "")
+            if (host.rpartition(":")[0] or host) not in _NAMES:
                 self._send(403, "this server answers to 127.0.0.1 and localhost only")
             elif self.path != "/":
                 self._send(404, "the page is at /")
@@ -44,7 +45,7 @@ def make_server(directories: list[str], port: int) -> ThreadingHTTPServer:
                     self._send(500, str(error))
 
         def _send(self, status: int, text: str) -> None:
-            body = text.encode()
+            body = text.encode(errors="backslashreplace")
             self.send_response(status)
             for name, value in _HEADERS.items():
                 kind = "text/plain; charset=utf-8" if name == "Content-Type" and status != 200 else value
