@@ -69,23 +69,26 @@ def as_json(row_id: str | None, row: Row, template: ChatTemplate) -> str:
 
 def as_html(rows: Sequence[tuple[str | None, str, Row]], template: ChatTemplate, *, ids: bool) -> str:
     """One self-contained page. rows: (id, `file:line`, row)."""
-    parts = []
-    for row_id, where, row in rows:
-        body, position = "", 0
-        reasons = _reasons(row)
-        for trained, pieces in _stretches(row, template):
-            inner = ""
-            for piece, is_control, piece_ids in pieces:
-                shown = html.escape(printable(piece)) + (f" <small>{piece_ids}</small> " if ids else "")
-                inner += f'<span class="control">{shown}</span>' if is_control else shown
-                position += len(piece_ids)
-            why = next((reason for start, end, reason in reasons if start < position <= end), "")
-            body += f'<span{" class=trained" if trained else ""} title="{html.escape(why)}">{inner}</span>'
-        title = f'{html.escape(_headline(row_id, row))} <span class="place">{html.escape(where)}</span>'
-        parts.append(f"<section><h3>{title}</h3>\n<pre>{body}</pre></section>")
+    parts = [as_section(row_id, where, row, template, ids=ids) for row_id, where, row in rows]
     tokens, supervised = sum(len(row.input_ids) for *_, row in rows), sum(row.num_supervised for *_, row in rows)
     totals = f"{len(rows):,} rows, {tokens:,} tokens, {supervised:,} supervised"
     return _PAGE.format(totals=totals, rows="\n".join(parts))
+
+
+def as_section(row_id: str | None, where: str, row: Row, template: ChatTemplate, *, ids: bool = False) -> str:
+    """A row as a part of a page, everything in it escaped. where: `file:line`."""
+    body, position = "", 0
+    reasons = _reasons(row)
+    for trained, pieces in _stretches(row, template):
+        inner = ""
+        for piece, is_control, piece_ids in pieces:
+            shown = html.escape(printable(piece)) + (f" <small>{piece_ids}</small> " if ids else "")
+            inner += f'<span class="control">{shown}</span>' if is_control else shown
+            position += len(piece_ids)
+        why = next((reason for start, end, reason in reasons if start < position <= end), "")
+        body += f'<span{" class=trained" if trained else ""} title="{html.escape(why)}">{inner}</span>'
+    title = f'{html.escape(_headline(row_id, row))} <span class="place">{html.escape(where)}</span>'
+    return f"<section><h3>{title}</h3>\n<pre>{body}</pre></section>"
 
 
 def _headline(row_id: str | None, row: Row) -> str:

@@ -41,7 +41,10 @@ MAY_IMPORT = {
 }
 SCRIPTS = {"finetune", "merge_lora", "quantize", "chat", "serve", "evaluate"}
 # Run as python -m, or the door for notebooks: they know what the scripts know, and nothing imports them.
-SCRIPT_MODULES = {"tuning.convert", "inference.__init__", "inference.prove", "inference.export", "inference.evaluate"}
+SCRIPT_MODULES = {
+    *("tuning.convert", "tuning.report"),
+    *("inference.__init__", "inference.prove", "inference.export", "inference.evaluate"),
+}
 ENTRIES = {*SCRIPTS, "examples", "tests", "benchmarks"}
 PACKAGES = {
     "data_utils": {"tuning", "inference", "commands", *ENTRIES},

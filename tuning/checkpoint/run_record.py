@@ -1,4 +1,4 @@
-"""What a run was and what it measured: run.json and metrics.jsonl."""
+"""What a run was and what it measured: run.json, metrics.jsonl, and the name of rows.parquet."""
 
 import contextlib
 import importlib.metadata
@@ -19,7 +19,7 @@ from tuning.errors import MachineError, explain_failed_write
 from tuning.messages import RESUME_HINT
 
 PROGRAM = "finetune.py"  # what run.json and the owner's mark say of who wrote them
-RUN_FILE, METRICS_FILE = "run.json", "metrics.jsonl"
+RUN_FILE, METRICS_FILE, ROWS_FILE = "run.json", "metrics.jsonl", "rows.parquet"
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
 _OPTIONAL = ("deepspeed", "bitsandbytes", "gptqmodel")  # part of some runs; None where not installed
 

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-ROWS_FILE = "rows.parquet"
+from tuning.checkpoint.run_record import ROWS_FILE
+
 _NAMED = 3  # rows
 _VISIT = np.dtype([("row", np.int32), ("step", np.int32), ("loss", np.float32)])
 
