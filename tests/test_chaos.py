@@ -117,7 +117,11 @@ def test_kills_under_every_engine(forks, checkpoints, tmp_path, engine, kind):
 
 
 @pytest.mark.parametrize(
-    ("engine", "kind"), [("zero2", "lora"), ("zero3", "lora"), ("zero3", "full"), ("fsdp", "lora")]
+    ("engine", "kind"),
+    [
+        *(("zero2", "lora"), ("zero3", "lora"), ("fsdp", "lora")),
+        pytest.param("zero3", "full", marks=pytest.mark.slow),
+    ],
 )
 def test_one_kill_under_every_engine(forks, checkpoints, tmp_path, engine, kind):
     # It resumes behind an evaluation, so a step without dropout (or with it in evaluation) would show.

@@ -216,7 +216,8 @@ def test_data_loaders_leave_signals_to_the_run(hurt, calm, tmp_path):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_torchrun_passes_a_signal_on_and_is_not_read_as_finished(checkpoints, tmp_path, name):
     out = tmp_path / "out"
     command = words(checkpoints["untied"], out, "lora", steps=3000, rows_per_process=4, save_steps=10_000)

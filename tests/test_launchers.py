@@ -278,6 +278,7 @@ def test_slurm_scripts_parse(script):
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_slurm_saves_requeues_and_goes_on(checkpoints, tmp_path):
     for name, body in STUBS.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")

@@ -274,6 +274,7 @@ def convert_killed(source, cache, at):
     find_loadable(str(source), str(cache))
 
 
+@pytest.mark.slow
 def test_a_killed_conversion_is_never_taken_as_complete(original, tmp_path):
     source = original(random_state(), num_shards=2)
     expected = find_loadable(str(source), str(tmp_path / "whole"))

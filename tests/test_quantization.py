@@ -275,15 +275,8 @@ def test_a_kill_changes_nothing(forks, source, tmp_path, kind):
     kill_and_resume(forks, source(kind)[0], tmp_path, "qlora", 1, flags=flags, **plan)
 
 
-@pytest.mark.parametrize(
-    ("kind", "engine"),
-    [
-        ("nf4", "zero2"),
-        pytest.param("nf4", "fsdp", marks=pytest.mark.slow),
-        pytest.param("gptq8", "zero2", marks=pytest.mark.slow),
-        pytest.param("gptq4", "fsdp", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize(("kind", "engine"), [("nf4", "zero2"), ("nf4", "fsdp"), ("gptq8", "zero2"), ("gptq4", "fsdp")])
+@pytest.mark.slow
 def test_a_kill_of_one_of_two_processes_changes_nothing(forks, source, tmp_path, kind, engine):
     plan = {"kills": [{"at": 4, "only": "step", "rank": 1}], "steps": 5, "seed": kind, "eval_steps": 2}
     kill_and_resume(forks, source(kind)[0], tmp_path, "qlora", 2, engine=engine, **plan)

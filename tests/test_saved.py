@@ -235,6 +235,7 @@ if __name__ == "__main__":
     _worker(*map(Path, sys.argv[1:]))
 
 
+@pytest.mark.slow
 def test_an_adapter_of_a_hub_model_names_it_and_its_revision(checkpoints, tmp_path):
     """Whoever gets the adapter has no snapshot of ours; and the hub's model may have moved on."""
     commits = {"old": "0" * 39 + "1", "new": "0" * 39 + "2"}
