@@ -1,35 +1,19 @@
-"""Servers for the tests: serve.py's own, in a thread, on a free port of the loopback; and a model that calls a tool."""
+"""Servers for the tests: serve.py's own, in a thread, on a free port of the loopback."""
 
 import contextlib
 import json
 import shutil
 import threading
-import time
 
-import openai
-import torch
+import pytest
 
 import serve
 from commands.loading import load_answering
 from commands.serve import bind, build_server
-from data_utils.model_path import find_template
-from data_utils.schema import parse_record
-from data_utils.sources import Record
-from data_utils.template import ChatTemplate
-from tests.conftest import build_model
+from tests.conftest import wait_until
 
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "description": "The weather of a town",
-        "parameters": {"type": "object", "properties": {"town": {"type": "string"}}},
-    },
-}
-ASKED = {"role": "user", "content": "How is Zürich?"}
-CALL = {"name": "weather", "arguments": {"town": "Zürich"}}
-RESULT = {"role": "tool", "content": '{"sky": "rain"}'}
-ANSWER = "It rains in Zürich."
+openai = pytest.importorskip("openai", reason="OpenAI's client is not installed")
+pytest.importorskip("transformers.cli.serving.server", reason="this transformers has no such server")
 
 
 class Served:
@@ -71,43 +55,6 @@ def serving(model, *words):
         yield served
     finally:
         served.close()
-
-
-def wait_until(condition, timeout_s=30):
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.02)
-
-
-CALLED = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": CALL}]}
-
-
-def write_tool_model(tokenizer, directory, turns=None, tools=(TOOL,)):
-    """A tiny model trained until it calls a tool, and answers from the result. turns: other ones to learn."""
-    tokenizer = type(tokenizer)(
-        tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>"
-    )
-    tokenizer.chat_template = find_template("chatml-tools").read_text()
-    template = ChatTemplate(tokenizer)
-    turns = turns or [ASKED, CALLED, RESULT, {"role": "assistant", "content": ANSWER}]
-    conversation = parse_record(Record({"messages": turns, "tools": list(tools)}, "x", 0))
-    (row,) = template.encode_conversation(conversation)
-    model = build_model(tokenizer, tied=False, initializer_range=0.02, hidden_size=64)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    ids, labels = torch.tensor([row.input_ids]), torch.tensor([row.labels])
-    for _ in range(200):
-        loss = model(input_ids=ids, labels=labels).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if loss < 0.005:
-            break
-    assert loss < 0.05, loss
-    model.generation_config.eos_token_id = template.stop_id
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
 
 
 def endless(source, directory):

@@ -5,7 +5,8 @@ import datetime
 import pytest
 
 from examples import agent
-from tests.serving import serving, write_tool_model
+from tests.serving import serving
+from tests.tool_model import write_tool_model
 
 QUESTION = "How old is the Eiffel Tower?"
 

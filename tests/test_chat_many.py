@@ -15,8 +15,8 @@ from data_utils.sources import DataError
 from data_utils.template import ChatTemplate
 from inference.batches import plan_batches
 from inference.generate import generate_answers
-from tests.serving import ANSWER, ASKED, CALLED, RESULT, TOOL, write_tool_model
 from tests.test_saved import write_result
+from tests.tool_model import ANSWER, ASKED, CALLED, RESULT, TOOL, write_tool_model
 
 
 @pytest.fixture(scope="module")

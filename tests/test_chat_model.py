@@ -14,8 +14,8 @@ from inference import load
 from inference.chat_model import choose_cache
 from inference.tool_module import call_function, describe_functions, load_functions
 from tests.conftest import build_model
-from tests.serving import ANSWER, ASKED, CALL, TOOL, write_tool_model
 from tests.test_saved import write_result
+from tests.tool_model import ANSWER, ASKED, CALL, TOOL, write_tool_model
 from tuning.errors import SettingsError
 
 QUESTION = [{"role": "user", "content": "Who are you? 你好 <|im_end|>"}]

@@ -17,9 +17,9 @@ from inference.held_out import measure_losses
 from inference.metrics import DATA_METRICS
 from tests import runs
 from tests.conftest import CONVERSATIONS, build_model
-from tests.serving import ANSWER, ASKED, CALL, CALLED, RESULT, TOOL, write_tool_model
 from tests.test_cli import flags
 from tests.test_saved import write_result
+from tests.tool_model import ANSWER, ASKED, CALL, CALLED, RESULT, TOOL, write_tool_model
 
 ROWS = [
     {"messages": [{"role": "user", "content": "Hi <|im_end|>"}, {"role": "assistant", "content": "Hello 你好"}]},

@@ -20,8 +20,8 @@ from inference.markup import Piece
 from inference.page_routes import FILES, describe_model
 from inference.requests import RequestError
 from tests.browser import chromium, read_requests
-from tests.conftest import ROOT
-from tests.serving import endless, serving, wait_until
+from tests.conftest import ROOT, wait_until
+from tests.serving import endless, serving
 from tests.test_saved import write_result
 
 PAGE = ROOT / "inference" / "page"

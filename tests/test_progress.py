@@ -8,12 +8,13 @@ import time
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.console import Console
 
 from tests.conftest import CONVERSATIONS, ROOT
 from tests.test_cli import flags
 from tuning.training import progress
 from tuning.training.progress import ProgressCallback, draw_losses
+
+Console = pytest.importorskip("rich.console", reason="rich is not installed").Console
 
 
 class State:

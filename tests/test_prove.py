@@ -16,8 +16,9 @@ from commands.loading import load_answering
 from commands.prove import write_messages
 from inference import prove
 from tests.conftest import run_python
-from tests.serving import ANSWER, ASKED, CALL, CALLED, RESULT, TOOL, endless, serving, write_tool_model
+from tests.serving import endless, serving
 from tests.test_saved import write_result
+from tests.tool_model import ANSWER, ASKED, CALL, CALLED, RESULT, TOOL, write_tool_model
 
 TAUGHT = (("How far is the moon?", "Far."), ("你好吗？", "很好"), ("Who are you?", "Me"))
 

@@ -26,8 +26,7 @@ from data_utils.sources import printable
 from data_utils.template import ChatTemplate
 from data_utils.tokenizer import load_tokenizer
 from tests.browser import chromium, read_requests
-from tests.conftest import CONVERSATIONS, ROOT
-from tests.serving import wait_until
+from tests.conftest import CONVERSATIONS, ROOT, wait_until
 from tests.test_chaos import words
 from tests.test_row_losses import write as write_rows
 

@@ -16,7 +16,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import openai
 import pytest
 import torch
 from hypothesis import given
@@ -34,19 +33,10 @@ from inference.decoding import SETTINGS
 from inference.gate import MAX_BODY_BYTES
 from inference.jobs import Job
 from inference.requests import RequestError
-from tests.conftest import ROOT, run_python
-from tests.serving import (
-    ANSWER,
-    ASKED,
-    CALL,
-    RESULT,
-    TOOL,
-    endless,
-    serving,
-    wait_until,
-    write_tool_model,
-)
+from tests.conftest import ROOT, run_python, wait_until
+from tests.serving import endless, openai, serving
 from tests.test_saved import write_result
+from tests.tool_model import ANSWER, ASKED, CALL, RESULT, TOOL, write_tool_model
 
 QUESTION = "Who are you? 你好"
 KINDS = ("merged", "lora", "tokens")
