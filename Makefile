@@ -7,7 +7,7 @@ TOKENIZER ?= ../shared/qwen_tokenizer/hf
 LLAMA_CPP_VERSION := 0.3.36
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev setup-browser setup-llama-cpp demo test test-all lint check bench bench-data
+.PHONY: help setup setup-dev setup-browser setup-llama-cpp demo test test-all test-image lint check bench bench-data
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 24
@@ -50,6 +50,15 @@ demo: setup ## fine-tune the tiny example model on examples/conversations.json, 
 
 test: setup-dev ## the tests that take minutes
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not gpu"
+
+test-image: .venv-image/.installed ## the fast tests under torch 2.11 and transformers 5.17, as GPU images have them; 6 GB
+	.venv-image/bin/python -m pytest -q -rs -n 2 --dist worksteal -m "not slow and not gpu"
+
+.venv-image/.installed: requirements_image.txt
+	$(PYTHON) -m venv .venv-image
+	.venv-image/bin/pip install --quiet --disable-pip-version-check -r requirements_image.txt
+	.venv-image/bin/pip uninstall --quiet --yes rich
+	touch $@
 
 test-all: setup-dev ## every test this machine can run, with names and skips
 	$(BIN)/python -m pytest -v -rs -n 2 --dist worksteal

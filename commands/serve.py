@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
         return vllm_command.run(args)
     try:
         import inference.server  # noqa: F401
-    except ImportError as error:
+    except (ImportError, NameError) as error:  # the latter from transformers 5.17 without OpenAI's client
         raise SettingsError(f"{error}: serving takes transformers 5.23, as requirements_finetune.txt has it") from None
     listener = bind(args.host, args.port)  # before minutes of loading
     try:

@@ -39,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.data:
         find_data(args.data)
         check_first_rows(args.data, read_options(args))
+    if importlib.util.find_spec("rich") is None:
+        raise SettingsError("rich is not installed: pip install rich")
     if args.tasks and importlib.util.find_spec("lm_eval") is None:
         raise SettingsError("--tasks: lm-eval is not installed: pip install -r requirements_eval.txt")
     from commands import evaluate  # torch and transformers, once nothing is left to say without them

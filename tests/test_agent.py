@@ -4,6 +4,9 @@ import datetime
 
 import pytest
 
+pytest.importorskip("openai", reason="OpenAI's client is not installed")
+
+
 from examples import agent
 from tests.serving import serving
 from tests.tool_model import write_tool_model

@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("rich", reason="rich is not installed")
+
+
 import chat
 import merge_lora
 from commands import evaluate as work

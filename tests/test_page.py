@@ -11,6 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+pytest.importorskip("openai", reason="OpenAI's client is not installed")
+
+
 import chat
 import commands.chat
 import merge_lora

@@ -21,6 +21,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+pytest.importorskip("openai", reason="OpenAI's client is not installed")
+
+
 import chat
 import commands.chat
 import merge_lora
