@@ -1,23 +1,28 @@
 """Prompts of a file, and the file of their answers. No torch."""
 
 import argparse
+import fcntl
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from data_utils.hub_data import find_data
 from data_utils.report import DataErrors
 from data_utils.schema import Conversation, parse_record
 from data_utils.sources import FORMATS, DataError, Record, printable, read_lines, read_records
-from tuning.errors import SettingsError, read_json_object
+from tuning.errors import SettingsError, explain_failed_write, read_json_object
 
 # What an answer follows from, beside its prompt.
 _SETTINGS = (
     *("model", "base", "dtype", "bits", "device_map", "kv_cache", "raw", "system", "tools"),
     *("batch_size", "max_new_tokens", "temperature", "seed"),
 )
+
+
+_locks: dict[Path, TextIO] = {}  # held until the process ends
 
 
 @dataclass(frozen=True)
@@ -52,11 +57,12 @@ class Prompt:
 def read_prompts(path: str, *, raw: bool = False) -> list[Prompt]:
     """The prompts of a file: of data (sources.FORMATS) its conversations, of any other file its lines.
 
-    A conversation that ends with an assistant's turn asks for that one. raw: texts, which are continued.
+    A directory is data, too. A conversation that ends with an assistant's turn asks for that one. raw: texts, which
+    are continued.
 
     Raises: DataError: no such file, or rows that cannot be read, all of them.
     """
-    if not str(path).partition("#")[0].endswith(tuple(FORMATS)) and not str(path).startswith(("hf:", "ms:")):
+    if not _is_data(path):
         return [Prompt(line) for line in read_lines(path)]
     prompts, problems = [], []
     for source in find_data([path]):
@@ -70,6 +76,13 @@ def read_prompts(path: str, *, raw: bool = False) -> list[Prompt]:
     if problems:
         raise DataErrors(problems)
     return prompts
+
+
+def _is_data(path: str) -> bool:
+    if path.startswith(("hf:", "ms:")) or Path(path).is_dir():
+        return True
+    name = path if Path(path).exists() else re.sub(r"(#[0-9]+)?(\*[0-9.]+)?$", "", path)
+    return name.lower().endswith(FORMATS)  # .JSONL is refused as data, and not asked line by line
 
 
 def _complete(record: Record) -> Record:
@@ -122,15 +135,37 @@ def check_answers(args: argparse.Namespace, prompts: Sequence[Prompt], named: st
     made_by = {**{name: getattr(args, name) for name in _SETTINGS}, "model": str(named)}
     if out.exists() and not beside.is_file():
         raise SettingsError(f"--out {out}: is there, and was not made by this; name another file")
+    # An empty one is of a process that was killed before it wrote it.
+    before = read_json_object(beside) if beside.is_file() and beside.stat().st_size else made_by
+    if set(before) != set(_SETTINGS):
+        raise SettingsError(f"--out {out}: {beside} is there, and was not made by this; name another file")
+    with explain_failed_write(beside, "run the command again"):
+        _lock(beside)
     if out.exists():
-        before = read_json_object(beside)
         changed = [name for name in _SETTINGS if before.get(name) != made_by[name]]
         if changed:
             was = ", ".join(f"--{name} {before.get(name)} (now {made_by[name]})" for name in changed)
             raise SettingsError(f"--out {out}: was begun with {was}; use the same, or name another file")
         args.first = _count_answers(out, prompts)
-    beside.write_text(json.dumps(made_by, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    with explain_failed_write(beside, "run the command again"):
+        beside.write_text(json.dumps(made_by, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     return args.first < len(prompts)
+
+
+def _lock(file: Path) -> None:
+    """Hold a file, made where it is not there, for this process. Raises: SettingsError: another one has it."""
+    file = file.resolve()
+    if file in _locks:
+        return
+    opened = open(file, "a", encoding="utf-8")  # noqa: SIM115
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        opened.close()
+        raise SettingsError(f"{file}: another process is writing these answers; wait for it") from None
+    except OSError:  # a file system without locks
+        pass
+    _locks[file] = opened
 
 
 def _settings_file(out: str) -> Path:

@@ -9,13 +9,13 @@ from typing import Any
 from commands.loading import load_answering
 from commands.prompts import Prompt, read_prompts
 from data_utils.schema import Conversation
-from data_utils.sources import DataError, printable
+from data_utils.sources import DataError, printable, split_weight
 from inference.chat_model import ChatModel
 from inference.endpoint import Endpoint
 from inference.proof import Comparison, Prover
 from tuning.checkpoint.run_record import RUN_FILE
 from tuning.console import say
-from tuning.errors import read_json_object
+from tuning.errors import explain_bad_files, read_json_object
 
 _SHOWN = 3  # differences
 _QUESTIONS = (
@@ -47,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
     found = [(prompt, compare(prover, endpoint, prompt, args.max_new_tokens)) for prompt in prompts]
     proven = report(found)
     reads_control = compare(prover, endpoint, _control_prompt(chat), args.max_new_tokens)
-    if reads_control.difference and reads_control.difference.startswith("the prompt differs"):
+    # Where every prompt differs, this one says nothing of control tokens.
+    if _has_other_prompt(reads_control) and not all(_has_other_prompt(comparison) for _, comparison in found):
         say(f"warning: the text {chat.template.stop} in a message becomes a control token there; here it stays text")
     return 0 if proven else 1
 
@@ -60,18 +61,21 @@ def read_rows(args: argparse.Namespace) -> list[Prompt]:
     if not args.num:
         return []
     if args.data:
-        return _spread(read_prompts(args.data), args.num)
+        named = read_prompts(args.data)
+        return _spread([_ask([{"role": "user", "content": row.text}]) if row.text else row for row in named], args.num)
     record = Path(args.model) / RUN_FILE
     if not record.is_file():
         say(f"no rows: {args.named} has no {RUN_FILE}; --data names some")
         return []
     run = read_json_object(record)
-    settings = run["settings"]["data"]
+    with explain_bad_files(f"{record}: is not finetune.py's; --data names rows"):
+        settings, directory = run["settings"]["data"], Path(run["directory"])
+        paths = list(settings.get("eval_data_path") or settings["data_path"])
     rows: list[Prompt] = []
-    for path in settings.get("eval_data_path") or settings["data_path"]:
-        name = path if path.startswith(("hf:", "ms:")) else str(Path(run["directory"], path))
+    for path in paths:
+        name = path if path.startswith(("hf:", "ms:")) else str(directory / path)
         try:
-            rows += read_prompts(name)
+            rows += read_prompts(split_weight(name)[0])
         except DataError as error:
             say(printable(f"no rows of {path}: {str(error).splitlines()[0]}"))
     return _spread(rows, args.num)
@@ -117,6 +121,10 @@ def compare(prover: Prover, endpoint: Endpoint, prompt: Prompt, max_new_tokens: 
     body = {"chat_template_kwargs": asked.template_kwargs} if asked.template_kwargs else {}
     served = endpoint.ask(write_messages(asked.messages), max_new_tokens, extra_body=body, **more)
     return prover.compare(expected, served)
+
+
+def _has_other_prompt(comparison: Comparison) -> bool:
+    return (comparison.difference or "").startswith("the prompt differs")
 
 
 def write_messages(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from tuning.errors import SettingsError
+from tuning.errors import SettingsError, explain_bad_files
 
 TOP_LOGPROBS = 5
 
@@ -12,9 +12,9 @@ TOP_LOGPROBS = 5
 class Served:
     """An endpoint's answer to one prompt.
 
-    text: None where it has calls of tools alone. finish_reason: "stop", "length", "tool_calls". num_prompt_tokens,
-    prompt_ids, ids (of the answer, the stop token included), logprobs (text, log probability of each token): None where
-    the endpoint does not tell.
+    text: None where it has calls of tools alone. finish_reason: "stop", "length", "tool_calls"; "": not told.
+    num_prompt_tokens, prompt_ids, ids (of the answer, the stop token included), logprobs (text, log probability of each
+    token): None where the endpoint does not tell.
     """
 
     text: str | None
@@ -30,7 +30,7 @@ class Served:
 class Endpoint:
     """An endpoint and the model that it serves. name: None takes the only one.
 
-    Raises: SettingsError: it does not answer, or has no such model.
+    Raises: SettingsError: it does not answer, answers as no such API does, or has no such model.
     """
 
     def __init__(self, url: str, key: str, name: str | None):
@@ -45,7 +45,9 @@ class Endpoint:
             {"logprobs": True, "top_logprobs": TOP_LOGPROBS},
             {},
         ]
-        names = [model.id for model in self._call(self._client.models.list).data]
+        self._misread = f"{url}: does not answer as OpenAI's API does (is it the address up to and with /v1?)"
+        with explain_bad_files(self._misread):
+            names = [str(model.id) for model in self._call(self._client.models.list).data]
         if name is None and len(names) != 1:
             raise SettingsError(f"{url}: serves {', '.join(names) or 'nothing'}; choose one with --served_name")
         if name is not None and name not in names:
@@ -68,37 +70,52 @@ class Endpoint:
             body = {**extras.pop("extra_body", {}), **more.get("extra_body", {})}
             options = {**extras, **{name: value for name, value in more.items() if name != "extra_body"}}
             try:
-                response = self._call(
-                    self._client.chat.completions.create,
-                    model=self.name,
-                    messages=messages,
-                    temperature=0,
-                    max_tokens=max_tokens,
-                    extra_body=body,
-                    **options,
-                )
+                with explain_bad_files(self._misread, but=(self._openai.BadRequestError,)):
+                    response = self._call(
+                        self._client.chat.completions.create,
+                        model=self.name,
+                        messages=messages,
+                        temperature=0,
+                        max_tokens=max_tokens,
+                        extra_body=body,
+                        **options,
+                    )
+                    return read_response(response)
             except self._openai.BadRequestError as error:
                 if len(self._extras) == 1:
                     message = " ".join(str(error).split())
                     raise SettingsError(f"{self.url}: refuses a prompt: {message[:300]}") from None
                 del self._extras[0]
-                continue
-            return read_response(response)
 
 
 def read_response(response: Any) -> Served:
-    """What a chat completion says; fields that are no part of OpenAI's API are vLLM's."""
+    """What a chat completion says; fields that are no part of OpenAI's API are vLLM's.
+
+    Raises: ValueError, TypeError, LookupError, AttributeError: it says none, as others may write anything.
+    """
     choice = response.choices[0]
     message = choice.message
     content = choice.logprobs.content if choice.logprobs else None
     prompt_ids, ids = getattr(response, "prompt_token_ids", None), getattr(choice, "token_ids", None)
+    reasoning = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None) or ""
+    calls = [{"name": call.function.name, "arguments": call.function.arguments} for call in message.tool_calls or []]
+    for text in (message.content or "", choice.finish_reason or "", reasoning, *(c["arguments"] for c in calls)):
+        if not isinstance(text, str):
+            raise ValueError(f"expected text, not {str(text)[:80]}")
+        text.encode()  # halves of surrogate pairs are no text
     return Served(
         message.content,
-        choice.finish_reason,
-        response.usage.prompt_tokens if response.usage else None,
-        [int(i) for i in prompt_ids] if prompt_ids else None,
-        [int(i) for i in ids] if ids else None,
-        [(entry.token, entry.logprob) for entry in content] if content else None,
-        getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None) or "",
-        [{"name": call.function.name, "arguments": call.function.arguments} for call in message.tool_calls or []],
+        choice.finish_reason or "",
+        int(response.usage.prompt_tokens) if response.usage else None,
+        _read_ids(prompt_ids) if prompt_ids else None,
+        _read_ids(ids) if ids else None,
+        [(entry.token, float(entry.logprob)) for entry in content] if content else None,
+        reasoning,
+        calls,
     )
+
+
+def _read_ids(values: Any) -> list[int]:
+    if any(type(value) is not int or not 0 <= value < 2**31 for value in values):
+        raise ValueError(f"expected token ids, not {str(values)[:80]}")
+    return list(values)

@@ -72,6 +72,8 @@ def check_flags(args: argparse.Namespace) -> None:
     for name in ("json", "markdown"):
         if (file := getattr(args, name)) and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
             raise SettingsError(f"--{name} {file}: is a directory, or its directory is not there")
+    if args.json and args.markdown and Path(args.json).resolve() == Path(args.markdown).resolve():
+        raise SettingsError(f"--json, --markdown {args.markdown}: name two files")
     args.bounds = [
         read_bound(text, args, is_least=is_least)
         for texts, is_least in ((args.fail_below, True), (args.fail_above, False))

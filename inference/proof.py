@@ -84,6 +84,9 @@ class Prover:
             why = "its calls or its reasoning are others"
             difference = self._explain_prompt(expected, served) or _quote("the answer", served, expected, why)
             return Comparison(prompt_by, math.inf, None, expected.stopped, None, difference)
+        if max(ids) >= self.chat.model.config.get_text_config().vocab_size:
+            difference = f"token {max(ids)} of the answer is not in the vocabulary: another model"
+            return Comparison(prompt_by, math.inf, None, expected.stopped, None, difference)
         gaps, logprobs = self._measure(expected.prompt, ids)
         base_gaps: torch.Tensor | None = None
         base_logprobs: torch.Tensor | None = None
@@ -92,14 +95,14 @@ class Prover:
                 base_gaps, base_logprobs = self._measure(expected.prompt, ids)
         told = _align(served, len(ids))
         found = self._explain_prompt(expected, served) or self._explain_stop(expected, served, ids)
-        if found is None and gaps.max() > self._tolerance:
+        if found is None and not gaps.max() <= self._tolerance:  # NaN, too
             found = self._explain_answer(expected, served, ids, gaps, base_gaps)
         drift = base_drift = None
         if told is not None:
             drift = (told - logprobs[: len(told)]).abs().mean().item()
             if base_logprobs is not None:
                 base_drift = (told - base_logprobs[: len(told)]).abs().mean().item()
-            if found is None and drift > self._tolerance:
+            if found is None and not drift <= self._tolerance:  # NaN, too
                 nearer = base_drift is not None and base_drift < drift
                 why = "those of the base: the adapter is not applied" if nearer else "another model or dtype"
                 found = f"the log probabilities differ by {drift:.3g} in the mean: {why}"
@@ -137,7 +140,8 @@ class Prover:
             ids = encoder.encode(encoder.escape(served.text or ""))
         if ended and (not ids or ids[-1] not in self._stops):
             ids.append(expected.ids[-1] if expected.stopped else self.chat.template.stop_id)
-        return ids or None
+        # An endpoint may say more than it was asked for; what it says beyond decides nothing.
+        return ids[: expected.max_new_tokens + 1] or None
 
     @torch.no_grad()
     def _measure(self, prompt: list[int], ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -178,11 +182,17 @@ class Prover:
         return f"the prompt differs, {where}: {why}"
 
     def _explain_stop(self, expected: Expected, served: Served, ids: list[int]) -> str | None:
-        if not expected.stopped or served.finish_reason == "tool_calls":
+        if served.finish_reason == "tool_calls":
+            return None
+        ended = ids[-1] in self._stops
+        text = served.text or ""
+        trained = expected.text.rstrip("\N{REPLACEMENT CHARACTER}")  # of a character that was cut in two
+        if not ended and len(text) < len(trained) and trained.startswith(text):
+            return f"the answer is cut after {text[-40:]!r}: the endpoint allows fewer tokens than were asked for"
+        if not expected.stopped:
             return None
         before = expected.ids[:-1]
         goes_on = ids[: len(before)] == before and len(ids) > len(expected.ids)
-        text = served.text or ""
         if goes_on or (text.startswith(expected.text) and (text != expected.text or served.finish_reason == "length")):
             stop = self.chat.tokenizer.decode(expected.ids[-1:])
             more = self.chat.tokenizer.decode(ids[len(before) : len(before) + 12])
@@ -190,12 +200,14 @@ class Prover:
                 f"the answer goes on after {expected.text[-40:]!r}: {more!r}: it does not stop at {stop} "
                 "(generation_config.json of the checkpoint, or the endpoint's stop setting)"
             )
+        if not ended and text == expected.text:
+            return f"the endpoint does not say that the answer ended (finish_reason {served.finish_reason!r})"
         return None
 
     def _explain_answer(
         self, expected: Expected, served: Served, ids: list[int], gaps: torch.Tensor, base_gaps: torch.Tensor | None
     ) -> str:
-        place = int((gaps > self._tolerance).nonzero()[0])
+        place = int((~(gaps <= self._tolerance)).nonzero()[0])
         if base_gaps is not None and (base_gaps.max() <= self._tolerance or self._is_of_base(expected, served)):
             why = "the base answers so: the adapter is not applied"
         elif gaps.max() < _NEAR:

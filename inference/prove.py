@@ -23,6 +23,8 @@ def main(argv: list[str] | None = None) -> int:
         raise SettingsError(f"--url {args.url}: expected http://HOST:PORT/v1")
     if args.num < 0 or args.max_new_tokens < 1 or not 0 <= args.tolerance < 100:
         raise SettingsError("--num, --max_new_tokens, --tolerance: out of range")
+    if args.data and not args.num:
+        raise SettingsError("--data: has no effect with --num 0")
     if importlib.util.find_spec("openai") is None:
         raise SettingsError("openai is not installed: pip install -r requirements_serve.txt")
     args.named = args.model

@@ -23,8 +23,8 @@ def load_functions(path: str) -> dict[str, Callable[..., Any]]:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever its author wrote
-        raise SettingsError(f"{path}: {type(error).__name__}: {error}") from None
+    except (Exception, SystemExit) as error:  # whatever its author wrote; sys.exit() would end this program, silently
+        raise SettingsError(f"{path}: {type(error).__name__}: {' '.join(str(error).split())}") from None
     found: dict[str, Callable[..., Any]] = {
         name: function
         for name, function in inspect.getmembers(module, inspect.isfunction)
@@ -55,5 +55,5 @@ def call_function(function: Callable[..., Any], arguments: dict[str, Any]) -> st
     try:
         result = function(**arguments)
         return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return f"error: {type(error).__name__}: {error}"

@@ -1,5 +1,6 @@
 """chat.py --prompts: conversations of a file, in batches of like length, in order, resumed."""
 
+import fcntl
 import itertools
 import json
 import random
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import chat
+import commands.prompts as prompts_module
 import merge_lora
 from commands.prompts import read_prompts
 from data_utils.sources import DataError
@@ -185,3 +187,36 @@ def test_sorting_changes_no_answer(merged):
     plain = list(generate_answers(model.model, model.tokenizer, ids, batch_size=1, **options))
     assert list(answer_in_order(model.model, model.tokenizer, ids, batch_size=2, **options)) == plain
     assert list(answer_in_order(model.model, model.tokenizer, ids, batch_size=2, first=3, **options)) == plain[3:]
+
+
+def test_files_of_data_are_data_whatever_their_path(tmp_path):
+    """Not lines, which would be asked as JSON: in a directory with #, a directory itself, with an odd suffix."""
+    (tmp_path / "a#b").mkdir()
+    file = write_rows(tmp_path / "a#b" / "rows.jsonl", ROWS)
+    asked = [prompt.asked.messages for prompt in read_prompts(str(file))]
+    assert len(asked) == len(ROWS)
+    assert [prompt.asked.messages for prompt in read_prompts(str(file.parent))] == asked
+    assert len(read_prompts(f"{file}#2")) == 2
+    for name, message in ((f"{file}*2", "has an effect on training data only"), ("ROWS.JSONL", "unknown format")):
+        write_rows(tmp_path / "ROWS.JSONL", ROWS)
+        with pytest.raises(DataError, match=message):
+            read_prompts(str(tmp_path / name))
+
+
+def test_settings_of_another_program_are_left_alone(merged, tmp_path, run_script):
+    file, beside = write_rows(tmp_path / "rows.jsonl", ROWS), tmp_path / "out.settings.json"
+    beside.write_text('{"mine": 1}')
+    code, _, stderr = run_script("chat.py", merged, "--prompts", file, "--out", tmp_path / "out")
+    assert code == 2 and f"{beside} is there, and was not made by this; name another file\n" in stderr
+    assert beside.read_text() == '{"mine": 1}' and not (tmp_path / "out").exists()
+
+
+def test_two_processes_do_not_write_one_file(merged, tmp_path, run_script):
+    (tmp_path / "a.txt").write_text("a\nb")
+    (tmp_path / "out").write_text("")
+    (tmp_path / "out.settings.json").write_text(json.dumps(dict.fromkeys(prompts_module._SETTINGS)))
+    with open(tmp_path / "out.settings.json") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        code, _, stderr = run_script("chat.py", merged, "--prompts", tmp_path / "a.txt", "--out", tmp_path / "out")
+    assert code == 2 and "another process is writing these answers" in stderr
+    assert (tmp_path / "out").read_text() == ""

@@ -260,6 +260,8 @@ def test_functions_of_a_module_are_tools(tmp_path):
         ("1/0", "ZeroDivisionError"),
         ("x = 1", "no functions in it"),
         ("def f(:", "SyntaxError"),
+        ("raise SystemExit", "SystemExit"),
+        ("raise ValueError('two\\nlines')", "ValueError: two lines"),
     ):
         file.write_text(text)
         with pytest.raises(SettingsError, match=message):

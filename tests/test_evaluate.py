@@ -200,6 +200,7 @@ def test_the_table_and_the_worst_are_shown_and_written(models, capsys):
         (["--tasks", "mmlu", "--kv_cache", "quantized"], "--kv_cache quantized: not with --tasks"),
         (["--tasks", "mmlu", "--dataset_dir", "absent"], "--dataset_dir absent: no such directory"),
         (["--data", CONVERSATIONS, "--json", "absent/x.json"], "its directory is not there"),
+        (["--data", CONVERSATIONS, "--json", "x", "--markdown", "./x"], "--json, --markdown ./x: name two files"),
         (["--data", CONVERSATIONS, "--fail_below", "loss=1"], "lower is better; use --fail_above"),
         (["--data", CONVERSATIONS, "--fail_above", "stopped=1"], "more is better; use --fail_below"),
         (["--data", CONVERSATIONS, "--fail_below", "accuracy=1"], "no metric (loss, perplexity, "),

@@ -188,6 +188,8 @@ def test_it_stops_early_and_a_resumed_run_does_so_at_the_same_step(forks, checkp
         ([3, 2, 1], [2.0, 1.5, 1.2], ["learnt: ", "still learning"]),
         ([3, 2, 1], [2.0, 1.5, 1.9], ["learnt: ", "overfitted: the evaluation loss rose since step 2, from 1.5"]),
         ([3, 2, 1], [2.0, 1.501, 1.50, 1.502], ["learnt: ", "stopped falling: .* within 1 % of it at step 2"]),
+        ([3, 2, 1], [float("nan"), 1.5, 1.2], ["learnt: ", "still learning: .* 1.2000 at step 3"]),
+        ([3, 2, 1], [1.5, float("nan")], ["learnt: ", "diverged: the evaluation loss is nan; it was lowest at step 1"]),
         ([3, 3, 3], [], ["learnt nothing: "]),
     ],
 )

@@ -1,9 +1,13 @@
 """inference.prove: the right server is proven; the base, another template, no stop and another model are not."""
 
+import contextlib
 import dataclasses
+import http.server
 import json
+import math
 import random
 import shutil
+import threading
 
 import pytest
 import torch
@@ -15,6 +19,9 @@ import merge_lora
 from commands.loading import load_answering
 from commands.prove import write_messages
 from inference import prove
+from inference.chat_model import ChatModel
+from inference.endpoint import Endpoint, Served
+from inference.proof import Prover
 from tests.conftest import run_python
 from tests.serving import endless, serving
 from tests.test_saved import write_result
@@ -204,6 +211,113 @@ def test_rows_of_the_run(models, tmp_path, capsys):
     ]
     args.num = 1
     assert len(commands.prove.read_rows(args)) == 1
+    record["settings"]["data"]["eval_data_path"] = ["data.json*2.5"]
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    assert len(commands.prove.read_rows(args)) == 1
     record["settings"]["data"]["eval_data_path"] = ["gone.json"]
     (tmp_path / "run" / "run.json").write_text(json.dumps(record))
     assert commands.prove.read_rows(args) == [] and "no rows of gone.json" in capsys.readouterr().out
+    (tmp_path / "run" / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"run\.json: is not finetune\.py's"):
+        commands.prove.read_rows(args)
+
+
+def test_what_an_endpoint_leaves_open_is_not_proven(models):
+    """The right answer without its end, cut, with ids of another vocabulary, log probabilities that are none."""
+    loaded = load_answering(prove.build_parser().parse_args([str(models / "merged"), "--url", "http://x/v1"]))
+    prover = Prover(ChatModel(loaded.model, loaded.tokenizer, kept=loaded.kept), None, 0.1)
+    expected = prover.expect([{"role": "user", "content": "How far is the moon?"}], 12)
+    assert expected.stopped and len(expected.text) > 1
+    right = Served(expected.text, "stop")
+    with_ids = dataclasses.replace(right, ids=expected.ids)
+    assert prover.compare(expected, right).difference is None
+    assert prover.compare(expected, with_ids).difference is None
+    for served, reason in (
+        (dataclasses.replace(right, finish_reason=""), "does not say that the answer ended"),
+        (dataclasses.replace(right, finish_reason="length"), "it does not stop at"),
+        (dataclasses.replace(right, text=expected.text[:1], finish_reason="length"), "is cut after"),
+        (dataclasses.replace(with_ids, ids=[2**31 - 1]), "is not in the vocabulary"),
+        (dataclasses.replace(with_ids, logprobs=[("", math.nan)] * len(expected.ids)), "log probabilities differ"),
+        (dataclasses.replace(right, text="no " * 10_000), "below the likeliest"),  # and not all of it is computed
+    ):
+        assert reason in (prover.compare(expected, served).difference or ""), (served, reason)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda answer: "<html>",
+        lambda answer: [1],
+        lambda answer: {},
+        lambda answer: {**answer, "choices": []},
+        lambda answer: {**answer, "choices": [5]},
+        lambda answer: {**answer, "usage": [1]},
+        lambda answer: {**answer, "prompt_token_ids": [-1]},
+        *(
+            lambda answer, part=part: {**answer, "choices": [{**answer["choices"][0], **part}]}
+            for part in (
+                {"message": None},
+                {"message": {"role": "assistant", "content": 5}},
+                {"message": {"role": "assistant", "content": "\ud800"}},
+                {"message": {"role": "assistant", "content": "", "tool_calls": [1]}},
+                {"message": {"role": "assistant", "content": "", "reasoning_content": {}, "reasoning": 1}},
+                {"logprobs": {"content": [1]}},
+                {"logprobs": {"content": [{"token": "a", "logprob": None}]}},
+                {"token_ids": ["a"]},
+                {"token_ids": [10**30]},
+                {"token_ids": 5},
+            )
+        ),
+    ],
+)
+def test_what_is_no_answer_is_one_line(change):
+    choice = {"index": 0, "message": {"role": "assistant", "content": "hello"}, "finish_reason": "stop"}
+    answer = {"id": "x", "object": "chat.completion", "choices": [choice], "usage": {"prompt_tokens": 5}}
+    refused = pytest.raises(ValueError, match="does not answer as OpenAI's API does")
+    with _answering({"data": [{"id": "m"}]}, change(answer)) as url, refused:
+        Endpoint(url, "none", None).ask([{"role": "user", "content": "x"}], 4)
+    with _answering({"data": [{"id": "m"}]}, answer) as url:
+        assert Endpoint(url, "none", None).ask([{"role": "user", "content": "x"}], 4).text == "hello"
+
+
+@pytest.mark.parametrize("models_answer", ["<html>", [1], {"data": None}])
+def test_an_address_of_something_else_is_one_line(models_answer):
+    with _answering(models_answer, {}) as url, pytest.raises(ValueError, match="is it the address up to and with /v1"):
+        Endpoint(url, "none", None)
+
+
+@contextlib.contextmanager
+def _answering(models_answer, chat_answer):
+    """A server of two fixed answers. Yields: its URL."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self._send(models_answer)
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self._send(chat_answer)
+
+        def _send(self, answer):
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html" if isinstance(answer, str) else "application/json")
+            self.end_headers()
+            self.wfile.write((answer if isinstance(answer, str) else json.dumps(answer)).encode())
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+        server.shutdown()
+
+
+def test_lines_of_a_text_file_are_asked(models, tmp_path):
+    (tmp_path / "lines.txt").write_text("One?\nTwo?\n")
+    words = [str(models / "merged"), "--url", "http://127.0.0.1:9/v1", "--data", str(tmp_path / "lines.txt")]
+    rows = commands.prove.read_rows(prove.build_parser().parse_args(words))
+    assert [row.asked.messages[0]["content"] for row in rows] == ["One?", "Two?"]
+    with pytest.raises(ValueError, match="--data: has no effect with --num 0"):
+        prove.main([*words, "--num", "0"])

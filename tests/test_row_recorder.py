@@ -4,6 +4,7 @@ import json
 import shutil
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -146,3 +147,17 @@ def test_it_can_be_left_out(forks, checkpoints, tmp_path):
     out = tmp_path / "out"
     code, _, _ = forks.run(*words(checkpoints["untied"], out, "lora", steps=2), "--record_rows", "False")
     assert code == 0 and not list(out.rglob(ROWS_FILE))
+
+
+def test_a_row_that_an_epoch_has_twice_counts_once():
+    """Its loss is the mean of its visits, as on the report's page; and it is named once."""
+    targets = np.array([2, 2, 2, 2], np.int32)
+    recorder = RowRecorder(targets, lambda rows: {"source": pa.array([f"a:{row}" for row in rows])}, 2)
+    # Row 0 comes at each of an epoch's two steps.
+    for step, (other, sums) in enumerate(((1, [6.0, 4.0]), (2, [8.0, 2.0]), (1, [4.0, 6.0]), (2, [1.0, 3.0])), 1):
+        recorder.add(step, [0, other], torch.tensor(sums))
+    recorder.gather()
+    found = recorder.summarize(1)
+    # Row 0: 3.5 -> 1.25 fell; row 1: 2 -> 3 rose; row 2: 1 -> 1.5 rose.
+    assert (found.fell, found.compared) == (1, 3)
+    assert found.highest == [("a:1", 3.0), ("a:2", 1.5), ("a:0", 1.25)]

@@ -46,16 +46,18 @@ def explain_failed_write(path: Path, then: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explain_bad_files(what: str) -> Iterator[None]:
+def explain_bad_files(what: str, *, but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Turn what a library raises at files that others wrote, whatever it is, into one line.
 
-    what: the line's beginning: the place, and what was tried there.
+    what: the line's beginning: the place, and what was tried there. but: exceptions that are left as they are.
 
     Raises: SettingsError.
     """
     try:
         yield
     except (SettingsError, MachineError, MemoryError):
+        raise
+    except but:
         raise
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be imported here

@@ -63,7 +63,7 @@ def describe_epoch(epoch: int, num_epochs: int, log: Sequence[dict[str, Any]], r
         lines.append(f"epoch {epoch:,} of {num_epochs:,}: loss {rows.loss:.4f}{since}")
     evaluations = [(entry["step"], entry["eval_loss"]) for entry in log if "eval_loss" in entry]
     if evaluations:
-        best_step, best = min(evaluations, key=lambda each: each[1])
+        best_step, best = min(evaluations, key=_by_loss)
         lines.append(f"  evaluation: loss {evaluations[-1][1]:.4f}, best {best:.4f} at step {best_step:,}")
     if rows is not None:
         lines.append("  highest: " + ", ".join(f"{source} ({loss:.2f})" for source, loss in rows.highest))
@@ -76,8 +76,10 @@ def is_told(epoch: int, num_epochs: int) -> bool:
 
 
 def _describe_evaluations(evaluations: Sequence[tuple[int, float]]) -> str:
-    best_step, best = min(evaluations, key=lambda each: each[1])
+    best_step, best = min(evaluations, key=_by_loss)
     last_step, last = evaluations[-1]
+    if not math.isfinite(last):
+        return f"diverged: the evaluation loss is {last:.4f}; it was lowest at step {best_step:,}, {best:.4f}"
     if last > best * (1 + _LITTLE):
         return f"overfitted: the evaluation loss rose since step {best_step:,}, from {best:.4f} to {last:.4f}"
     near = next(step for step, loss in evaluations if loss <= best * (1 + _LITTLE))
@@ -95,6 +97,10 @@ def describe_general(general: dict[str, float]) -> str:
     elif general["general_kl"] > _FAR:
         verdict = "moved far from the start"
     return f"{verdict}: general text: loss {before:.2f} -> {after:.2f}, KL {general['general_kl']:.2g}"
+
+
+def _by_loss(evaluation: tuple[int, float]) -> float:
+    return math.inf if math.isnan(evaluation[1]) else evaluation[1]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -28,7 +28,8 @@ class EpochRows:
     """What an epoch's rows learnt.
 
     loss: mean over the tokens; before: of the epoch before, None in the first. fell, compared: how many rows' losses
-    fell since then. highest: (`file:line`, loss) of the rows with the highest losses.
+    fell since then. highest: (`file:line`, loss) of the rows with the highest losses. A row that an epoch has twice
+    (`FILE*2`) counts once, with its mean.
     """
 
     loss: float
@@ -89,20 +90,16 @@ class RowRecorder:
         now, before = visits[epochs == epoch], visits[epochs == epoch - 1]
         if not len(now):
             return None
-        earlier = dict(zip(before["row"].tolist(), before["loss"].tolist(), strict=True))
-        pairs = [
-            (loss, earlier[row])
-            for row, loss in zip(now["row"].tolist(), now["loss"].tolist(), strict=True)
-            if row in earlier
-        ]
-        highest = now[np.argsort(-now["loss"], kind="stable")[:_NAMED]]
-        sources = self._describe(highest["row"].astype(np.int64))["source"].to_pylist()
+        losses, earlier = _mean_by_row(now), _mean_by_row(before)
+        pairs = [(loss, earlier[row]) for row, loss in losses.items() if row in earlier]
+        highest = sorted(losses, key=lambda row: -losses[row])[:_NAMED]
+        sources = self._describe(np.array(highest, np.int64))["source"].to_pylist()
         return EpochRows(
             self._mean(now),
             self._mean(before) if len(before) else None,
             sum(loss < old for loss, old in pairs),
             len(pairs),
-            list(zip(sources, highest["loss"].tolist(), strict=True)),
+            [(source, losses[row]) for source, row in zip(sources, highest, strict=True)],
         )
 
     def _mean(self, visits: NDArray[Any]) -> float:
@@ -139,3 +136,9 @@ class RowRecorder:
         for name in table.column_names:
             visits[name] = np.asarray(table[name])
         self._all = [visits]
+
+
+def _mean_by_row(visits: NDArray[Any]) -> dict[int, float]:
+    rows, inverse, counts = np.unique(visits["row"], return_inverse=True, return_counts=True)
+    sums = np.bincount(inverse, visits["loss"].astype(np.float64), len(rows))
+    return dict(zip(rows.tolist(), (sums / counts).tolist(), strict=True))
