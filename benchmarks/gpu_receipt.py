@@ -9,7 +9,7 @@ The receipt is FILE, and FILE's name in .md as a table, both written after each 
 stopped. What fails stands there with its error, what the minutes do not allow as "not run". Without a GPU everything
 runs at a tiny size, marked as a rehearsal. It needs torch, transformers, peft and accelerate, and no network.
 
-    python benchmarks/gpu_receipt.py --table FILE ...    README's table of several receipts
+    python benchmarks/gpu_receipt.py --table [FILE ...]    README's table, of docs/receipts or of these receipts
 """
 
 import argparse
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+RECEIPTS = ROOT / "docs" / "receipts"
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.receipt_run import ReceiptError, make_receipt, write_receipt  # noqa: E402
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=10, metavar="N", help="all of it ends then (default 10)")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE")
     parser.add_argument("--out", type=Path, default=ROOT / "output" / "gpu-receipt.json", metavar="FILE")
-    parser.add_argument("--table", nargs="*", type=Path, metavar="FILE", help="only print the table of these receipts")
+    parser.add_argument("--table", nargs="*", type=Path, metavar="FILE", help="only print the table of receipts")
     # What a job's own process gets.
     for flag in ("--stage", "--names", "--cell"):
         parser.add_argument(flag, help=argparse.SUPPRESS)
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         if args.table is not None:
-            print(draw_table([read_receipt(path) for path in args.table]))
+            print(draw_table([read_receipt(path) for path in args.table or sorted(RECEIPTS.glob("*.json"))]))
             return 0
         if not 0 < args.minutes < 24 * 60:
             raise ReceiptError(f"--minutes {args.minutes:g}: expected more than 0, and less than a day")

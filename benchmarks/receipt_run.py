@@ -43,7 +43,6 @@ def make_receipt(
     """
     began = time.monotonic()
     deadline = began + 60 * minutes
-    print("environment", file=sys.stderr, flush=True)
     found = run_job("environment", list_jobs("environment")[0], None, time.monotonic() + JOB_S)
     if found[0]["status"] != "ok":
         raise ReceiptError(f"nothing can be measured here: {found[0].get('error') or found[0]['reason']}")
@@ -57,22 +56,20 @@ def make_receipt(
     for stage, job in todo:
         for name in job:
             entries.setdefault((stage, name), _not_run(stage, name))
+    keep({**receipt, "entries": list(entries.values())})
     share = deadline - time.monotonic()
     whole = sum(SHARES[stage] for stage in stages if stage != "environment") or 1
     for by_share in (True, False):
         for stage in stages:
             until = min(deadline, time.monotonic() + share * SHARES[stage] / whole) if by_share else deadline
             for job in [job for of, job in todo if of == stage]:
-                left = tuple(name for name in job if entries[stage, name]["status"] == "not run")
-                if not left or until - time.monotonic() < LEAST_S:
-                    continue
-                print(f"{stage}: {', '.join(left)}", file=sys.stderr, flush=True)
-                done = run_job(stage, left, _choose_profiled(entries), deadline)
-                entries |= {(stage, entry["name"]): entry for entry in done}
-                keep({**receipt, "entries": list(entries.values())})
-    receipt["entries"] = list(entries.values())
-    keep(receipt)
-    return receipt
+                # Again where the process ended before its last entry.
+                while until - time.monotonic() >= LEAST_S and (left := _list_left(entries, stage, job)):
+                    done = run_job(stage, left, _choose_profiled(entries), deadline)
+                    entries |= {(stage, entry["name"]): entry for entry in done}
+                    _tell(done)
+                    keep({**receipt, "entries": list(entries.values())})
+    return {**receipt, "entries": list(entries.values())}
 
 
 def _begin(facts: dict[str, Any], minutes: float) -> Receipt:
@@ -88,6 +85,16 @@ def _begin(facts: dict[str, Any], minutes: float) -> Receipt:
         "device": device,
         "versions": {"python": facts["python"], **versions},
     }
+
+
+def _list_left(entries: dict[tuple[str, str], Entry], stage: str, job: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in job if entries[stage, name]["status"] == "not run")
+
+
+def _tell(done: list[Entry]) -> None:
+    for entry in done:
+        why = entry.get("error") or entry.get("reason") or f"{entry['wall_s']} s"
+        print(f"{entry['stage']}: {entry['name']}: {entry['status']} ({why})", file=sys.stderr, flush=True)
 
 
 def describe_git() -> str:
@@ -126,16 +133,10 @@ def _choose_profiled(entries: dict[tuple[str, str], Entry]) -> tuple[str, bool]:
 
 
 def run_job(stage: str, names: tuple[str, ...], profiled: tuple[str, bool] | None, deadline: float) -> list[Entry]:
-    """Entries of one process, whatever becomes of it. deadline: by time.monotonic()."""
-    missing = {name: _find_missing(stage, name) for name in names}
-    entries = [
-        {"stage": stage, "name": name, "status": "skipped", "reason": f"{missing[name]} is not installed"}
-        for name in names
-        if missing[name]
-    ]
-    names = tuple(name for name in names if not missing[name])
-    if not names:
-        return entries
+    """Entries of one process, whatever becomes of it: those it did not come to are "not run".
+
+    profiled: what the profile is of. deadline: of time.monotonic().
+    """
     with tempfile.TemporaryDirectory() as directory:
         lines, log = Path(directory, "lines"), Path(directory, "log")
         command = [sys.executable, str(SCRIPT), "--stage", stage, "--names", json.dumps(names), "--out", str(lines)]
@@ -146,28 +147,31 @@ def run_job(stage: str, names: tuple[str, ...], profiled: tuple[str, bool] | Non
         text = lines.read_text(encoding="utf-8") if lines.exists() else ""
         # A process that was killed may have left half a line.
         done = {entry["name"]: entry for entry in map(json.loads, text.split("\n")[:-1])}
-        for name in (name for name in names if name not in done):
-            done[name] = _not_run(stage, name)
-            if status is None and own_limit <= deadline:
-                done[name] = {"stage": stage, "name": name, "status": "failed", "error": f"took more than {JOB_S} s"}
-            elif status is not None:
-                error = _last_line(log) or f"ended with {status}"
-                done[name] = {"stage": stage, "name": name, "status": "failed", "error": error}
-    return entries + [done[name] for name in names]
-
-
-def _find_missing(stage: str, name: str) -> str | None:
-    """A library that an entry needs and that is not here."""
-    return next((each for each in list_libraries(stage, name) if importlib.util.find_spec(each) is None), None)
+        left = [name for name in names if name not in done]
+        done |= {name: _not_run(stage, name) for name in left}
+        error = None
+        if status is None and own_limit <= deadline:
+            error = f"took more than {JOB_S} s"
+        elif status:
+            error = _last_line(log) or f"ended with status {status}"
+        if left and error:  # it ended in the first that is missing
+            done[left[0]] = {"stage": stage, "name": left[0], "status": "failed", "error": error}
+    return [done[name] for name in names]
 
 
 def _not_run(stage: str, name: str) -> Entry:
+    """An entry before it is measured: that cannot be where a library is not here."""
+    for library in list_libraries(stage, name):
+        if importlib.util.find_spec(library) is None:
+            return {"stage": stage, "name": name, "status": "skipped", "reason": f"{library} is not installed"}
     return {"stage": stage, "name": name, "status": "not run", "reason": NO_TIME}
 
 
 def _run(command: list[str], log: Path, until: float) -> int | None:
     """Run a command with all it starts. Returns: its status; None where it was stopped for its time."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    # NVIDIA's images round the inputs of fp32 products to TF32, which would be no reference.
+    exact = {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0"}
+    environment = {**os.environ, **exact, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
         try:

@@ -21,9 +21,8 @@ def _draw(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     columns = list(columns)
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     # A bar in a kernel's name or an error would end the cell.
-    lines += [
-        "| " + " | ".join(str(value).replace("|", "\\|").replace("\n", " ") for value in row) + " |" for row in rows
-    ]
+    for row in rows:
+        lines.append("| " + " | ".join(str(value).replace("|", "\\|").replace("\n", " ") for value in row) + " |")
     return "\n".join(lines)
 
 
@@ -47,17 +46,19 @@ def draw_table(receipts: list[Receipt]) -> str:
             for arm in ARMS:
                 found = [figures.get((work, length, arm)) for length in LENGTHS]
                 if any(found):
-                    cells = [
-                        f"{each['tokens_per_s']:,.0f} ({each['matmul_share']:.0%})" if each else "" for each in found
-                    ]
-                    rows.append([title, NAMES[arm], *cells, f"{receipt['device']['name']}, {receipt['date']}"])
+                    place = f"{receipt['device']['name']}, {receipt['date']}"
+                    rows.append([title, NAMES[arm], *map(_draw_speed, found), place])
         if len(rows) == before:
             rows.append([title, "", *[""] * len(LENGTHS), NOT_MEASURED])
     return _draw(["work", "trained by", *(f"{length:,}" for length in LENGTHS), "measured on"], rows)
 
 
+def _draw_speed(figures: dict[str, Any] | None) -> str:
+    return f"{figures['tokens_per_s']:,.0f} ({figures['matmul_share']:.0%})" if figures else ""
+
+
 def _list_work() -> dict[str, str]:
-    """Titles of the rows."""
+    """Titles of the rows, by name."""
     titles = {}
     for name, (shape, method, rank, dropout) in {**WORK, **QLORA_WORK}.items():
         titles[name] = f"{SHAPES[shape]}, {METHODS[method]} r{rank}" + (f", dropout {dropout}" if dropout else "")
@@ -93,14 +94,9 @@ def draw_receipt(receipt: Receipt) -> str:
     ]
     parts.append(f"{count_statuses(receipt)}.")
     done = {stage: [e for e in receipt["entries"] if e["stage"] == stage and e["status"] == "ok"] for stage in STAGES}
-    rates = [
-        (name, value) for e in done["environment"] if e["name"] != "device" for name, value in e["figures"].items()
-    ]
+    rates = [pair for e in done["environment"] if e["name"] != "device" for pair in e["figures"].items()]
     parts += ["## The device's own rates", _draw(["rate", "value"], rates)]
-    parts += [
-        "## Correctness",
-        "Relative errors against fp32; those of transformers in the same precision in brackets.",
-    ]
+    parts += ["## Correctness", "Relative errors against fp32; in brackets transformers' in the same precision."]
     parts.append(_draw(["check", *_ERRORS], ([e["name"], *_list_errors(e)] for e in done["correctness"])))
     parts += ["## Training", _draw_cells(done["training"] + done["qlora"])]
     for entry in done["profile"]:
@@ -109,20 +105,23 @@ def draw_receipt(receipt: Receipt) -> str:
             f"{name} {value}" for name, value in figures.items() if name not in ("cell", "kernels")
         )]  # fmt: skip
         parts.append(_draw(["kernel", "calls", "ms", "share"], (each.values() for each in figures["kernels"])))
-    rest = [e for e in receipt["entries"] if e["status"] != "ok"]
-    parts += ["## Not measured", _draw(
-        ["stage", "entry", "status", "why"],
-        ([e["stage"], e["name"], e["status"], e.get("error") or e.get("reason", "")] for e in rest),
-    )]  # fmt: skip
+    rest: dict[tuple[str, str, str], list[str]] = {}
+    for entry in receipt["entries"]:
+        if entry["status"] != "ok":
+            why = entry.get("error") or entry["reason"]
+            rest.setdefault((entry["stage"], entry["status"], why), []).append(entry["name"])
+    rows = ([*key, "; ".join(names)] for key, names in rest.items())
+    parts += ["## Failed, skipped or not run", _draw(["stage", "status", "why", "entries"], rows)]
     return "\n\n".join(parts)
 
 
 def _list_errors(entry: dict[str, Any]) -> list[str]:
     figures = entry["figures"]
-    theirs = {
-        name: f" ({figures[f'{name}_of_transformers']})" for name in _ERRORS if f"{name}_of_transformers" in figures
-    }
-    return [f"{figures[name]}{theirs.get(name, '')}" if name in figures else "" for name in _ERRORS]
+    errors = []
+    for name in _ERRORS:
+        theirs = figures.get(f"{name}_of_transformers")
+        errors.append(f"{figures.get(name, '')}" + ("" if theirs is None else f" ({theirs})"))
+    return errors
 
 
 def _draw_cells(entries: list[dict[str, Any]]) -> str:
@@ -132,7 +131,7 @@ def _draw_cells(entries: list[dict[str, Any]]) -> str:
         figures = entry["figures"]
         times = [figures[f"s_per_step_{each}"] for each in ("mean", "min", "max")]
         rows.append([
-            entry["name"], f"{figures['tokens_per_s']:,}", *times, f"{figures['matmul_share']:.1%}", figures["peak_gib"],
-            figures.get("planned_gib", ""), "yes" if figures.get("gradient_checkpointing") else "no",
+            entry["name"], f"{figures['tokens_per_s']:,}", *times, f"{figures['matmul_share']:.1%}",
+            figures["peak_gib"], figures.get("planned_gib", ""), "yes" if figures["gradient_checkpointing"] else "no",
         ])  # fmt: skip
     return _draw(["cell", *columns], rows)

@@ -78,6 +78,5 @@ def find_cell(stage: str, name: str, *, rehearsal: bool) -> Cell:
     cell = list_cells(stage)[name]
     if not rehearsal:
         return cell
-    return replace(
-        cell, shape=_REHEARSED[cell.shape], length=cell.length // 64, rank=cell.rank // 8, warm_up=1, timed=2
-    )
+    sizes = {"shape": _REHEARSED[cell.shape], "length": cell.length // 64, "rank": cell.rank // 8}
+    return replace(cell, **sizes, warm_up=1, timed=2)

@@ -37,6 +37,21 @@ def run_job(stage: str, names: list[str], lines: Path, cell: tuple[str, bool] | 
         entry["wall_s"] = round(time.perf_counter() - began, 2)
         with lines.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
+        if entry["status"] == "failed" and _is_device_lost():
+            return  # the other entries get a new process
+
+
+def _is_device_lost() -> bool:
+    """Whether a kernel broke this process's context, so that whatever comes next fails, too."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _list_checks(stage: str, names: list[str], cell: tuple[str, bool] | None) -> dict[str, Callable[[], Figures]]:

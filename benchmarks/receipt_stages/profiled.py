@@ -21,19 +21,22 @@ def run(cell: Cell, name: str) -> Figures:
     innermost operators.
     """
     on_gpu = choose_device().type == "cuda"
-    profiler = profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU, ProfilerActivity.CPU])
+    profiler = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])])
     run_cell(cell, "ours", profiler)
     events: Any = profiler.events()
     if on_gpu:
-        kernels = [
-            e for e in events if e.device_type == DeviceType.CUDA and not getattr(e, "is_user_annotation", False)
-        ]
+        kernels = [event for event in events if event.device_type == DeviceType.CUDA and not _is_mark(event)]
         launches = sum("LaunchKernel" in event.name for event in events)
     else:
         kernels = [event for event in events if not event.cpu_children]
         launches = len(kernels)
     spans = [(event.name, event.time_range.start, event.time_range.end) for event in kernels]
     return {"cell": name, "gradient_checkpointing": cell.lean, "launches": launches, **summarise(spans)}
+
+
+def _is_mark(event: Any) -> bool:
+    """Whether an event only names a stretch of the device's time."""
+    return event.name.startswith("ProfilerStep") or bool(getattr(event, "is_user_annotation", False))
 
 
 def summarise(spans: list[tuple[str, float, float]]) -> Figures:
