@@ -9,15 +9,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
 from benchmarks.cells import Cell, Figures
 from benchmarks.random_models import QUANTIZATIONS, adapt, build_model, choose_device, count_work, make_rows, quantize
-from data_utils.dataset import TokenizedRows
 from data_utils.steps import StepDataset
-from data_utils.template import Row
 from tuning.machine import peak_memory_gib
 from tuning.model.packing import enable_packing
 from tuning.model.training_model import TrainingModel, enable_gradient_checkpointing
@@ -87,17 +86,36 @@ class Clock:
             self._profiler.stop()
 
 
+class RowsInMemory:
+    """What StepDataset asks of TokenizedRows, without its files, which need pyarrow."""
+
+    groups = None
+
+    def __init__(self, rows: list[tuple[list[int], list[int]]]):
+        self._rows = [(np.array(ids), np.array(labels)) for ids, labels in rows]
+        self.lengths = np.array([len(ids) for ids, _ in self._rows], dtype=np.int32)
+        self.num_targets = np.array([(labels[1:] != -100).sum() for _, labels in self._rows], dtype=np.int32)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Any:
+        return *self._rows[index], None
+
+    def row_id(self, index: int) -> str:
+        """Of a row: its number."""
+        return str(index)
+
+
 def run_ours(model: Any, cell: Cell, clock: Clock) -> list[float]:
     """StepTrainer."""
     device, dtype = model.device, model.dtype
     training_model = TrainingModel(*adapt(model, cell)).to(device)
     obstacle = enable_packing(training_model, max_length=cell.length, dtype=dtype)
     assert obstacle is None, obstacle
-    pairs = make_rows(cell, model.config.vocab_size)
-    rows = [(str(number), Row(ids, labels, [cell.length], [1.0])) for number, (ids, labels) in enumerate(pairs)]
     steps = StepDataset(
-        TokenizedRows.from_rows(rows), rows_per_step=cell.rows_per_step, max_tokens=cell.rows * cell.length,
-        packed=True, seed=0,
+        RowsInMemory(make_rows(cell, model.config.vocab_size)),  # type: ignore[arg-type]
+        rows_per_step=cell.rows_per_step, max_tokens=cell.rows * cell.length, packed=True, seed=0,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as directory:
         settings = RunArguments(

@@ -5,16 +5,22 @@ import json
 import re
 import time
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks import gpu_receipt, receipt_run
+from benchmarks.arms import RowsInMemory
+from benchmarks.cells import Cell
+from benchmarks.random_models import make_rows
 from benchmarks.receipt_run import NO_TIME, make_receipt, run_job
 from benchmarks.receipt_schema import STAGES, find_faults
 from benchmarks.receipt_stages import correctness, environment, jobs, profiled, training
 
 from benchmarks.receipt_stages.one_job import CheckError, run_job as run_in_here  # isort: skip
 from benchmarks.receipt_table import draw_receipt, draw_table
+from data_utils.rows import Row, TokenizedRows
+from data_utils.steps import StepDataset
 from tests.conftest import ROOT, run_python
 
 FACTS = {
@@ -130,7 +136,8 @@ def find_faults_of(one):
 def test_a_step_is_profiled():
     cell = jobs.find_cell("training", "7b-r16-512/ours", rehearsal=True)
     figures = profiled.run(cell, "7b-r16-512/ours")
-    assert figures["launches"] > 100 and any("mm" in each["name"] for each in figures["kernels"])
+    assert figures["launches"] > 100 and 0 < figures["busy_ms"] <= figures["span_ms"]
+    assert 0 < sum(each["share"] for each in figures["kernels"]) <= 1.001
     assert not find_faults_of(entry("profile", jobs.PROFILE, figures))
 
 
@@ -139,6 +146,21 @@ def test_gaps_and_overlaps_of_kernels_by_hand():
     assert figures["span_ms"] == 6 and figures["busy_ms"] == 4 and figures["longest_gap_ms"] == 2
     assert figures["idle_share"] == pytest.approx(1 / 3, abs=1e-4)
     assert figures["kernels"][0] == {"name": "a", "calls": 2, "ms": 3.0, "share": 0.6}
+
+
+def test_rows_in_memory_are_those_of_the_program():
+    cell = Cell("tiny", "lora", 16, rows=2, micro_batches=2, supervised=1.0)
+    pairs = make_rows(cell, 100)
+    rows = [(str(number), Row(ids, labels, [16], [1.0])) for number, (ids, labels) in enumerate(pairs)]
+    ours, theirs = RowsInMemory(pairs), TokenizedRows.from_rows(rows)
+    assert ours.lengths.tolist() == theirs.lengths.tolist() and ours.num_targets.tolist() == [15] * 4
+    assert len(ours) == len(theirs) and ours.groups == theirs.groups and ours.row_id(3) == theirs.row_id(3)
+    # All of a row's tokens are labels here, but for the first, which nothing predicts.
+    assert all(np.array_equal(ours[i][0], theirs[i][0]) for i in range(4))
+    assert all(np.array_equal(ours[i][1][1:], theirs[i][1][1:]) and theirs[i][2] is None for i in range(4))
+    steps = [StepDataset(each, rows_per_step=4, max_tokens=32, packed=True, seed=0)[0] for each in (ours, theirs)]
+    for one, other in zip(*(step["micro_batches"] for step in steps), strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in ("input_ids", "target_index", "targets"))
 
 
 def test_cells_fill_their_micro_batches_and_are_named_once():
