@@ -14,6 +14,7 @@ runs at a tiny size, marked as a rehearsal. It needs torch, transformers, peft a
 
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument(flag, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.stage:
-        from benchmarks.receipt_stages.one_job import run_job
+        from benchmarks.receipt_stages.one_job import end_with_parent, run_job
 
+        end_with_parent()
         run_job(args.stage, json.loads(args.names), args.out, json.loads(args.cell or "null"))
         return 0
     try:
@@ -76,4 +78,5 @@ def read_receipt(path: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a job's process is ended, too
     sys.exit(main())

@@ -173,7 +173,10 @@ def _run(command: list[str], log: Path, until: float) -> int | None:
     exact = {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0"}
     environment = {**os.environ, **exact, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     with log.open("w", encoding="utf-8") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
+        # The other end of its standard input closes when this process ends, however it does (end_with_parent).
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=file, stderr=file, env=environment, start_new_session=True
+        )
         try:
             return process.wait(max(0.1, until - time.monotonic()))
         except subprocess.TimeoutExpired:

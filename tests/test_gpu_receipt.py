@@ -3,9 +3,13 @@
 import copy
 import json
 import re
+import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -248,6 +252,28 @@ def test_a_job_that_fails_leaves_what_it_had_and_its_error(names, statuses, erro
     found = run_job("correctness", names, None, time.monotonic() + 60)
     assert [e["status"] for e in found] == statuses
     assert [e["error"] for e in found if e["status"] == "failed"] == ([error] if error else [])
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_no_job_outlives_a_command_that_is_killed(number, tmp_path):
+    """It would hold the device, and falsify what the next command measures."""
+    words = [sys.executable, "benchmarks/gpu_receipt.py", "--out", tmp_path / "receipt.json", "--minutes", "1"]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: psutil.Process(process.pid).children())
+        (job,) = psutil.Process(process.pid).children()
+        process.send_signal(number)
+        process.wait(30)
+        wait_until(lambda: not job.is_running() or job.status() == psutil.STATUS_ZOMBIE)
+    finally:
+        process.kill()
+
+
+def wait_until(condition, timeout_s=60):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_a_job_that_the_minutes_cut_short_was_not_run(tmp_path, monkeypatch):
