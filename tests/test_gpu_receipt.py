@@ -126,6 +126,19 @@ def test_a_training_cell_is_planned_and_trained(name):
     assert figures["supervised"] == (1.0 if name.startswith("nemo") else 0.5)
 
 
+def test_an_arm_that_runs_out_of_memory_is_trained_with_less(monkeypatch):
+    def run_cell(cell, arm):
+        if not cell.lean or arm == "trl":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return {"peak_gib": 30.0}
+
+    monkeypatch.setattr(training, "run_cell", run_cell)
+    found = training.run("training", "7b-r16-512/ours")
+    assert found["ran_out_of_memory"] and found["gradient_checkpointing"] and found["planned_gib"] > 0
+    with pytest.raises(torch.OutOfMemoryError):
+        training.run("training", "7b-r16-512/trl")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in jobs.list_cells("qlora") if "-2048" in name])
 def test_a_quantised_cell_is_trained(name):

@@ -1,5 +1,6 @@
 """A training cell of a receipt: planned, trained, and the plan held against what was measured."""
 
+import gc
 from dataclasses import replace
 
 import torch
@@ -14,21 +15,36 @@ _ROOM = 0.92  # of the device's memory that a plan may fill before activations a
 
 
 def run(stage: str, name: str) -> Figures:
-    """Plan a cell, train it, and hold the plan against what was measured."""
+    """Plan a cell, train it, and hold the plan against what was measured.
+
+    Activations are recomputed where the plan says they do not fit, and where it was wrong or the arm takes more.
+    """
     device = choose_device()
     on_gpu = device.type == "cuda"
-    cell = find_cell(stage, name, rehearsal=not on_gpu)
+    cell, arm = find_cell(stage, name, rehearsal=not on_gpu), name.rpartition("/")[2]
     before = 0 if on_gpu else process_memory()
-    memory = plan_memory(cell, device_type=device.type, process_bytes=before)
-    if on_gpu and memory.total > _ROOM * torch.cuda.get_device_properties(device).total_memory:
+    planned = plan_memory(cell, device_type=device.type, process_bytes=before).total
+    if on_gpu and planned > _ROOM * torch.cuda.get_device_properties(device).total_memory:
         cell = replace(cell, lean=True)
-        memory = plan_memory(cell, device_type=device.type)
-    figures: Figures = {
+    figures: Figures = {"ran_out_of_memory": False}
+    try:
+        figures |= run_cell(cell, arm)
+    except torch.OutOfMemoryError:
+        if cell.lean:
+            raise
+        figures["ran_out_of_memory"] = True
+    if figures["ran_out_of_memory"]:  # not above, where the error still holds the tensors
+        gc.collect()
+        torch.cuda.empty_cache()
+        cell = replace(cell, lean=True)
+        figures |= run_cell(cell, arm)
+    if arm == "ours":
+        if cell.lean:
+            planned = plan_memory(cell, device_type=device.type, process_bytes=before).total
+        figures["planned_gib"] = round(planned / 2**30, 2)
+    sizes = {
         "shape": cell.shape, "method": cell.method, "length": cell.length, "rank": cell.rank, "dropout": cell.dropout,
         "micro_batch_rows": cell.rows, "micro_batches": cell.micro_batches, "supervised": cell.supervised,
         "gradient_checkpointing": cell.lean, "steps": cell.timed,
     }  # fmt: skip
-    figures |= run_cell(cell, name.rpartition("/")[2])
-    if name.endswith("/ours"):
-        figures["planned_gib"] = round(memory.total / 2**30, 2)
-    return figures
+    return sizes | figures
