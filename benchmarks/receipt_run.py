@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import signal
@@ -21,7 +22,7 @@ from benchmarks.receipt_table import draw_receipt
 SCRIPT = Path(__file__).resolve().parent / "gpu_receipt.py"
 JOB_S = 180  # the longest a job may take
 LEAST_S = 5  # no job is begun with less left
-# Of the minutes; what a stage leaves, and what is left in the end, goes to the others in their order.
+# Of the minutes; what a stage leaves goes to the next ones, and what is left in the end to all in their order.
 SHARES = {"environment": 0.05, "correctness": 0.2, "training": 0.5, "qlora": 0.15, "profile": 0.1}
 NO_TIME = "no time"
 Receipt = dict[str, Any]
@@ -57,19 +58,27 @@ def make_receipt(
         for name in job:
             entries.setdefault((stage, name), _not_run(stage, name))
     keep({**receipt, "entries": list(entries.values())})
-    share = deadline - time.monotonic()
-    whole = sum(SHARES[stage] for stage in stages if stage != "environment") or 1
-    for by_share in (True, False):
-        for stage in stages:
-            until = min(deadline, time.monotonic() + share * SHARES[stage] / whole) if by_share else deadline
-            for job in [job for of, job in todo if of == stage]:
-                # Again where the process ended before its last entry.
-                while until - time.monotonic() >= LEAST_S and (left := _list_left(entries, stage, job)):
-                    done = run_job(stage, left, _choose_profiled(entries), deadline)
-                    entries |= {(stage, entry["name"]): entry for entry in done}
-                    _tell(done)
-                    keep({**receipt, "entries": list(entries.values())})
+    longest = dict.fromkeys(stages, float(LEAST_S))  # seconds of a job
+    for stage, until in list_ends([stage for stage in stages if stage != "environment"], time.monotonic(), deadline):
+        for job in [job for of, job in todo if of == stage]:
+            # Again where the process ended before its last entry.
+            while (begun := time.monotonic()) <= until - longest[stage] and (left := _list_left(entries, stage, job)):
+                done = run_job(stage, left, _choose_profiled(entries), deadline)
+                longest[stage] = max(longest[stage], time.monotonic() - begun)
+                entries |= {(stage, entry["name"]): entry for entry in done}
+                _tell(done)
+                keep({**receipt, "entries": list(entries.values())})
     return {**receipt, "entries": list(entries.values())}
+
+
+def list_ends(stages: list[str], start: float, deadline: float) -> list[tuple[str, float]]:
+    """Stages and when each must end: by their shares, then once more by the deadline alone, for the time that is left.
+
+    Example: training and profile from 0 to 60 -> training 50, profile 60, training 60, profile 60
+    """
+    parts = list(itertools.accumulate(SHARES[stage] for stage in stages))
+    ends = [start + (deadline - start) * part / parts[-1] for part in parts]
+    return [*zip(stages, ends, strict=True), *((stage, deadline) for stage in stages)]
 
 
 def _begin(facts: dict[str, Any], minutes: float) -> Receipt:

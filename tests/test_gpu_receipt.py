@@ -17,7 +17,7 @@ from benchmarks import gpu_receipt, receipt_run
 from benchmarks.arms import RowsInMemory
 from benchmarks.cells import Cell
 from benchmarks.random_models import make_rows
-from benchmarks.receipt_run import NO_TIME, make_receipt, run_job
+from benchmarks.receipt_run import NO_TIME, list_ends, make_receipt, run_job
 from benchmarks.receipt_schema import STAGES, find_faults
 from benchmarks.receipt_stages import correctness, environment, jobs, profiled, training
 
@@ -203,6 +203,28 @@ def test_stages_share_the_time_and_what_is_there_is_not_measured_again(fake_jobs
     again = make_receipt(part, 1, list(STAGES), kept.append)
     assert [job for job in fake_jobs if job[0] == "training"] == [("training", ("nemo/plain",), ("nemo/ours", False))]
     assert {job[0] for job in fake_jobs} == {"environment", "training", "qlora"} and not find_faults(again)
+
+
+def test_a_stage_ends_when_its_share_is_over():
+    ends = list_ends(["training", "profile"], 0.0, 60.0)
+    assert ends == [("training", 50.0), ("profile", 60.0), ("training", 60.0), ("profile", 60.0)]
+    assert list_ends([], 0.0, 60.0) == []
+
+
+def test_no_job_is_begun_that_would_not_end(fake_jobs, monkeypatch):
+    """Jobs of 20 s each in a minute: two of training, whose share is 50 s, and the profile."""
+    now = [0.0]
+    run = receipt_run.run_job
+
+    def slow(stage, names, profiled, deadline):
+        now[0] += 20 if stage in ("training", "profile") else 0
+        return run(stage, names, profiled, deadline)
+
+    monkeypatch.setattr(receipt_run, "run_job", slow)
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    made = make_receipt(None, 1, ["training", "profile"], lambda _: None)
+    assert [stage for stage, *_ in fake_jobs] == ["environment", "training", "training", "profile"]
+    assert now[0] == 60 and not find_faults(made)
 
 
 def test_without_time_nothing_is_begun_and_the_receipt_is_valid(fake_jobs):
