@@ -6,8 +6,10 @@ TOKENIZER ?= ../shared/qwen_tokenizer/hf
 # Of llama-cpp-python, whose source holds llama.cpp and its converter.
 LLAMA_CPP_VERSION := 0.3.36
 
+MINUTES ?= 10
+
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev setup-browser setup-llama-cpp demo test test-all test-image lint check bench bench-data
+.PHONY: help setup setup-dev setup-browser setup-llama-cpp demo test test-all test-image lint check bench bench-data gpu-receipt
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 24
@@ -74,6 +76,9 @@ check: lint test ## lint, then test
 
 bench: setup-dev ## training speed on CPU, an hour; DATA="a.json b.json" (alpaca files) TOKENIZER=DIR
 	$(BIN)/python benchmarks/bench_train.py $(DATA) --tokenizer $(TOKENIZER) --out benchmarks/results/train_cpu.json
+
+gpu-receipt: ## what this machine's GPU shows, in MINUTES=10; without .venv by PYTHON=python3: docs/receipts/README.md
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu_receipt.py --minutes $(MINUTES)
 
 bench-data: setup-dev ## tokenising speed, 15 minutes; DATA and TOKENIZER as above
 	$(BIN)/python benchmarks/bench_data.py $(DATA) --tokenizer $(TOKENIZER)

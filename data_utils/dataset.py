@@ -17,7 +17,7 @@ from data_utils.conversations import DataOptions, read_conversations
 from data_utils.hub_data import find_data
 from data_utils.render_cache import RowEncoder
 from data_utils.report import Account, DataErrors, Statistics
-from data_utils.rows import DROPPED_FILE, ROWS_FILE, SCHEMA, TokenizedRows
+from data_utils.rows import DROPPED_FILE, ROWS_FILE, TokenizedRows, arrow_schema
 from data_utils.safe_encoder import TiktokenDiffers
 from data_utils.schema import Conversation
 from data_utils.sources import DataError, Source, hash_file, printable
@@ -118,7 +118,7 @@ def _write_rows(
     with (
         open(directory / DROPPED_FILE, "w", encoding="utf-8") as dropped,
         pa.OSFile(str(directory / ROWS_FILE), "wb") as sink,
-        pa.ipc.new_file(sink, SCHEMA) as writer,
+        pa.ipc.new_file(sink, arrow_schema()) as writer,
     ):
         for chunk in _encode(_read_chunks(sources, options, account), template, options, tiktoken=tiktoken):
             account.add(chunk.account)

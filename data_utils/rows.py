@@ -1,34 +1,45 @@
 """Training rows: token ids and labels of one row, and many of them in a memory-mapped Arrow file."""
 
 import copy
+import functools
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from data_utils.sources import DataError
 
+# What lays rows out in batches needs no pyarrow.
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 IGNORE_INDEX = -100
 ROWS_FILE, DROPPED_FILE = "rows.arrow", "dropped.jsonl"
-SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("source", pa.string()),  # file:line
-        ("conversation", pa.int64()),  # hash: equal conversations are duplicates
-        ("prompt_hash", pa.int64()),  # of the ids before the first supervised span
-        ("answer_hash", pa.int64()),  # of the others
-        ("input_ids", pa.list_(pa.int32())),
-        ("starts", pa.list_(pa.int32())),  # of the supervised spans
-        ("ends", pa.list_(pa.int32())),
-        ("weights", pa.list_(pa.float32())),
-        ("num_targets", pa.int32()),
-    ]
-)
+
+
+@functools.cache
+def arrow_schema() -> "pa.Schema":
+    """The columns of stored rows."""
+    import pyarrow as pa
+
+    return pa.schema(
+        [
+            ("id", pa.string()),
+            ("source", pa.string()),  # file:line
+            ("conversation", pa.int64()),  # hash: equal conversations are duplicates
+            ("prompt_hash", pa.int64()),  # of the ids before the first supervised span
+            ("answer_hash", pa.int64()),  # of the others
+            ("input_ids", pa.list_(pa.int32())),
+            ("starts", pa.list_(pa.int32())),  # of the supervised spans
+            ("ends", pa.list_(pa.int32())),
+            ("weights", pa.list_(pa.float32())),
+            ("num_targets", pa.int32()),
+        ]
+    )
 
 
 @dataclass
@@ -119,8 +130,10 @@ def _cut_out(row: Row, start: int, end: int) -> Row:
     return Row(row.input_ids[start:end], row.labels[start:end], ends, row.weights[: len(ends)], pieces)
 
 
-def to_arrow(rows: Sequence[tuple[str, str, int, EncodedRow]]) -> pa.RecordBatch:
-    """Convert (row id, `file:line`, hash of the conversation, row) to a record batch with SCHEMA."""
+def to_arrow(rows: Sequence[tuple[str, str, int, EncodedRow]]) -> "pa.RecordBatch":
+    """Convert (row id, `file:line`, hash of the conversation, row) to a record batch of arrow_schema."""
+    import pyarrow as pa
+
     encoded = [row for *_, row in rows]
     hashes = [_hash_parts(row) for row in encoded]
     spans = [np.array(row.spans, dtype=np.float64).reshape(-1, 3) for row in encoded]
@@ -142,7 +155,7 @@ def to_arrow(rows: Sequence[tuple[str, str, int, EncodedRow]]) -> pa.RecordBatch
             ),
             pa.array([row.num_supervised for row in encoded], pa.int32()),
         ],
-        schema=SCHEMA,
+        schema=arrow_schema(),
     )
 
 
@@ -164,11 +177,13 @@ class TokenizedRows:
 
     directory: Path
 
-    def __init__(self, table: pa.Table):
+    def __init__(self, table: "pa.Table"):
+        import pyarrow as pa
+
         self._chosen: NDArray[np.int64] | None = None
         # Of each row its file, and of each file its weight.
         self._files: tuple[NDArray[np.int64], list[float]] | None = None
-        batches = table.to_batches() or [pa.RecordBatch.from_pylist([], schema=SCHEMA)]
+        batches = table.to_batches() or [pa.RecordBatch.from_pylist([], schema=arrow_schema())]
         self._batches = [_Columns(batch) for batch in batches]
         self._first = np.cumsum([0, *(len(batch.num_targets) for batch in self._batches)])
         self.lengths = np.concatenate([np.diff(batch.id_offsets) for batch in self._batches])
@@ -177,6 +192,8 @@ class TokenizedRows:
     @classmethod
     def from_directory(cls, directory: Path) -> "TokenizedRows":
         """Open the rows that build_rows wrote. The list of dropped turns is in the same directory."""
+        import pyarrow as pa
+
         with pa.memory_map(str(directory / ROWS_FILE)) as source:
             rows = cls(pa.ipc.open_file(source).read_all())
         rows.directory = directory
@@ -185,6 +202,8 @@ class TokenizedRows:
     @classmethod
     def from_rows(cls, rows: Iterable[tuple[str, Row]]) -> "TokenizedRows":
         """Hold (row id, row) in memory."""
+        import pyarrow as pa
+
         encoded = [(row_id, "", 0, encode_row(row)) for row_id, row in rows]
         return cls(pa.Table.from_batches([to_arrow(encoded)]))
 
@@ -263,6 +282,8 @@ class TokenizedRows:
 
         Rows of equal prompt_hash have one prompt; of equal answer_hash what follows is equal, too.
         """
+        import pyarrow as pa
+
         chosen = indices if self._chosen is None else self._chosen[indices]
         taken = pa.array(chosen)
         names = {"row_id": "id", "source": "source", "prompt_hash": "prompt_hash", "answer_hash": "answer_hash"}
@@ -283,7 +304,7 @@ class TokenizedRows:
 class _Columns:
     """One record batch as numpy views."""
 
-    def __init__(self, batch: pa.RecordBatch):
+    def __init__(self, batch: "pa.RecordBatch"):
         self.table = batch
         self.ids = batch["id"]
         self.conversations = _as_numpy(batch["conversation"])
@@ -294,5 +315,5 @@ class _Columns:
         self.starts, self.ends, self.weights = (_as_numpy(batch[name].values) for name in ("starts", "ends", "weights"))
 
 
-def _as_numpy(array: pa.Array) -> NDArray[Any]:
+def _as_numpy(array: "pa.Array") -> NDArray[Any]:
     return np.from_dlpack(array)  # to_numpy() imports pandas first, a third of a second

@@ -4,18 +4,19 @@ import json
 
 import pytest
 
-from benchmarks import plan_table, train_table
+from benchmarks import arms, plan_table, train_table
+from benchmarks.cells import LENGTHS, SHAPES, Cell
+from benchmarks.random_models import count_work, plan_memory
 
 
 @pytest.fixture
 def in_this_process(monkeypatch):
     """Cells without processes of their own, and few steps."""
-    monkeypatch.setattr(train_table, "WARM_UP", 1)
-    monkeypatch.setattr(train_table, "TIMED", 2)
 
     def run_cell(cell, arm):
         shape, method, length, mode = cell.split("/")
-        return train_table.run_here(arm, shape, method, int(length), mode)
+        few = Cell(shape, method, int(length), lean=mode == "lean", warm_up=1, timed=2)
+        return arms.run_cell(few, arm)
 
     monkeypatch.setattr(train_table, "run_cell", run_cell)
 
@@ -37,26 +38,13 @@ def test_every_method_mode_and_arm(in_this_process, tmp_path, capsys):
 
 
 def test_operations_are_those_of_the_formula():
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    from tuning.model.training_model import TrainingModel
-
-    hidden, inner, layers, vocabulary, length = 32, 64, 2, 512, 64
-    config = Qwen2Config(
-        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=2,
-        num_key_value_heads=2, vocab_size=vocabulary, tie_word_embeddings=False,
-    )  # fmt: skip
-    with torch.device("meta"):
-        model = Qwen2ForCausalLM(config)
-    adapted = TrainingModel(*train_table.adapt(model, "lora"))
+    cell = Cell("tiny", "lora", 64)
+    hidden, inner, layers, vocabulary = 32, 64, 2, 512
     linear = layers * (4 * hidden**2 + 3 * hidden * inner)
-    rank = train_table.LORA["r"]
-    lora = layers * rank * (4 * 2 * hidden + 3 * (hidden + inner))
-    tokens, phi = train_table.ACCUMULATED * length, train_table.SUPERVISED
-    attention = 6 * layers * hidden * train_table.ACCUMULATED * length**2
-    by_hand = tokens * (4 * linear + 6 * lora + 4 * phi * hidden * vocabulary) + attention
-    assert train_table.count_work(adapted, length) == by_hand
+    lora = layers * cell.rank * (4 * 2 * hidden + 3 * (hidden + inner))
+    attention = 6 * layers * hidden * cell.rows_per_step * cell.length**2
+    by_hand = cell.tokens_per_step * (4 * linear + 6 * lora + 4 * 0.5 * hidden * vocabulary) + attention
+    assert count_work(cell) == by_hand
 
 
 def test_a_cell_that_fails_says_why_and_late_ones_are_not_begun(monkeypatch, capsys):
@@ -77,14 +65,11 @@ def test_the_table_of_plans(capsys):
     plan_table.main(["--shape", "tiny"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + 2 * len(plan_table.KINDS)
-    assert all(line.count("|") == len(train_table.LENGTHS) + 2 for line in lines)
+    assert all(line.count("|") == len(LENGTHS) + 2 for line in lines)
 
 
-def test_weights_are_counted_once():
+def test_weights_are_counted_once(monkeypatch):
     """By hand: bf16 weights, and nothing else of their size where activations are computed again and rows are short."""
-    train_table.SHAPES["wide"] = train_table.SHAPES["tiny"] | {"hidden_size": 512, "intermediate_size": 1024}
-    try:
-        memory = plan_table.plan("wide", None, 16, lean=True)
-    finally:
-        del train_table.SHAPES["wide"]
+    monkeypatch.setitem(SHAPES, "wide", SHAPES["tiny"] | {"hidden_size": 512, "intermediate_size": 1024})
+    memory = plan_memory(Cell("wide", "lora", 16, lean=True), device_type="cuda")
     assert memory.activations + memory.loss < 0.5 * memory.weights

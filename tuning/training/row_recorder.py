@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
@@ -114,6 +112,9 @@ class RowRecorder:
         """Write what was gathered. On rank 0."""
         visits = self._sorted()
         columns = self._describe(visits["row"].astype(np.int64))
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         table = pa.table(
             {
                 "row_id": columns.pop("row_id"),
@@ -131,6 +132,8 @@ class RowRecorder:
         """Go on from a checkpoint's file, if it has one. On rank 0."""
         if not (directory / ROWS_FILE).is_file():
             return
+        import pyarrow.parquet as pq
+
         table = pq.read_table(directory / ROWS_FILE, columns=list(_VISIT.names or ()))
         visits = np.zeros(len(table), _VISIT)
         for name in table.column_names:
