@@ -32,6 +32,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Hold the flags against each other. Raises: SettingsError: one that would be ignored, or is out of its bounds."""
+    if args.batch_size is not None and not args.prompts:
+        raise SettingsError("--batch_size: only with --prompts")
+    args.batch_size = 8 if args.batch_size is None else args.batch_size
     if args.batch_size < 1 or args.max_new_tokens < 1:
         raise SettingsError("--batch_size and --max_new_tokens: must be at least 1")
     if args.temperature is not None:
@@ -59,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     ask.add_argument("--prompt", help="one question; the answer goes to standard output")
     ask.add_argument("--prompts", metavar="FILE", help="many questions; JSON lines go to standard output, or --out")
     parser.add_argument("--out", metavar="FILE", help="of --prompts; if some answers are in it, the rest is added")
-    parser.add_argument("--batch_size", type=int, default=8, help="questions at a time with --prompts (default 8)")
+    parser.add_argument("--batch_size", type=int, help="questions at a time with --prompts (default 8)")
     parser.add_argument("--raw", action="store_true", help="continue the text, without the chat template")
     parser.add_argument("--system", help="system turn")
     parser.add_argument("--tools", metavar="FILE", help="JSON list of the tools that the model may call")

@@ -62,7 +62,8 @@ def find_missing_paths(settings: Settings) -> Iterator[str]:
         yield f"--model_name_or_path {mistake}"
     if model.hub and Path(model.model_name_or_path).is_dir():
         yield f"--hub {model.hub}: has no effect, as --model_name_or_path is a directory"
-    for name, paths in (("data_path", data.data_path), ("eval_data_path", data.eval_data_path)):
+    general = [run.general] if run.general else None
+    for name, paths in (("data_path", data.data_path), ("eval_data_path", data.eval_data_path), ("general", general)):
         for path in paths or ():
             try:
                 find_data([path], weighted=name == "data_path")
@@ -71,7 +72,6 @@ def find_missing_paths(settings: Settings) -> Iterator[str]:
     for name, file in (
         ("chat_template", data.chat_template and str(find_template(data.chat_template))),
         ("sample_prompts", run.sample_prompts),
-        ("general", run.general),
         ("deepspeed", run.deepspeed),
     ):
         if file is not None and not Path(file).is_file():

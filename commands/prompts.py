@@ -2,6 +2,7 @@
 
 import argparse
 import fcntl
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -18,10 +19,11 @@ from tuning.errors import SettingsError, explain_failed_write, read_json_object
 # What an answer follows from, beside its prompt.
 _SETTINGS = (
     *("model", "base", "dtype", "bits", "device_map", "kv_cache", "raw", "system", "tools"),
-    *("batch_size", "max_new_tokens", "temperature", "seed"),
+    *("batch_size", "max_new_tokens", "temperature", "seed", "files"),
 )
 
 
+_READ_BYTES = 2**24
 _locks: dict[Path, TextIO] = {}  # held until the process ends
 
 
@@ -132,7 +134,8 @@ def check_answers(args: argparse.Namespace, prompts: Sequence[Prompt], named: st
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise SettingsError(f"--out {out}: {'is a directory' if out.is_dir() else 'its directory is not there'}")
     args.first = 0
-    made_by = {**{name: getattr(args, name) for name in _SETTINGS}, "model": str(named)}
+    made_by = {name: getattr(args, name, None) for name in _SETTINGS}
+    made_by |= {"model": str(named), "files": _hash_model(Path(args.model))}
     if out.exists() and not beside.is_file():
         raise SettingsError(f"--out {out}: is there, and was not made by this; name another file")
     # An empty one is of a process that was killed before it wrote it.
@@ -150,6 +153,18 @@ def check_answers(args: argparse.Namespace, prompts: Sequence[Prompt], named: st
     with explain_failed_write(beside, "run the command again"):
         beside.write_text(json.dumps(made_by, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     return args.first < len(prompts)
+
+
+def _hash_model(directory: Path) -> str | None:
+    """What tells one model from another in the same directory, without reading its weights; of hub names nothing."""
+    if not directory.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(path for path in directory.iterdir() if path.suffix in (".json", ".jinja", ".safetensors")):
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        if path.suffix != ".safetensors" and path.stat().st_size < _READ_BYTES:
+            digest.update(path.read_bytes())  # manifest.json has the hashes of our results' weights
+    return digest.hexdigest()[:16]
 
 
 def _lock(file: Path) -> None:

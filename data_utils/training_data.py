@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from data_utils.cache import RowCache
 from data_utils.conversations import DataOptions
 from data_utils.dataset import TokenizedRows, count_overlap, load_rows
+from data_utils.layout import count_epoch
 from data_utils.report import Account
 from data_utils.sources import read_lines
 from data_utils.template import ChatTemplate
@@ -89,6 +90,7 @@ def read_training_data(
         say(
             f"evaluation data: {different:,} conversations ({len(eval_rows):,} rows) are held back (--eval_share "
             f"{eval_share:g}); {len(rows):,} rows are trained"
+            + (f", {count_epoch(rows.groups):,} an epoch by their files' weights" if rows.groups else "")
         )
     prompts = read_lines(prompts_path) if prompts_path else []
     samples = [(line, template.encode_prompt([{"role": "user", "content": line}])) for line in prompts]

@@ -68,7 +68,11 @@ class ChatModel:
 
         Raises: DataError: messages or tools that are none, or that the template cannot express. SettingsError.
         """
-        row = {"messages": list(messages), "tools": list(tools), "chat_template_kwargs": dict(template_kwargs or {})}
+        row = {
+            "messages": list(messages),
+            "tools": list(tools or ()),
+            "chat_template_kwargs": dict(template_kwargs or {}),
+        }
         asked = parse_record(Record(row, "chat", 0), data_format="messages")
         decoding: dict[str, float] = {"max_new_tokens": 512}
         for name, value in settings.items():

@@ -72,6 +72,8 @@ def check_flags(args: argparse.Namespace) -> None:
     for name in ("json", "markdown"):
         if (file := getattr(args, name)) and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
             raise SettingsError(f"--{name} {file}: is a directory, or its directory is not there")
+        if file and Path(file).exists() and not args.overwrite:
+            raise SettingsError(f"--{name} {file}: is there; name another file, or pass --overwrite")
     if args.json and args.markdown and Path(args.json).resolve() == Path(args.markdown).resolve():
         raise SettingsError(f"--json, --markdown {args.markdown}: name two files")
     args.bounds = [
@@ -134,6 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, default=8, help="conversations or questions at a time (default 8)")
     parser.add_argument("--json", metavar="FILE", help="write all values, conversations and answers")
     parser.add_argument("--markdown", metavar="FILE", help="write the table and the worst conversations")
+    parser.add_argument("--overwrite", action="store_true", help="write over these files")
     parser.add_argument("--fail_below", nargs="+", default=[], metavar="METRIC=NUMBER", help="of the last model")
     parser.add_argument("--fail_above", nargs="+", default=[], metavar="METRIC=NUMBER", help="of the last model")
     add_loading_flags(parser)

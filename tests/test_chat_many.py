@@ -4,6 +4,7 @@ import fcntl
 import itertools
 import json
 import random
+import shutil
 
 import pytest
 from hypothesis import given
@@ -149,6 +150,16 @@ def test_a_file_of_other_answers_is_left_alone(merged, tmp_path, run_script):
     ):
         code, _, stderr = run_script(*words, *more)
         assert code == 2 and message in stderr and len(stderr.splitlines()) == 1
+    shutil.copytree(merged, tmp_path / "other")
+    template = tmp_path / "other" / "chat_template.jinja"
+    words[1] = tmp_path / "other"
+    out = words[5] = tmp_path / "changed.jsonl"
+    assert run_script(*words, tmp_path / "a.txt")[0] == 0
+    template.write_text(template.read_text().replace("assistant.", "pirate."))
+    code, _, stderr = run_script(*words, tmp_path / "a.txt")
+    assert code == 2 and f"--out {out}: was begun with --files" in stderr
+    words[1], words[5] = merged, tmp_path / "out.jsonl"
+    out = words[5]
     (tmp_path / "out.jsonl.settings.json").unlink()
     code, _, stderr = run_script(*words, tmp_path / "a.txt")
     assert (code, stderr) == (2, f"error: --out {out}: is there, and was not made by this; name another file\n")

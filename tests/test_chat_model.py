@@ -165,6 +165,7 @@ def test_raw_text_stays_text_and_needs_no_template(tokenizer, tmp_path):
         (["--raw", "--tools", "x"], "--tools: has no effect with --raw"),
         (["--prompt", "x", "--tool_module", "x.py"], "--tool_module: only in a conversation"),
         (["--out", "x"], "--out: only with --prompts"),
+        (["--prompt", "x", "--batch_size", "4"], "--batch_size: only with --prompts"),
         (["--tools", "/nowhere"], "--tools /nowhere: no such file"),
         (["--prompt", "x", "--tools", "README.md"], "README.md: expected a list of tools as JSON"),
     ],

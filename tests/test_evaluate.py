@@ -53,7 +53,7 @@ def models(checkpoints, tmp_path_factory):
 def run(models, *words, data="rows.jsonl", tokens=6, code=0):
     """Evaluate. Returns: the JSON file."""
     out = models / "out.json"
-    words = [*words, "--data", models / data, "--max_new_tokens", tokens, "--json", out]
+    words = [*words, "--data", models / data, "--max_new_tokens", tokens, "--json", out, "--overwrite"]
     assert evaluate.main([str(word) for word in words]) == code
     return json.loads(out.read_text())
 
@@ -200,6 +200,7 @@ def test_the_table_and_the_worst_are_shown_and_written(models, capsys):
         (["--tasks", "mmlu", "--kv_cache", "quantized"], "--kv_cache quantized: not with --tasks"),
         (["--tasks", "mmlu", "--dataset_dir", "absent"], "--dataset_dir absent: no such directory"),
         (["--data", CONVERSATIONS, "--json", "absent/x.json"], "its directory is not there"),
+        (["--data", CONVERSATIONS, "--markdown", "README.md"], "--markdown README.md: is there; name another file"),
         (["--data", CONVERSATIONS, "--json", "x", "--markdown", "./x"], "--json, --markdown ./x: name two files"),
         (["--data", CONVERSATIONS, "--fail_below", "loss=1"], "lower is better; use --fail_above"),
         (["--data", CONVERSATIONS, "--fail_above", "stopped=1"], "more is better; use --fail_below"),

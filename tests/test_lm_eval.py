@@ -84,7 +84,7 @@ def ask_chat(models, messages, capsys):
 
 def run(models, *words, code=0):
     out = models / "out.json"
-    words = [*words, "--task_path", models / "tasks", "--dataset_dir", models / "tasks", "--json", out]
+    words = [*words, "--task_path", models / "tasks", "--dataset_dir", models / "tasks", "--json", out, "--overwrite"]
     assert evaluate.main([str(word) for word in words]) == code
     return json.loads(out.read_text())["metrics"]
 
@@ -176,7 +176,7 @@ def test_groups_of_the_original_on_data_sets_in_a_directory(models, tmp_path):
     write_data_set(tmp_path / "openai" / "gsm8k", "main", train=sums, test=sums)
     words = ["--tasks", "ceval-valid_law", "gsm8k", "--dataset_dir", tmp_path, "--num_fewshot", "0", "--limit", "8"]
     out = models / "out.json"
-    assert evaluate.main([str(word) for word in (models / "merged", *words, "--json", out)]) == 0
+    assert evaluate.main([str(word) for word in (models / "merged", *words, "--json", out, "--overwrite")]) == 0
     found = json.loads(out.read_text())["metrics"]
     assert {"gsm8k/exact_match,strict-match", "gsm8k/exact_match,flexible-extract"} < found.keys()
     questions = [

@@ -1,7 +1,7 @@
 """How far a model is from the one it began as, on given tokens: losses of both, and KL(model || start).
 
 An adapter's start is the model without it. Of full training what the start said is kept: for each token its loss and
-its likeliest tokens; the others count as one, so that the KL is a little less than that over all tokens.
+its likeliest tokens; the others count as one, so that the KL is at most that over all tokens.
 """
 
 from collections.abc import Callable, Iterator

@@ -30,7 +30,7 @@ def fuse_lora_forward(peft_model: PeftModel) -> None:
     for parent in peft_model.modules():
         for names in _TOGETHER:
             layers: list[Any] = [getattr(parent, name) for name in names if _is_plain(getattr(parent, name, None))]
-            if len(layers) > 1:
+            if len(layers) > 1 and len({layer.in_features for layer in layers}) == 1:
                 together = _Together(layers)
                 for layer in layers:
                     slow = layer.forward.args[1]
