@@ -1,6 +1,8 @@
 """Steps on their way to the trainer: built ahead of time, pinned, moved to the device without waiting for it."""
 
+import pickle
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -47,7 +49,66 @@ class _StepLoader(DataLoader[Any]):
         iterator = super().__iter__()
         if signal.getsignal(signal.SIGCHLD) is not before:
             signal.signal(signal.SIGCHLD, before)
-        return iterator
+        workers = getattr(iterator, "_workers", [])
+        is_main = threading.current_thread() is threading.main_thread()
+        return _Watched(iterator, workers) if workers and is_main else iterator
+
+
+class _WorkerDied(BaseException):
+    """What a signal handler raises inside torch, which would take an Exception for a mistake of the queue's."""
+
+
+class _Watched:
+    """An iterator of a data loader that looks after its workers.
+
+    While it waits for an item: a worker that dies in the middle of a message leaves a reader that waits for the rest,
+    and what it had sent before cannot be opened any more, since it held the memory. And at its end: torch ends workers
+    by an event whose lock the dead one may hold, and would wait for ever.
+    """
+
+    def __init__(self, iterator: Any, workers: list[Any]):
+        self._iterator, self._workers = iterator, list(workers)
+
+    def __iter__(self) -> "_Watched":
+        return self
+
+    def __next__(self) -> Any:
+        before = signal.signal(signal.SIGCHLD, self._check)
+        try:
+            self._check()
+            if self._find_dead() is not None:  # after its last item
+                raise StopIteration
+            return next(self._iterator)
+        except _WorkerDied as died:
+            raise RuntimeError(str(died)) from None
+        except (OSError, EOFError, pickle.UnpicklingError) as error:
+            # What a worker held is gone a moment before it is known to be dead.
+            self._abandon()
+            raise RuntimeError(f"DataLoader worker: its memory is gone ({type(error).__name__}: {error})") from error
+        finally:
+            signal.signal(signal.SIGCHLD, before)
+            if self._find_dead() is not None:
+                self._abandon()
+
+    def __del__(self) -> None:
+        if self._find_dead() is not None:
+            self._abandon()
+
+    def _find_dead(self) -> Any:
+        return next((worker for worker in self._workers if worker.exitcode not in (None, 0)), None)
+
+    def _check(self, *_: object) -> None:
+        """Raises: _WorkerDied: one did, and an item is still to come."""
+        if self._iterator._tasks_outstanding and (dead := self._find_dead()) is not None:
+            raise _WorkerDied(f"DataLoader worker (pid {dead.pid}) exited unexpectedly ({dead.exitcode})")
+
+    def _abandon(self) -> None:
+        """End what is left of the workers, and leave torch nothing to end."""
+        self._iterator._shutdown = True
+        for worker in self._workers:
+            worker.kill()
+        for queue in self._iterator._index_queues:
+            queue.cancel_join_thread()
 
 
 class StepSampler(Sampler[int]):
