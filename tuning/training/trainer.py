@@ -121,7 +121,8 @@ class StepTrainer(Trainer):
         self._resumed_from: Path | None = None
         self._loraplus_lr_ratio = loraplus_lr_ratio
         self._recorder, self._meter = recorder, meter
-        self.general: dict[str, float] | None = None  # what the meter said last
+        self.general: dict[str, float] | None = None  # what the meter said last, and after which step
+        self._general_step: int | None = None
         model.records_rows = recorder is not None
         self._metrics: StepMetrics | None = None  # opened by the first step after a log line
         self._saved_metrics: dict[str, Any] | None = None
@@ -308,7 +309,8 @@ class StepTrainer(Trainer):
         if self.args.world_size > 1:
             dist.all_reduce(total)
         loss = total.item() / num_targets
-        self.general = self._meter.measure(model) if self._meter else None
+        if self._meter is not None:
+            self._measure_general()
         metrics = {
             f"{metric_key_prefix}_loss": loss,
             f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700.0)),
@@ -322,6 +324,10 @@ class StepTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._exclude_time(started)
         return metrics
+
+    def _measure_general(self) -> None:
+        assert self._meter is not None
+        self.general, self._general_step = self._meter.measure(self.model_wrapped), self.state.global_step
 
     def is_stale(self) -> bool:
         """Whether the evaluation's loss has not fallen for --early_stopping_patience evaluations."""
@@ -534,9 +540,11 @@ class StepTrainer(Trainer):
                 raise
         if not self.stopped_by:
             self.check_weights()
-            if self._meter is not None:  # of the result, which may be an earlier checkpoint
+            # Of the result, which may be an earlier checkpoint; the last evaluation may have measured it.
+            is_last = self._general_step == self.state.global_step and not self.args.load_best_model_at_end
+            if self._meter is not None and not is_last:
                 self.model.eval()
-                self.general = self._meter.measure(self.model_wrapped)
+                self._measure_general()
         self._train_s += time.perf_counter() - self._began
         return result
 
