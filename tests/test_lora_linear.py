@@ -1,16 +1,20 @@
 """LoRA layers against peft's own, with the same random numbers."""
 
+import functools
 import weakref
+from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from tuning.model.lora_linear import fuse_lora_forward
+from tuning.model.quantized_linear import Int8Linear
 
 
 def build(*, fast, dtype=torch.float32, **options):
@@ -93,48 +97,126 @@ class Block(nn.Module):
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
+def build_blocks(*, fast, **options):
+    torch.manual_seed(0)
+    settings = {"r": 4, "lora_dropout": 0.0, "target_modules": NAMES, "init_lora_weights": False} | options
+    model = get_peft_model(nn.Sequential(Block(), Block()), LoraConfig(**settings)).double().train()
+    if fast:
+        fuse_lora_forward(model)
+    return model
+
+
+def step(model, *, checkpointing=False):
+    """Output, and all gradients, of one step."""
+    x = torch.randn(2, 7, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(2)  # of dropout
+    output = x
+    for block in model.base_model.model:
+        output = checkpoint(block, output, use_reentrant=False) if checkpointing else block(output)
+    output.cumsum(-1).sum().backward()
+    return [output, x.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
+
+
+def check_equal(results, expected):
+    for one, other in zip(results, expected, strict=True):
+        assert one.shape == other.shape and torch.allclose(one, other, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("targets", [NAMES, ["q_proj", "v_proj"], ["k_proj", "up_proj"]], ids=len)
-def test_layers_of_one_input_take_their_first_product_together(targets, dropout, checkpointing):
-    results, products = [], []
+def test_layers_of_one_input_equal_pefts(targets, dropout, checkpointing):
+    options = {"lora_dropout": dropout, "target_modules": targets}
+    if "v_proj" in targets:  # another rank, and so another scale
+        options["rank_pattern"] = {"v_proj": 3}
+    fast, slow = (build_blocks(fast=each, **options) for each in (True, False))
+    for _ in range(2):
+        check_equal(step(fast, checkpointing=checkpointing), step(slow, checkpointing=checkpointing))
+
+
+def test_sums_are_made_within_the_products():
+    """Per block: three products with A less in each of both passes and the update, and no pass over memory to add."""
+    counts = []
     for fast in (False, True):
-        torch.manual_seed(0)
-        config = LoraConfig(
-            r=4, lora_dropout=dropout, target_modules=targets, init_lora_weights=False, rank_pattern={"v_proj": 3}
-        )
-        model = get_peft_model(nn.Sequential(Block(), Block()), config).train()
-        if fast:
-            fuse_lora_forward(model)
-        x = torch.randn(2, 7, 12, generator=torch.Generator().manual_seed(1), requires_grad=True)
-        counted = CountProducts(12)
-        for _ in range(2):
-            torch.manual_seed(2)
-            with counted:
-                output = x
-                for block in model.base_model.model:
-                    output = checkpoint(block, output, use_reentrant=False) if checkpointing else block(output)
-            (output.cumsum(-1).sum()).backward()
-        results.append([output, x.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
-        products.append(counted.number)
-    for one, other in zip(*results, strict=True):
-        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
-    saved = {7: 3, 2: 1 if targets[0] == "q_proj" else 0}[len(targets)] if not dropout else 0
-    assert products[0] - products[1] == saved * 2 * 2, "two blocks, two passes"
+        model = build_blocks(fast=fast)
+        with CountOperations() as counter:
+            step(model)
+        counts.append(counter.counts)
+    fast = counts[1]
+    products = [sum(count[name] for name in ("mm", "addmm", "addmm_", "bmm")) for count in counts]
+    # q, k, v and gate, up: of each group one product forward and one for each of the two gradients.
+    assert products[0] - products[1] == 2 * (2 + 1) * 3
+    assert fast["add"] + fast["add_"] == 2 * (2 + 2), "two residual connections, and their gradients"
 
 
-class CountProducts(TorchFunctionMode):
-    """Counts products of inputs of some width with low-rank matrices."""
+class CountOperations(TorchDispatchMode):
+    """Counts operations by name."""
 
-    def __init__(self, width):
+    def __init__(self):
         super().__init__()
-        self.width, self.number = width, 0
+        self.counts = Counter()
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.linear:
-            out, width = args[1].shape
-            self.number += width == self.width and (out <= 4 or out in (7, 8, 11))
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts[function.overloadpacket.__name__] += 1
         return function(*args, **(kwargs or {}))
+
+
+def test_a_base_layer_that_somebody_hooked_is_called():
+    fast, slow = (build_blocks(fast=each) for each in (True, False))
+    for model in (fast, slow):
+        base = model.base_model.model[0].attention.q_proj.base_layer
+        base.register_forward_hook(lambda module, args, output: output * 2)
+        patched = model.base_model.model[1].up_proj.base_layer
+        patched.forward = functools.partial(lambda layer, x: F.linear(x, layer.weight) * 3, patched)
+    check_equal(step(fast), step(slow))
+
+
+def test_a_base_layer_that_trains_gets_its_gradient():
+    fast, slow = (build_blocks(fast=each) for each in (True, False))
+    for model in (fast, slow):
+        model.base_model.model[0].attention.k_proj.base_layer.weight.requires_grad_(True)
+        model.base_model.model[1].down_proj.base_layer.bias.requires_grad_(True)
+    check_equal(step(fast), step(slow))
+
+
+def test_gradients_of_an_input_that_needs_none_are_not_computed():
+    fast, slow = (build_blocks(fast=each) for each in (True, False))
+    x = torch.randn(3, 12, dtype=torch.float64)
+    for model in (fast, slow):
+        model(x).sum().backward()
+    trained = [[p.grad for p in model.parameters() if p.requires_grad] for model in (fast, slow)]
+    check_equal(*trained)
+
+
+def test_quantised_bases_are_dequantised_within_the_products():
+    exact, model = build_blocks(fast=False), build_blocks(fast=True)
+    for which in (exact, model):
+        for layer in which.modules():
+            if isinstance(layer, LoraLinear):
+                base = layer.base_layer
+                codes = (base.weight.data * 100).round()
+                base.weight.data = codes / 100
+                if which is model:
+                    scales = torch.full((base.out_features,), 0.01, dtype=torch.float64)
+                    layer.base_layer = Int8Linear(base.in_features, base.out_features, codes.to(torch.int8), base.bias,
+                                                  scales=scales)  # fmt: skip
+    check_equal(step(model), step(exact))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_groups_round_no_more_than_peft(dtype):
+    exact, errors = step(build_blocks(fast=False)), []
+    for fast in (False, True):
+        model = build_blocks(fast=fast).float()
+        x = torch.randn(2, 7, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        with torch.autocast("cpu", dtype=dtype):
+            output = model(x.float().requires_grad_(True))
+        output.double().cumsum(-1).sum().backward()
+        found = [output, *(p.grad for p in model.parameters() if p.requires_grad)]
+        assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+        expected = [exact[0], *exact[2:]]
+        errors.append([((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True)])
+    assert sum(errors[1]) <= 1.1 * sum(errors[0])
 
 
 def test_together_they_hold_no_activation():

@@ -16,6 +16,7 @@ from tuning.errors import SettingsError
 from tuning.machine import is_out_of_memory
 from tuning.model.attention import describe_packing, rows_lie_apart
 from tuning.model.divergence import Start, compare_with_base, compare_with_start, keep_start
+from tuning.model.fused import fuse_elementwise
 from tuning.model.loss import OutputHead, change_logits, chunk_rows, find_logit_change
 from tuning.model.quantized_linear import QuantizedLinear
 from tuning.model.token_rows import TokenRows
@@ -34,6 +35,7 @@ class TrainingModel(nn.Module):
     def __init__(self, model: nn.Module, token_rows: TokenRows | None = None):
         super().__init__()
         self.model: Any = model
+        fuse_elementwise(self.causal_lm)
         self.token_rows = token_rows
         self.records_rows = False
         self.row_losses: Tensor | None = None

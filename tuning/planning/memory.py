@@ -155,7 +155,7 @@ def simulate_step(
     casts_weights: weights keep their dtype and autocast copies them; else they are in dtype already.
     """
     log = _without_log("torch._subclasses.fake_tensor")
-    storage = _with_storage(training_model, None if casts_weights else dtype)
+    storage = with_storage(training_model, None if casts_weights else dtype)
     with log, FakeTensorMode(), _fixed_rotary(training_model), storage:
         for parameter in training_model.parameters():
             if parameter.requires_grad and accumulates:
@@ -241,7 +241,7 @@ def _without_log(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _with_storage(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+def with_storage(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     """Let a model's tensors be fake ones on the CPU meanwhile, cast to a dtype where one is given."""
     tables: list[Any] = [table for module in model.modules() for table in (module._parameters, module._buffers)]
     before = [dict(table) for table in tables]

@@ -1,0 +1,201 @@
+"""RMS norms and rotary embeddings with fewer passes over memory than transformers takes.
+
+What a model's own modules and functions compute is found by trying them on random numbers, not by their names alone:
+Gemma's norms add one to their weights, some rotary embeddings turn neighbours instead of halves, and so on. What is
+not one of the kinds here stays as it is.
+"""
+
+import copy
+import functools
+import inspect
+import itertools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+def fuse_elementwise(model: nn.Module) -> None:
+    """Let a model's RMS norms and rotary embeddings be computed here. Twice does no harm."""
+    with torch.no_grad(), torch.device("cpu"):  # for the trials; a caller may be building on the meta device
+        _fuse_norms(model)
+        _fuse_rotary(model)
+
+
+def _fuse_norms(model: nn.Module) -> None:
+    offsets: dict[tuple[type, float], float | None] = {}
+    for module in model.modules():
+        if (eps := _read_eps(module)) is None:
+            continue
+        key = (type(module), eps)
+        if key not in offsets:
+            offsets[key] = _find_offset(module, eps)
+        if (offset := offsets[key]) is not None:
+            module.forward = functools.partial(_normalize, module, module.forward, eps, offset)
+
+
+def _fuse_rotary(model: nn.Module) -> None:
+    """The functions of the files in which the model's classes are: transformers' models find theirs by name there."""
+    for name in {type(module).__module__ for module in model.modules()} & sys.modules.keys():
+        namespace = vars(sys.modules[name])
+        function = namespace.get("apply_rotary_pos_emb")
+        if inspect.isfunction(function) and _turns_halves(function):
+            namespace["apply_rotary_pos_emb"] = _Rotary(function)
+
+
+# ---- RMS norms ----
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """X / sqrt(mean(x ** 2) + eps) * (weight + offset), over the last dimension, computed in float32.
+
+    torch's own kernel where it has one: on GPUs, where x and weight are of one dtype.
+
+    Shapes: x [..., H], weight [H]. Returns: [..., H] in x's dtype.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        if x.is_cuda and x.dtype == weight.dtype and offset == 0.0:
+            return F.rms_norm(x, weight.shape, weight, eps)
+        result: Tensor = _RmsNorm.apply(x, weight, eps, offset)
+        return result
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype).square_()
+        inverse = square.div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        ctx.offset = offset
+        return (x * inverse).mul_(_shift(weight, offset, dtype)).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, weight, inverse = ctx.saved_tensors
+        d_x = d_weight = None
+        if ctx.needs_input_grad[1]:
+            products = (d_output.to(inverse.dtype) * x).flatten(0, -2)
+            d_weight = (inverse.flatten() @ products).to(weight.dtype)
+        if ctx.needs_input_grad[0]:
+            d_normal = d_output * _shift(weight, ctx.offset, inverse.dtype)
+            along = torch.linalg.vecdot(d_normal, x.to(inverse.dtype)).unsqueeze(-1)
+            along = along.mul_(inverse.pow(3)).div_(-x.shape[-1])
+            d_x = d_normal.mul_(inverse).addcmul_(x, along).to(x.dtype)
+        return d_x, d_weight, None, None
+
+
+def _shift(weight: Tensor, offset: float, dtype: torch.dtype) -> Tensor:
+    weight = weight.to(dtype)
+    return weight + offset if offset else weight
+
+
+def _normalize(module: Any, slow: Callable[..., Tensor], eps: float, offset: float, x: Tensor, *rest: Any) -> Tensor:
+    if rest or x.dtype != module.weight.dtype:  # what comes of two dtypes differs between models
+        return slow(x, *rest)
+    return rms_norm(x, module.weight, eps, offset)
+
+
+def _read_eps(module: nn.Module) -> float | None:
+    """Of what may be an RMS norm; None of other modules, and of those whose forward somebody replaced."""
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    parameters = dict(module.named_parameters())
+    is_one = [*parameters] == ["weight"] and parameters["weight"].ndim == 1 and not [*module.buffers()]
+    return eps if is_one and isinstance(eps, float) and "forward" not in vars(module) else None
+
+
+def _find_offset(module: nn.Module, eps: float) -> float | None:
+    """What a norm adds to its weight: 0, or 1 as Gemma's does; None where it computes something else."""
+    generator = torch.Generator().manual_seed(0)
+    probe = copy.copy(module)
+    # Small numbers, so that eps counts; another weight, since the module's may be in shards or have no values.
+    x, weight = torch.randn(5, 8, generator=generator) * 0.01, torch.rand(8, generator=generator) + 0.5
+    vars(probe)["_parameters"] = {"weight": nn.Parameter(weight, requires_grad=False)}
+    found = _try(functools.partial(type(module).forward, probe), x)
+    return next((offset for offset in (0.0, 1.0) if _same(found, rms_norm(x, weight, eps, offset))), None)
+
+
+def _try(function: Callable[..., Any], *inputs: Tensor) -> Any:
+    """What a function gives; None where it wants other arguments."""
+    try:
+        return function(*inputs)
+    except Exception:
+        return None
+
+
+def _same(found: Any, expected: Tensor) -> bool:
+    if not isinstance(found, Tensor) or found.shape != expected.shape or found.dtype != expected.dtype:
+        return False
+    rtol, atol = (1e-5, 1e-6) if found.dtype == torch.float32 else (3e-2, 3e-2)
+    return torch.allclose(found, expected, rtol=rtol, atol=atol)
+
+
+# ---- rotary embeddings ----
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """X * cos + (-x's second half, its first half) * sin, over the last dimension.
+
+    Shapes: x [..., D]; cos, sin broadcast to it. Returns: [..., D], in the dtype that x and cos promote to.
+    """
+    result: Tensor = _Rotation.apply(x, cos, sin)
+    return result
+
+
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.dtype = x.dtype
+        first, second = sin.chunk(2, -1)
+        return _turn(x, cos, first, second, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        first, second = sin.chunk(2, -1)
+        return _turn(d_output, cos, second, first, -1).to(ctx.dtype), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, first: Tensor, second: Tensor, sign: int) -> Tensor:
+    result, (x_first, x_second) = x * cos, x.chunk(2, -1)
+    result_first, result_second = result.chunk(2, -1)
+    result_first.addcmul_(x_second, first, value=-sign)
+    result_second.addcmul_(x_first, second, value=sign)
+    return result
+
+
+class _Rotary:
+    """transformers' apply_rotary_pos_emb. reference: its own."""
+
+    def __init__(self, reference: Callable[..., tuple[Tensor, Tensor]]):
+        self.reference = reference
+        functools.update_wrapper(self, reference)
+
+    def __call__(
+        self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, unsqueeze_dim: int = 1, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        if args or options or cos.requires_grad or not cos.shape[-1] == q.shape[-1] == k.shape[-1]:
+            return self.reference(q, k, cos, sin, *args, unsqueeze_dim=unsqueeze_dim, **options)
+        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+        return rotate(q, cos, sin), rotate(k, cos, sin)
+
+
+def _turns_halves(function: Callable[..., Any]) -> bool:
+    """Whether a function is what rotate computes, in one dtype and in two."""
+    generator = torch.Generator().manual_seed(0)
+    numbers = [torch.randn(1, heads, 3, 8, generator=generator) for heads in (2, 1, 1, 1)]
+    for dtype, other in itertools.product((torch.float32, torch.bfloat16), repeat=2):
+        q, k, cos, sin = (x.to(kind) for x, kind in zip(numbers, (dtype, dtype, other, other), strict=True))
+        found = _try(function, q, k, cos[:, 0], sin[:, 0])
+        if not isinstance(found, tuple) or len(found) != 2:
+            return False
+        if not all(map(_same, found, [rotate(q, cos, sin), rotate(k, cos, sin)])):
+            return False
+    return True
