@@ -1,6 +1,7 @@
-"""What trains a cell: ours (StepTrainer); plain (a loop around transformers and peft, with their own loss); trl.
+"""What trains a cell: ours, compiled, plain and trl.
 
-All train the same rows, which fill their micro-batches: no arm has padding to save.
+ours is StepTrainer, compiled the same with --compile_layers, plain a loop around transformers and peft with their own
+loss. All train the same rows, which fill their micro-batches: no arm has padding to save.
 """
 
 import statistics
@@ -19,7 +20,7 @@ from benchmarks.random_models import QUANTIZATIONS, adapt, build_model, choose_d
 from data_utils.steps import StepDataset
 from tuning.machine import peak_memory_gib
 from tuning.model.packing import enable_packing
-from tuning.model.training_model import TrainingModel, enable_gradient_checkpointing
+from tuning.model.training_model import TrainingModel, compile_layers, enable_gradient_checkpointing
 from tuning.planning.operations import measure_matmul_rate
 from tuning.settings.arguments import RunArguments
 from tuning.training.trainer import StepTrainer
@@ -38,7 +39,7 @@ def run_cell(cell: Cell, arm: str, profiler: Any = None) -> Figures:
     work = count_work(cell)
     model = build_model(cell.shape, device, dtype)
     if cell.method in QUANTIZATIONS:
-        quantize(model, cell.method, ours=arm == "ours")
+        quantize(model, cell.method, ours=arm in ("ours", "compiled"))
     if cell.lean:
         enable_gradient_checkpointing(model)
     if device.type == "cuda":
@@ -107,12 +108,14 @@ class RowsInMemory:
         return str(index)
 
 
-def run_ours(model: Any, cell: Cell, clock: Clock) -> list[float]:
+def run_ours(model: Any, cell: Cell, clock: Clock, *, compiles: bool = False) -> list[float]:
     """StepTrainer."""
     device, dtype = model.device, model.dtype
     training_model = TrainingModel(*adapt(model, cell)).to(device)
     obstacle = enable_packing(training_model, max_length=cell.length, dtype=dtype)
     assert obstacle is None, obstacle
+    if compiles:
+        compile_layers(training_model)
     steps = StepDataset(
         RowsInMemory(make_rows(cell, model.config.vocab_size)),  # type: ignore[arg-type]
         rows_per_step=cell.rows_per_step, max_tokens=cell.rows * cell.length, packed=True, seed=0,
@@ -126,6 +129,11 @@ def run_ours(model: Any, cell: Cell, clock: Clock) -> list[float]:
         )  # fmt: skip
         trainer = StepTrainer(training_model, settings, train_dataset=steps, writer=None)  # type: ignore[arg-type]
         return time_steps(trainer, clock)
+
+
+def run_compiled(model: Any, cell: Cell, clock: Clock) -> list[float]:
+    """StepTrainer with --compile_layers."""
+    return run_ours(model, cell, clock, compiles=True)
 
 
 def run_plain(model: Any, cell: Cell, clock: Clock) -> list[float]:
@@ -205,4 +213,9 @@ def time_steps(trainer: Any, clock: Clock) -> list[float]:
     return clock.seconds
 
 
-_RUN: dict[str, Callable[[Any, Cell, Clock], list[float]]] = {"ours": run_ours, "plain": run_plain, "trl": run_trl}
+_RUN: dict[str, Callable[[Any, Cell, Clock], list[float]]] = {
+    "ours": run_ours,
+    "compiled": run_compiled,
+    "plain": run_plain,
+    "trl": run_trl,
+}

@@ -24,7 +24,7 @@ SHAPES: dict[str, dict[str, int]] = {
 }  # fmt: skip
 METHODS = ("lora", "lora_emb", "lora_tokens", "qlora_nf4", "qlora_gptq", "full")
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
-ARMS = ("ours", "plain", "trl")
+ARMS = ("ours", "compiled", "plain", "trl")
 Figures = dict[str, Any]
 
 

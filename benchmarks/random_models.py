@@ -11,6 +11,7 @@ from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.cells import LENGTHS, SHAPES, Cell
+from tuning.machine import memory_limit
 from tuning.model.lora import add_lora
 from tuning.model.quantization import Quantization, quantize_meta_model, replace_quantized_layers
 from tuning.model.quantized_linear import GptqLinear
@@ -139,4 +140,5 @@ def plan_memory(cell: Cell, *, device_type: str, process_bytes: int = 0) -> Memo
         device_type=device_type,
         process_bytes=process_bytes,
         accumulates=cell.micro_batches > 1,
+        device_memory=memory_limit(choose_device()) if device_type == "cuda" and torch.cuda.is_available() else None,
     )

@@ -11,7 +11,7 @@ from benchmarks.receipt_stages.jobs import NEMO, NEMO_TOKENS_PER_S, QLORA_WORK, 
 LENGTHS = (512, 2048, 4096, 8192)
 SHAPES = {"7b": "Qwen-7B", "8b": "Qwen3-8B"}
 METHODS = {"lora": "LoRA", "qlora_nf4": "Q-LoRA (NF4)", "qlora_gptq": "Q-LoRA (GPTQ Int4)"}
-NAMES = {"ours": "ours", "plain": "transformers, peft", "trl": "TRL"}
+NAMES = {"ours": "ours", "compiled": "ours, layers compiled", "plain": "transformers, peft", "trl": "TRL"}
 NOT_MEASURED = "not measured"
 _ERRORS = ("loss_error", "gradient_norm_error", "gradient_error", "output_error", "merge_error")
 Receipt = dict[str, Any]

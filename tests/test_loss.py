@@ -11,7 +11,7 @@ from torch import nn
 from tests.conftest import build_model
 from tuning.errors import SettingsError
 from tuning.model import loss as loss_module
-from tuning.model.loss import LogitChange, OutputHead, find_logit_change, sum_cross_entropy
+from tuning.model.loss import LogitChange, OutputHead, chunk_rows, find_logit_change, sum_cross_entropy
 from tuning.model.training_model import TrainingModel, check_loss_path
 
 V, H, R = 37, 8, 3
@@ -21,7 +21,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setitem(loss_module._CHUNK_LOGITS, "cpu", 5 * V)
+    monkeypatch.setattr(loss_module, "_CPU_LOGITS", 5 * V)
 
 
 def make_inputs(num_rows, *, dtype=torch.float32, seed=0, scale=1.0):
@@ -264,3 +264,16 @@ def test_the_loss_of_models_that_change_their_logits_is_their_own(name):
     ):
         assert (one is None) == (other is None)
         assert one is None or torch.allclose(one, other, rtol=1e-3, atol=1e-4 * other.abs().max().item())
+
+
+def test_chunks_follow_the_devices_memory():
+    """A GPU's buffers (6 bytes a logit) take about 1 % of its memory, however many logits a token has."""
+    gib = 2**30
+    for memory in (24 * gib, 80 * gib, 141 * gib):
+        for num_logits in (32_000, 151_936, 262_144):
+            rows = chunk_rows(10**6, num_logits, "cuda", memory)
+            assert 0.008 * memory < 6 * rows * num_logits < 0.0101 * memory
+    assert chunk_rows(10**6, 151_936, "cuda") == chunk_rows(10**6, 151_936, "cuda", 80 * gib)
+    assert chunk_rows(10**6, 151_936, "cuda", 8 * gib) >= 2**25 // 151_936 - 1, "small ones are slow"
+    assert chunk_rows(0, 10, "cuda", gib) == 1 == chunk_rows(5, 2**40, "cuda", gib)
+    assert chunk_rows(1000, 151_936, "cpu", gib) == chunk_rows(1000, 151_936, "cpu")

@@ -47,6 +47,7 @@ def list_cells(stage: str) -> dict[str, Cell]:
     cells = {"nemo/ours": NEMO, "nemo/plain": NEMO}
     for length, arm, (name, work) in itertools.product(LENGTHS, ("ours", "plain"), WORK.items()):
         cells[f"{name}-{length}/{arm}"] = _build(work, length)
+    cells["nemo/compiled"] = NEMO
     cells["nemo/trl"] = NEMO
     for length, (name, work) in itertools.product(LENGTHS, WORK.items()):
         cells[f"{name}-{length}/trl"] = _build(work, length)

@@ -40,13 +40,26 @@ def rows_lie_apart() -> Iterator[None]:
         masking_utils.find_packed_sequence_indices = looks
 
 
+class RowLengths(Sequence[int]):
+    """Tokens of packed rows. Not a list, for which torch.compile would compile anew whenever its length changes."""
+
+    def __init__(self, lengths: Sequence[int]):
+        self._lengths = tuple(lengths)
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._lengths[index]
+
+
 def describe_packing(
     input_ids: Tensor, position_ids: Tensor | None, lengths: Sequence[int], row_starts: Tensor | None
 ) -> dict[str, Any]:
     """Arguments of a decoder's forward that say where rows begin."""
     return {
         "position_ids": position_ids,
-        "packed_lengths": lengths,
+        "packed_lengths": RowLengths(lengths),
         "packed_starts": row_starts,
         # transformers leaves a mask of four dimensions as it is. Without one it would look for packed rows in
         # position_ids, which waits for the GPU, and build a T x T mask that packed attention does not look at.

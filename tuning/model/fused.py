@@ -27,15 +27,15 @@ def fuse_elementwise(model: nn.Module) -> None:
 
 
 def _fuse_norms(model: nn.Module) -> None:
-    offsets: dict[tuple[type, float], float | None] = {}
+    kinds: dict[tuple[type, float], type | None] = {}
     for module in model.modules():
-        if (eps := _read_eps(module)) is None:
+        if (eps := _read_eps(module)) is None or isinstance(module, FusedNorm):
             continue
         key = (type(module), eps)
-        if key not in offsets:
-            offsets[key] = _find_offset(module, eps)
-        if (offset := offsets[key]) is not None:
-            module.forward = functools.partial(_normalize, module, module.forward, eps, offset)
+        if key not in kinds:
+            kinds[key] = _choose_class(module, eps)
+        if (kind := kinds[key]) is not None:
+            module.__class__ = kind
 
 
 def _fuse_rotary(model: nn.Module) -> None:
@@ -95,10 +95,20 @@ def _shift(weight: Tensor, offset: float, dtype: torch.dtype) -> Tensor:
     return weight + offset if offset else weight
 
 
-def _normalize(module: Any, slow: Callable[..., Tensor], eps: float, offset: float, x: Tensor, *rest: Any) -> Tensor:
-    if rest or x.dtype != module.weight.dtype:  # what comes of two dtypes differs between models
-        return slow(x, *rest)
-    return rms_norm(x, module.weight, eps, offset)
+class FusedNorm(nn.Module):
+    """A model's RMS norm, computed here. eps_used, offset: what its own class was found to do."""
+
+    eps_used: float
+    offset: float
+    weight: Tensor
+
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        """Shapes: x [..., H]. Returns: [..., H]."""
+        # What comes of two dtypes differs between models; a compiler fuses what it sees by itself.
+        if rest or x.dtype != self.weight.dtype or torch.compiler.is_compiling():
+            result: Tensor = super().forward(x, *rest)
+            return result
+        return rms_norm(x, self.weight, self.eps_used, self.offset)
 
 
 def _read_eps(module: nn.Module) -> float | None:
@@ -109,15 +119,22 @@ def _read_eps(module: nn.Module) -> float | None:
     return eps if is_one and isinstance(eps, float) and "forward" not in vars(module) else None
 
 
-def _find_offset(module: nn.Module, eps: float) -> float | None:
-    """What a norm adds to its weight: 0, or 1 as Gemma's does; None where it computes something else."""
+def _choose_class(module: nn.Module, eps: float) -> type | None:
+    """A class that computes what a norm does; None where it is no RMS norm of a kind that is known here.
+
+    Gemma's adds 1 to its weight.
+    """
     generator = torch.Generator().manual_seed(0)
     probe = copy.copy(module)
     # Small numbers, so that eps counts; another weight, since the module's may be in shards or have no values.
     x, weight = torch.randn(5, 8, generator=generator) * 0.01, torch.rand(8, generator=generator) + 0.5
     vars(probe)["_parameters"] = {"weight": nn.Parameter(weight, requires_grad=False)}
     found = _try(functools.partial(type(module).forward, probe), x)
-    return next((offset for offset in (0.0, 1.0) if _same(found, rms_norm(x, weight, eps, offset))), None)
+    for offset in (0.0, 1.0):
+        if _same(found, rms_norm(x, weight, eps, offset)):
+            own = type(module)
+            return type(own.__name__, (FusedNorm, own), {"eps_used": eps, "offset": offset, "__doc__": own.__doc__})
+    return None
 
 
 def _try(function: Callable[..., Any], *inputs: Tensor) -> Any:
@@ -181,7 +198,8 @@ class _Rotary:
     def __call__(
         self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, unsqueeze_dim: int = 1, **options: Any
     ) -> tuple[Tensor, Tensor]:
-        if args or options or cos.requires_grad or not cos.shape[-1] == q.shape[-1] == k.shape[-1]:
+        other = args or options or cos.requires_grad or not cos.shape[-1] == q.shape[-1] == k.shape[-1]
+        if other or torch.compiler.is_compiling():
             return self.reference(q, k, cos, sin, *args, unsqueeze_dim=unsqueeze_dim, **options)
         cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
         return rotate(q, cos, sin), rotate(k, cos, sin)

@@ -1,6 +1,5 @@
 """LoRA layers that compute what peft's do with fewer products and passes over memory."""
 
-import functools
 import weakref
 from typing import Any
 
@@ -27,10 +26,10 @@ def fuse_lora_forward(peft_model: PeftModel) -> None:
     (DoRA), biases of adapters and layers of another kind stay as they are.
     """
     fuse_experts_forward(peft_model)
-    for group in _find_groups(peft_model):
-        together = _Group(group)
-        for layer in group:
-            layer.forward = functools.partial(_forward, layer, layer.forward, together)
+    for layers in _find_groups(peft_model):
+        group = _Group(layers)
+        for layer in layers:
+            layer.__class__, layer.group = FusedLoraLinear, group
 
 
 def _find_groups(model: nn.Module) -> list[list[Any]]:
@@ -46,24 +45,30 @@ def _find_groups(model: nn.Module) -> list[list[Any]]:
 
 
 def _is_plain(layer: Any) -> bool:
-    return isinstance(layer, LoraLinear) and not layer.lora_variant and layer.lora_B["default"].bias is None
+    return type(layer) is LoraLinear and not layer.lora_variant and layer.lora_B["default"].bias is None
 
 
-def _forward(layer: LoraLinear, slow: Any, group: "_Group", x: Tensor, *args: Any, **options: Any) -> Tensor:
-    down, up = layer.lora_A["default"], layer.lora_B["default"].weight
-    # ZeRO-3 gathers a weight for its own module's forward only; a view saved for backward would keep the whole
-    # gathered buffer alive.
-    sharded = hasattr(up, "ds_id")
-    casts = x.dtype != down.weight.dtype and not torch.is_autocast_enabled(x.device.type)
-    if sharded or casts or args or options or layer.disable_adapters or layer.merged:
-        return slow(x, *args, **options)
-    if group.is_plain_product():
-        return group.take(layer, x)
-    rows = x.flatten(0, -2)  # a matrix, since torch gives views of one otherwise, which are copied to be written to
-    result = layer.base_layer(rows)
-    low = down(layer.lora_dropout["default"](rows)).to(result.dtype)
-    output: Tensor = _AddUpdate.apply(result, low, up.to(result.dtype), layer.scaling["default"])
-    return output.view(*x.shape[:-1], -1)
+class FusedLoraLinear(LoraLinear):
+    """peft's layer, which adds its update in one product. group: layers that are given the same input, itself too."""
+
+    group: "_Group"
+
+    def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        """As peft's. Shapes: x [..., in]. Returns: [..., out]."""
+        down, up = self.lora_A["default"], self.lora_B["default"].weight
+        # ZeRO-3 gathers a weight for its own module's forward only; a view saved for backward would keep the whole
+        # gathered buffer alive.
+        sharded = hasattr(up, "ds_id")
+        casts = x.dtype != down.weight.dtype and not torch.is_autocast_enabled(x.device.type)
+        if sharded or casts or args or options or self.disable_adapters or self.merged:
+            return super().forward(x, *args, **options)
+        if self.group.is_plain_product():
+            return self.group.take(self, x)
+        rows = x.flatten(0, -2)  # a matrix, since torch gives views of one otherwise, which are copied to be written to
+        result = self.base_layer(rows)
+        low = down(self.lora_dropout["default"](rows)).to(result.dtype)
+        output: Tensor = _AddUpdate.apply(result, low, up.to(result.dtype), self.scaling["default"])
+        return output.view(*x.shape[:-1], -1)
 
 
 class _Group:

@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tuning.errors import SettingsError
+from tuning.machine import memory_limit
 from tuning.model.token_rows import TokenRows
 
 # Logits that exist at a time: 256 MB of fp32 on a CPU, where half as many are slower and twice as many cost memory
-# (benchmarks/LOG.md). On other devices not measured yet.
-_CHUNK_LOGITS = {"cpu": 2**26, "other": 2**27}
+# (benchmarks/LOG.md). On GPUs, where each takes 6 bytes, 1 % of the device's memory: not measured yet.
+_CPU_LOGITS = 2**26
+_BYTES_PER_LOGIT = 640  # of the device's memory
+_FEWEST_LOGITS, _USUAL_MEMORY = 2**25, 80 * 2**30
 
 # On gradients of logits in fp16, whose smallest number is 6e-8.
 _FP16_SCALE = 1024.0
@@ -127,9 +130,13 @@ class OutputHead:
         )
 
 
-def chunk_rows(num_rows: int, num_logits: int, device_type: str) -> int:
-    """Supervised tokens per chunk: num_rows split evenly so that a chunk's logits stay within _CHUNK_LOGITS."""
-    limit = max(1, _CHUNK_LOGITS.get(device_type, _CHUNK_LOGITS["other"]) // num_logits)
+def chunk_rows(num_rows: int, num_logits: int, device_type: str, device_memory: int | None = None) -> int:
+    """Supervised tokens per chunk: num_rows split evenly so that a chunk's logits stay within what a device is given.
+
+    num_logits: of a token. device_memory: bytes that the device has; None: as many as GPUs for this have, 80 GiB.
+    """
+    logits = max(_FEWEST_LOGITS, (device_memory or _USUAL_MEMORY) // _BYTES_PER_LOGIT)
+    limit = max(1, (_CPU_LOGITS if device_type == "cpu" else logits) // num_logits)
     return -(-num_rows // -(-num_rows // limit)) if num_rows else 1
 
 
@@ -210,7 +217,8 @@ class _SumCrossEntropy(torch.autograd.Function):
             for x, need in zip(inputs, needed, strict=True)
         ]
         d_hidden, d_weight, d_bias, d_rows, d_low_input, d_low_weight = gradients
-        chunk = chunk_rows(num_rows, num_logits, hidden.device.type)
+        device_memory = memory_limit(hidden.device) if hidden.is_cuda else None
+        chunk = chunk_rows(num_rows, num_logits, hidden.device.type, device_memory)
         # One buffer for all chunks: on CPU new memory costs about as much as the softmax.
         buffer = hidden.new_empty(min(chunk, num_rows), num_logits)
         in_place = dtype == torch.float32 and hidden.device.type == "cpu"

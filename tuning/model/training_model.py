@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from tuning.errors import SettingsError
 from tuning.machine import is_out_of_memory
-from tuning.model.attention import describe_packing, rows_lie_apart
+from tuning.messages import first_line
+from tuning.model.attention import NAME, attend, describe_packing, rows_lie_apart
 from tuning.model.divergence import Start, compare_with_base, compare_with_start, keep_start
 from tuning.model.fused import fuse_elementwise
 from tuning.model.loss import OutputHead, change_logits, chunk_rows, find_logit_change
@@ -213,6 +214,26 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def compile_layers(training_model: TrainingModel) -> None:
+    """Let torch.compile fuse what a decoder layer does beside its attention. Compiled twice in all, at the first step.
+
+    Raises: SettingsError: it does not work here, or would compile nothing.
+    """
+    if any(getattr(layer, "gradient_checkpointing", False) for layer in training_model.layers):
+        raise SettingsError("torch.compile takes no layer whose activations are recomputed")
+    device = next(training_model.parameters()).device
+    try:
+        torch.compile(torch.sin)(torch.ones(2, device=device))
+    except Exception as error:  # no compiler, no Triton, a GPU that is too old
+        raise SettingsError(
+            f"--compile_layers: torch.compile does not work here ({first_line(error)}); leave it out"
+        ) from None
+    # Outside of what is compiled, since it works on each row by itself.
+    AttentionInterface.register(NAME, torch.compiler.disable(attend))
+    for layer in training_model.layers:
+        layer.compile(dynamic=True)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

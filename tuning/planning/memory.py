@@ -90,12 +90,14 @@ def estimate_memory(
     accumulates: bool,
     keeps_whole: bool = False,
     offloaded: tuple[str, ...] = (),
+    device_memory: int | None = None,
 ) -> Memory:
     """Memory of training a model that has no storage (on the meta device).
 
     dtype: of the computation. engine: RunArguments.engine. optimizer: --optim. process_bytes: before any of it.
     accumulates: a step has several micro-batches, so that gradients are there from the first on. keeps_whole: full
     weights stay between forward and backward (--fsdp shard_grad_op). offloaded: "optimizer", "param", of DeepSpeed.
+    device_memory: bytes that the device has, where they are known.
 
     Raises: whatever a model does with tensors without values: where its computation depends on them.
     """
@@ -135,7 +137,7 @@ def estimate_memory(
         optimizer=state,
         gathered=_gathered_bytes(training_model, dtype, keeps_whole) if sharded else 0,
         activations=max(0, working - simulated_loss),
-        loss=_loss_bytes(training_model, shape, dtype, device_type),
+        loss=_loss_bytes(training_model, shape, dtype, device_type, device_memory=device_memory),
     )
     if device_type != "cpu":
         return memory
@@ -290,11 +292,12 @@ def _loss_bytes(
     device_type: str,
     *,
     simulated: bool = False,
+    device_memory: int | None = None,
 ) -> int:
     """Buffers of the loss: logits and probabilities of a chunk, and the full gradient of a matrix that trains."""
     causal_lm = training_model.causal_lm
     weight = causal_lm.get_output_embeddings().weight
-    rows = min(shape.num_targets, chunk_rows(shape.num_targets, len(weight), device_type))
+    rows = min(shape.num_targets, chunk_rows(shape.num_targets, len(weight), device_type, device_memory))
     in_place = dtype == torch.float32 and device_type == "cpu"
     chunk = rows * len(weight) * (4 if in_place else dtype.itemsize + 4)
     if device_type == "cpu" and not in_place and not simulated:

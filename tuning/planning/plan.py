@@ -171,6 +171,7 @@ def make_plan(
             accumulates=accumulates,
             keeps_whole="shard_grad_op" in (settings.fsdp or ""),
             offloaded=_offloaded(settings),
+            device_memory=limit,
         )
 
     trainable, total = count_parameters(meta_model)

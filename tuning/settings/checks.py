@@ -107,6 +107,8 @@ def _check_run(run: RunOptions, model: ModelArguments, given: frozenset[str]) ->
     tokens = run.micro_batch_tokens
     if tokens is not None and tokens != "auto" and not (tokens.isdecimal() and int(tokens) > 0):
         yield f"--micro_batch_tokens {tokens}: say a number of tokens, or auto"
+    if run.compile_layers and run.gradient_checkpointing:
+        yield "--compile_layers and --gradient_checkpointing: torch would compile nothing; choose one"
     if "output_dir" in given and not run.output_dir:
         yield "--output_dir: must name a directory"
     if "max_steps" in given and "num_train_epochs" in given and run.max_steps > 0:
@@ -144,6 +146,9 @@ def _check_schedule(run: RunOptions) -> Iterator[str]:
 def _check_processes(run: RunOptions, given: frozenset[str]) -> Iterator[str]:
     if "deepspeed" in given and "fsdp" in given:
         yield "--deepspeed and --fsdp: choose one"
+    for name in ("deepspeed", "fsdp"):
+        if run.compile_layers and getattr(run, name):
+            yield f"--compile_layers: not available with --{name}; leave one out"
     kinds = (run.fsdp or "full_shard").replace("auto_wrap", "").split()
     if "offload" in kinds:
         yield "--fsdp offload: not available; DeepSpeed does it (docs/distributed.md)"

@@ -274,6 +274,10 @@ class RunOptions:
         "recompute activations in the backward pass; auto: where they would not fit",
         default=None, shown="False", aliases=("activation_checkpointing",), section="speed and memory", main=True,
     )  # fmt: skip
+    compile_layers: bool = option(
+        "let torch.compile fuse each decoder layer: minutes at the start; with dropout other random numbers",
+        default=False, trajectory=True,
+    )  # fmt: skip
     micro_batch_tokens: str | None = option(
         "tokens of a micro-batch; auto: what fits",
         default=None, shown="per_device_train_batch_size x model_max_length",

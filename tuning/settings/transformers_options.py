@@ -7,6 +7,7 @@ LATER = "not available yet"
 _FSDP = (
     "--fsdp full_shard or shard_grad_op is all there is to set; layers and precision follow from the model and --bf16"
 )
+_COMPILES = "--compile_layers True compiles the decoder's layers"
 _RETIRED = "not needed; the conversations of a step are laid out by length already"
 
 _REFUSED = {
@@ -20,8 +21,8 @@ _REFUSED = {
         "bf16_full_eval", "fp16_full_eval", "prediction_loss_only", "eval_do_concat_batches",
         "eval_use_gather_object", "eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics",
         "include_num_input_tokens_seen", "logging_nan_inf_filter", "log_on_each_node", "disable_tqdm", "debug",
-        "skip_memory_metrics", "use_cache", "use_liger_kernel", "liger_kernel_config", "torch_compile",
-        "torch_compile_backend", "torch_compile_mode", "parallelism_config", "activation_checkpointing_kwargs",
+        "skip_memory_metrics", "use_cache", "use_liger_kernel", "liger_kernel_config", "parallelism_config",
+        "activation_checkpointing_kwargs",
         "gradient_checkpointing_kwargs", "do_predict", "project", "trackio_space_id",
         "trackio_bucket_id", "trackio_static_space_id", "enable_jit_checkpoint", "save_on_each_node",
         "ignore_data_skip", "restore_callback_states_from_checkpoint",
@@ -32,6 +33,7 @@ _REFUSED = {
     ],
     _FSDP: ["fsdp_config"],
     _RETIRED: ["group_by_length"],
+    _COMPILES: ["torch_compile", "torch_compile_backend", "torch_compile_mode"],
 }  # fmt: skip
 REFUSED = {name: reason for reason, names in _REFUSED.items() for name in names}
 ON_BY_DEFAULT = {

@@ -19,6 +19,7 @@ from tuning.model.training_model import (
     TrainingModel,
     check_loss_path,
     check_positions,
+    compile_layers,
     count_parameters,
     enable_gradient_checkpointing,
     trains_row,
@@ -108,6 +109,8 @@ def prepare_model(
     say(f"batches: {packed}")
     if warning := describe_rotary_switch(model.config, longest):
         say(f"batches: {warning}")
+    if run.compile_layers:
+        compile_layers(training_model)
     generation_config = align_stop_token(model, tokenizer, stop_id=tokens.stop_id, is_base=is_base)
     shard_model(training_model, run, base.compute_dtype)
     return PreparedModel(training_model, generation_config, obstacle, trainable, total, resized_to)
