@@ -4,6 +4,7 @@ Arms, each in a process of its own, in turn, `--repeats` times; the table holds 
 epoch in steps of 8, LoRA r16 on every linear layer, fp32, AdamW, dropout 0, from the same random weights:
 
     ours          tuning.trainer.StepTrainer, 8 rows a step, packed
+    before        the same of another checkout of this program (--before DIR)
     trl_packing   TRL's SFTTrainer, packing=True: packs of --max_length tokens, 4 a step (about as many tokens)
     trl_default   TRL's SFTTrainer as it is: 4 rows x 2 accumulated
     pad_to_max    every row padded to --max_length, loss over the logits of all positions: the original's way
@@ -39,7 +40,7 @@ SHAPES = {
     "tiny": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2},
 }
 VOCABULARY = {"tiny": 4096}  # else the real one's
-TIMED = ("ours", "trl_packing", "trl_default", "pad_to_max", "reference", "matmul")
+TIMED = ("ours", "before", "trl_packing", "trl_default", "pad_to_max", "reference", "matmul")
 CHECKED = ("padded",)
 ROWS_PER_STEP = 8
 LEARNING_RATE = 1e-4
@@ -55,6 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max_length", type=int, default=1024)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["small", "large"])
     parser.add_argument("--arms", nargs="+", choices=[*TIMED, *CHECKED], default=[*TIMED, *CHECKED])
+    parser.add_argument("--before", type=Path, metavar="DIR", help="another checkout, for an arm of its own")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     parser.add_argument("--arm", choices=[*TIMED, *CHECKED], help=argparse.SUPPRESS)
@@ -66,6 +68,9 @@ def main(argv: list[str] | None = None) -> None:
     for path in (*args.data, args.tokenizer):
         if not path.exists():
             parser.error(f"{path}: not there; name alpaca files, and a directory with a tokenizer")
+    if args.before and not (args.before / "benchmarks" / "bench_train.py").is_file():
+        parser.error(f"--before {args.before}: no checkout of this program")
+    args.arms = [arm for arm in args.arms if arm != "before" or args.before]
     with tempfile.TemporaryDirectory() as directory:
         args.work = Path(directory)
         prepare_rows(args)
@@ -113,9 +118,12 @@ def compare_steps(steps: list[list[float]], expected: list[list[float]]) -> Figu
 
 def run_arm(arm: str, shape: str, args: argparse.Namespace) -> Figures:
     """One arm in a fresh process."""
+    script = Path(__file__)
+    if arm == "before":
+        arm, script = "ours", args.before.resolve() / "benchmarks" / script.name
     words = [*map(str, args.data), "--tokenizer", str(args.tokenizer), "--work", str(args.work)]
     words += ["--shapes", shape, "--rows", str(args.rows), "--max_length", str(args.max_length)]
-    return harness.run_arm(arm, __file__, words)
+    return harness.run_arm(arm, str(script), words)
 
 
 def report(shapes: dict[str, Figures], args: argparse.Namespace) -> None:

@@ -31,7 +31,7 @@ from benchmarks.arms import TARGETS, build_lora_config
 from benchmarks.cells import Cell
 from benchmarks.harness import describe_machine
 from benchmarks.random_models import adapt, build_config
-from tuning.model import fused
+from tuning.model import norm_rotary
 from tuning.model.loading import hide_gptqmodel
 from tuning.model.training_model import TrainingModel
 from tuning.planning.memory import with_storage
@@ -92,7 +92,7 @@ def _count_bytes(tensor: Tensor) -> int:
 @contextlib.contextmanager
 def norms_as_one_kernel(tally: Tally) -> Iterator[None]:
     """Inside, our norms count as torch's fused kernel."""
-    kind = fused._RmsNorm
+    kind = norm_rotary._RmsNorm
     forward, backward = kind.forward, kind.backward
 
     def count_forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:

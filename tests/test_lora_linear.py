@@ -79,8 +79,8 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(12, 12)
 
     def forward(self, x):
-        joined = torch.cat([self.k_proj(x), self.v_proj(x)], -1)
-        return self.o_proj(self.q_proj(x) * joined.sigmoid())
+        query = self.q_proj(x)
+        return self.o_proj(query * torch.cat([self.k_proj(x), self.v_proj(x)], -1).sigmoid())
 
 
 class Block(nn.Module):
@@ -159,6 +159,25 @@ class CountOperations(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.counts[function.overloadpacket.__name__] += 1
         return function(*args, **(kwargs or {}))
+
+
+def test_with_dropout_masks_are_kept_and_not_what_they_left():
+    kept = {}
+    for fast in (False, True):
+        model, saved = build_blocks(fast=fast, lora_dropout=0.3), {}
+
+        def note(tensor, saved=saved):
+            saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        x = torch.randn(64, 12, dtype=torch.float64, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            output = model(x)
+        parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+        kept[fast] = sum(size for key, size in saved.items() if key not in parameters)
+        output.sum().backward()
+    widths = 2 * (5 * 12 + 12 + 20)  # of what dropout left, in 8 bytes each
+    assert kept[False] - kept[True] >= 64 * widths * 8
 
 
 def test_a_base_layer_that_somebody_hooked_is_called():

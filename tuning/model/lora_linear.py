@@ -20,10 +20,9 @@ _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 def fuse_lora_forward(peft_model: PeftModel) -> None:
     """Let every plain LoRA layer add its update to the base layer's output in one product, and experts by group.
 
-    peft scales the update and adds it in passes of their own over [tokens, out], and casts the input to the adapter's
-    float32 where autocast casts it back. Without dropout, layers that are given the same input share the product with
-    A, and sum its gradient within the products (_LoraProducts); with dropout each has a mask of its own. Variants
-    (DoRA), biases of adapters and layers of another kind stay as they are.
+    peft scales the update and adds it in passes of their own over [tokens, out], casts the input to the adapter's
+    float32 where autocast casts it back, and keeps what dropout left of the input. Layers that are given the same
+    input go together (_LoraProducts). Variants (DoRA), biases of adapters and layers of another kind stay as they are.
     """
     fuse_experts_forward(peft_model)
     for layers in _find_groups(peft_model):
@@ -60,15 +59,10 @@ class FusedLoraLinear(LoraLinear):
         # gathered buffer alive.
         sharded = hasattr(up, "ds_id")
         casts = x.dtype != down.weight.dtype and not torch.is_autocast_enabled(x.device.type)
-        if sharded or casts or args or options or self.disable_adapters or self.merged:
+        other = sharded or casts or args or options or self.disable_adapters or self.merged
+        if other or not self.group.is_plain_product():
             return super().forward(x, *args, **options)
-        if self.group.is_plain_product():
-            return self.group.take(self, x)
-        rows = x.flatten(0, -2)  # a matrix, since torch gives views of one otherwise, which are copied to be written to
-        result = self.base_layer(rows)
-        low = down(self.lora_dropout["default"](rows)).to(result.dtype)
-        output: Tensor = _AddUpdate.apply(result, low, up.to(result.dtype), self.scaling["default"])
-        return output.view(*x.shape[:-1], -1)
+        return self.group.take(self, x)
 
 
 class _Group:
@@ -80,8 +74,8 @@ class _Group:
         self._outputs: dict[LoraLinear, Tensor] = {}
 
     def is_plain_product(self) -> bool:
-        """Whether each layer is its base's product and its update now: without dropout, and nobody hooked the base."""
-        return all(_drops_nothing(layer) and _is_frozen_product(layer.base_layer) for layer in self._layers)
+        """Whether each layer is its base's product and its update: nobody hooked the base, and it does not train."""
+        return all(_is_frozen_product(layer.base_layer) for layer in self._layers)
 
     def take(self, layer: LoraLinear, x: Tensor) -> Tensor:
         """The output of a layer. Shapes: x [..., in]. Returns: [..., out]."""
@@ -92,18 +86,17 @@ class _Group:
 
     def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
         adapters = [part["default"].weight for layer in self._layers for part in (layer.lora_A, layer.lora_B)]
-        bases = [layer.base_layer for layer in self._layers]
+        layers = [(layer.base_layer, layer.scaling["default"], _dropout_of(layer)) for layer in self._layers]
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         with torch.autocast(device, enabled=False):
-            scales = [layer.scaling["default"] for layer in self._layers]
-            outputs: tuple[Tensor, ...] = _LoraProducts.apply(x.to(dtype), bases, scales, *adapters)
+            outputs: tuple[Tensor, ...] = _LoraProducts.apply(x.to(dtype), layers, *adapters)
         return outputs
 
 
-def _drops_nothing(layer: LoraLinear) -> bool:
+def _dropout_of(layer: LoraLinear) -> float:
     dropout = layer.lora_dropout["default"]
-    return isinstance(dropout, nn.Identity) or not dropout.training or dropout.p == 0
+    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
 def _is_frozen_product(base: nn.Module) -> bool:
@@ -121,69 +114,70 @@ def _weight_of(base: Any, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype)
 
 
-class _AddUpdate(torch.autograd.Function):
-    """result + scale * low @ up.T, in place: no base layer needs its output for its gradient.
-
-    Shapes: result [T, out], low [T, rank], up [out, rank].
-    """
-
-    @staticmethod
-    def forward(ctx: Any, result: Tensor, low: Tensor, up: Tensor, scale: float) -> Tensor:
-        result.addmm_(low, up.t(), alpha=scale)
-        ctx.mark_dirty(result)
-        ctx.save_for_backward(low, up)
-        ctx.scale = scale
-        return result
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        low, up = ctx.saved_tensors
-        return d_output, (d_output @ up).mul_(ctx.scale), (d_output.t() @ low).mul_(ctx.scale), None
-
-
 def _join(parts: list[Tensor], dim: int) -> Tensor:
     return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 
 
 class _LoraProducts(torch.autograd.Function):
-    """x @ W.T + bias + scale * (x @ A.T) @ B.T for several layers; W (dense or quantised) and bias are frozen.
+    """x @ W.T + bias + scale * (dropout(x) @ A.T) @ B.T for several layers; W (dense or quantised) and bias are frozen.
 
-    The products with all A are one. Every sum, of an update and of the gradients of x, is made within a product, so
-    that none takes a pass over memory of its own. A quantised W is dequantised in each of both passes.
+    Every sum, of an update and of the gradients of x, is made within a product, so that none takes a pass over memory
+    of its own. Without dropout the products with all A are one. With it each layer has a mask of its own, which is
+    kept for the backward pass in place of what it left of x. A quantised W is dequantised in each of both passes.
 
-    Shapes: x [..., in]; adapters A [rank, in], B [out, rank] of each layer in turn. Returns: [..., out] of each.
+    layers: (base layer, scale, dropout) of each. Shapes: x [..., in]; adapters A [rank, in], B [out, rank] of each
+    layer in turn. Returns: [..., out] of each.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bases: list[Any], scales: list[float], *adapters: Tensor) -> tuple[Tensor, ...]:
-        downs, ups = list(adapters[::2]), [up.to(x.dtype) for up in adapters[1::2]]
-        down = _join(downs, 0).to(x.dtype)
-        low = F.linear(x.flatten(0, -2), down)
+    def forward(ctx: Any, x: Tensor, layers: list[tuple[Any, float, float]], *adapters: Tensor) -> tuple[Tensor, ...]:
+        rows, downs = x.flatten(0, -2), [down.to(x.dtype) for down in adapters[::2]]
+        ups, masks = [up.to(x.dtype) for up in adapters[1::2]], []
+        if any(dropout for _, _, dropout in layers):
+            lows = []
+            for (_, _, dropout), down in zip(layers, downs, strict=True):
+                kept, mask = torch.native_dropout(rows, dropout, train=True)
+                lows.append(F.linear(kept, down))
+                masks.append(mask)
+        else:
+            downs = [_join(downs, 0)]
+            lows = list(F.linear(rows, downs[0]).split([up.shape[1] for up in ups], 1))
         outputs = []
-        for base, up, scale, part in zip(bases, ups, scales, low.split([*map(len, downs)], 1), strict=True):
+        for (base, scale, _), low, up in zip(layers, lows, ups, strict=True):
             bias = None if base.bias is None else base.bias.to(x.dtype)
             output = F.linear(x, _weight_of(base, x.dtype), bias)
-            output.flatten(0, -2).addmm_(part, up.t(), alpha=scale)
+            output.flatten(0, -2).addmm_(low, up.t(), alpha=scale)
             outputs.append(output)
-        ctx.save_for_backward(x, low, down, *ups)
-        ctx.bases, ctx.scales, ctx.dtypes = bases, scales, [each.dtype for each in adapters]
+        ctx.save_for_backward(x, *lows, *ups, *downs, *masks)
+        ctx.layers, ctx.dtypes = layers, [each.dtype for each in adapters]
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Any, ...]:
-        x, low, down, *ups = ctx.saved_tensors
-        d_rows, ranks = [each.flatten(0, -2) for each in d_outputs], [up.shape[1] for up in ups]
-        layers = list(zip(d_rows, ups, ctx.scales, low.split(ranks, 1), strict=True))
-        d_ups = [(d.t() @ part).mul_(scale) for d, _, scale, part in layers]
-        d_low = _join([(d @ up).mul_(scale) for d, up, scale, _ in layers], 1)
-        d_downs = (d_low.t() @ x.flatten(0, -2)).split(ranks)
+        (x, *saved), layers = ctx.saved_tensors, ctx.layers
+        lows, ups, rest = saved[: len(layers)], saved[len(layers) : 2 * len(layers)], saved[2 * len(layers) :]
+        rows, d_rows = x.flatten(0, -2), [each.flatten(0, -2) for each in d_outputs]
+        d_ups, d_lows = [], []
+        for (_, scale, dropout), d, low, up in zip(layers, d_rows, lows, ups, strict=True):
+            d_ups.append((d.t() @ low).mul_(scale))
+            d_lows.append((d @ up).mul_(scale / (1 - dropout)))
         d_x = None
         if ctx.needs_input_grad[0]:
-            d_x = d_rows[0] @ _weight_of(ctx.bases[0], x.dtype)
-            for d, base in zip(d_rows[1:], ctx.bases[1:], strict=True):
+            d_x = d_rows[0] @ _weight_of(layers[0][0], x.dtype)
+            for (base, _, _), d in zip(layers[1:], d_rows[1:], strict=True):
                 d_x.addmm_(d, _weight_of(base, x.dtype))
-            d_x = d_x.addmm_(d_low, down).view(x.shape)
+        if len(rest) == 1:
+            d_low = _join(d_lows, 1)
+            d_downs = (d_low.t() @ rows).split([up.shape[1] for up in ups])
+            if d_x is not None:
+                d_x.addmm_(d_low, rest[0])
+        else:
+            downs, masks = rest[: len(layers)], rest[len(layers) :]
+            d_downs = [d_low.t() @ (rows * mask) for d_low, mask in zip(d_lows, masks, strict=True)]
+            if d_x is not None:
+                for d_low, down, mask in zip(d_lows, downs, masks, strict=True):
+                    d_x.addcmul_(d_low @ down, mask)
         d_adapters = [each for pair in zip(d_downs, d_ups, strict=True) for each in pair]
-        return d_x, None, None, *(d.to(dtype) for d, dtype in zip(d_adapters, ctx.dtypes, strict=True))
+        d_adapters = [d.to(dtype) for d, dtype in zip(d_adapters, ctx.dtypes, strict=True)]
+        return None if d_x is None else d_x.view(x.shape), None, *d_adapters

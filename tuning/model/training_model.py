@@ -17,8 +17,8 @@ from tuning.machine import is_out_of_memory
 from tuning.messages import first_line
 from tuning.model.attention import NAME, attend, describe_packing, rows_lie_apart
 from tuning.model.divergence import Start, compare_with_base, compare_with_start, keep_start
-from tuning.model.fused import fuse_elementwise
 from tuning.model.loss import OutputHead, change_logits, chunk_rows, find_logit_change
+from tuning.model.norm_rotary import fuse_elementwise
 from tuning.model.quantized_linear import QuantizedLinear
 from tuning.model.token_rows import TokenRows
 

@@ -26,7 +26,7 @@ from transformers.models.qwen3 import modeling_qwen3
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNorm, Qwen3NextRMSNormGated
 
-from tuning.model.fused import FusedNorm, _Rotary, _turns_halves, fuse_elementwise, rms_norm, rotate
+from tuning.model.norm_rotary import FusedNorm, _Rotary, _turns_halves, fuse_elementwise, rms_norm, rotate
 
 NORMS = [(Qwen3RMSNorm, 0.0), (Gemma2RMSNorm, 1.0), (Qwen3NextRMSNorm, 1.0)]
 
