@@ -24,9 +24,11 @@ from data_utils.template import ChatTemplate
 from data_utils.tokenizer import load_tokenizer
 from examples.tiny_model import build_tokenizer, read_texts
 from inference.generate import decode_answer
-from tests.conftest import CONVERSATIONS, build_model
+from tests.conftest import CONVERSATIONS, build_model, needs
 from tuning.errors import SettingsError
+from tuning.model.loading import load_config
 from tuning.model.new_tokens import NewTokens, add_rows, append_rows, count_rows, resize_model
+from tuning.model.quantization import read_quantization
 from tuning.model.token_rows import is_tied
 from tuning.settings.command_line import read_settings
 from tuning.settings.other_tools import translate
@@ -180,6 +182,7 @@ def test_show_marks_them(make_tokenizer):
     template = _template(make_tokenizer(*TOKENS))
     messages = [{"role": "user", "content": "a<|tool|>"}, {"role": "assistant", "content": "[[语音]]"}]
     (row,) = template.encode_conversation(parse_record(Record({"messages": messages}, "f:1", 0)))
+    needs("rich")
     shown = as_text("0", row, template, colour=False, ids=False)
     assert "a«<|tool|>»" in shown and "[[«[[语音]]»«<|im_end|>»]]" in shown
 
@@ -330,6 +333,8 @@ KINDS = {
 
 
 def command(checkpoint, data, out, kind, *, steps=3, accumulation=2):
+    if kind == "nf4" and read_quantization(load_config(str(checkpoint))) is None:
+        needs("bitsandbytes")
     return [
         *("--model_name_or_path", checkpoint, "--data_path", data, "--output_dir", out, *KINDS[kind]),
         *("--max_steps", steps, "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", accumulation),
