@@ -104,9 +104,10 @@ def test_layers_of_one_input_take_their_first_product_together(targets, dropout,
             r=4, lora_dropout=dropout, target_modules=targets, init_lora_weights=False, rank_pattern={"v_proj": 3}
         )
         model = get_peft_model(nn.Sequential(Block(), Block()), config).train()
+        model.double()  # one product of several layers adds in another order than one of each
         if fast:
             fuse_lora_forward(model)
-        x = torch.randn(2, 7, 12, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        x = torch.randn(2, 7, 12, generator=torch.Generator().manual_seed(1)).double().requires_grad_()
         counted = CountProducts(12)
         for _ in range(2):
             torch.manual_seed(2)
@@ -118,7 +119,7 @@ def test_layers_of_one_input_take_their_first_product_together(targets, dropout,
         results.append([output, x.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
         products.append(counted.number)
     for one, other in zip(*results, strict=True):
-        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(one, other, rtol=1e-10, atol=1e-10)
     saved = {7: 3, 2: 1 if targets[0] == "q_proj" else 0}[len(targets)] if not dropout else 0
     assert products[0] - products[1] == saved * 2 * 2, "two blocks, two passes"
 
