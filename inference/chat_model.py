@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 import transformers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, QuantizedCache
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, QuantizedCache, cache_utils
 
 from data_utils.schema import parse_record
 from data_utils.sources import Record
@@ -137,6 +137,11 @@ def choose_cache(model: PreTrainedModel, kind: str) -> dict[str, Any]:
     """What generate is told of its cache. kind: "full" or "quantized". Raises: SettingsError: not with this model."""
     if kind == "full":
         return {}
+    if not hasattr(cache_utils, "Fp8QuantizedLayer"):
+        raise SettingsError(
+            f"--kv_cache quantized: transformers {transformers.__version__} cannot do it without other libraries; "
+            "pip install -U transformers"
+        )
     try:
         QuantizedCache("fp8", config=model.config)
     except (ValueError, TypeError) as error:

@@ -123,7 +123,7 @@ class MessageParser:
                 pieces += self._read_call(event)
             elif kind == "region_chunk":
                 pieces += self._trim(event["text"], "content" if name == "content" else "reasoning")
-            elif name == "reasoning_content":  # begins or ends
+            elif name != "content":  # reasoning begins or ends: "thinking" in transformers 5.17
                 self._trims, self._held = True, ""
         return pieces
 

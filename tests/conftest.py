@@ -1,6 +1,7 @@
 """Small checkpoints built in code; the real vocabulary and real data where they lie beside the project."""
 
 import gc
+import importlib.util
 import json
 import os
 import runpy
@@ -44,6 +45,13 @@ CONVERSATIONS = ROOT / "examples" / "conversations.json"
 def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()  # every run ends with a search for garbage, which then need not look through what was imported
+
+
+def needs(*libraries: str) -> None:
+    """Skip the test, or at a module's top all of its tests, where a library is not installed."""
+    for name in libraries:
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed", allow_module_level=True)
 
 
 @pytest.fixture(scope="session")
@@ -108,6 +116,7 @@ def checkpoints(tokenizer, tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def gptq(checkpoints, tmp_path_factory) -> dict[int, Path]:
     """The "untied" checkpoint quantised by quantize.py, by bits (4 and 8)."""
+    needs("gptqmodel", "optimum")
     root = tmp_path_factory.mktemp("gptq")
     with ThreadPoolExecutor() as pool:
         words = [checkpoints["untied"], "--data", CONVERSATIONS, "--group_size", 32]

@@ -12,7 +12,7 @@ from data_utils.dataset import TokenizedRows, load_rows
 from data_utils.steps import StepDataset
 from data_utils.template import ChatTemplate
 from data_utils.tokenizer import load_tokenizer
-from tests.conftest import CONVERSATIONS
+from tests.conftest import CONVERSATIONS, needs
 from tuning.checkpoint.adapter import adapter_config, adapter_state
 from tuning.distributed.sharding import shard_model
 from tuning.distributed.startup import start_processes
@@ -44,6 +44,8 @@ def build(
 ) -> TrainingModel:
     """kind: "full", "lora", "tokens" (LoRA and control tokens' rows) or "matrices" (LoRA and both whole matrices),
     "loraplus" (as "tokens"; the rate is train_with's), "nf4" (as "tokens", on a model quantised at loading)."""
+    if kind == "nf4":
+        needs("bitsandbytes")
     torch.manual_seed(1)
     quantization = NF4 if kind == "nf4" else None
     model = load_model(str(checkpoint), dtype=torch.float32, meta=meta, quantization=quantization)

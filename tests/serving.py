@@ -10,10 +10,12 @@ import pytest
 import serve
 from commands.loading import load_answering
 from commands.serve import bind, build_server
-from tests.conftest import wait_until
+from tests.conftest import needs, wait_until
 
-openai = pytest.importorskip("openai", reason="OpenAI's client is not installed")
+needs("openai")
 pytest.importorskip("transformers.cli.serving.server", reason="this transformers has no such server")
+
+import openai
 
 
 class Served:

@@ -4,7 +4,9 @@ import datetime
 
 import pytest
 
-pytest.importorskip("openai", reason="OpenAI's client is not installed")
+from tests.conftest import needs
+
+needs("openai")
 
 
 from examples import agent

@@ -38,6 +38,7 @@ from transformers.models.qwen3_5 import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 from tests.conftest import build_model
 from tuning.model import attention, packing, recurrent
 from tuning.model.attention import NAME, attend
+from tuning.model.loading import load_model
 from tuning.model.packing import describe_rotary_switch, enable_packing
 from tuning.model.training_model import TrainingModel, enable_gradient_checkpointing
 
@@ -50,6 +51,7 @@ HYBRID = dict(
     linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8,
     linear_conv_kernel_dim=4,
 )  # fmt: skip
+EAGER = dict(attn_implementation="eager")  # as load_model takes it for capped scores
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
 
 
@@ -79,7 +81,7 @@ PACKABLE = {
         Qwen2Config, Qwen2ForCausalLM, use_sliding_window=True, sliding_window=6, max_window_layers=1
     ),
     "gemma2, capped scores": lambda: make(
-        Gemma2Config, Gemma2ForCausalLM, head_dim=8, sliding_window=6, attn_logit_softcapping=2.0
+        Gemma2Config, Gemma2ForCausalLM, head_dim=8, sliding_window=6, attn_logit_softcapping=2.0, **EAGER
     ),
     "gpt-oss, sinks and a window of 6": lambda: make(
         GptOssConfig, GptOssForCausalLM, head_dim=8, sliding_window=6, num_local_experts=4
@@ -267,6 +269,21 @@ def test_models_with_attention_of_their_own_generate_as_before(name):
     ids = torch.tensor([[0, 0, 5, 6, 7, 3, 4, 8, 9], [8, 9, 10, 11, 12, 1, 3, 4, 5]])
     options = {"attention_mask": (ids > 0).long(), "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(plain.generate(ids, **options), packed.generate(ids, **options))
+
+
+def test_a_model_that_caps_scores_is_loaded_with_attention_that_does(tmp_path):
+    """transformers 5.17 has sdpa for Gemma-2, which leaves the caps out."""
+    model = PACKABLE["gemma2, capped scores"]().causal_lm
+    model.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path), dtype=torch.float32).eval()
+    ids = torch.arange(24)[None]
+    with torch.no_grad():
+        expected, found = model(ids).logits, loaded(ids).logits
+        for layer in loaded.model.layers:
+            layer.self_attn.attn_logit_softcapping = None
+        uncapped = loaded(ids).logits
+    assert torch.equal(found, expected) and (uncapped - expected).abs().max() > 1e-3 * expected.abs().max()
+    assert load_model(str(tmp_path), dtype=torch.float32, meta=True).config._attn_implementation == "eager"
 
 
 class _Module(nn.Module):

@@ -5,7 +5,14 @@ import re
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig, QuantizedCache
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    QuantizedCache,
+    cache_utils,
+)
 
 import chat
 import commands.conversation
@@ -178,6 +185,12 @@ def test_flags_that_would_be_ignored(models, words, message):
 # ---- the quantised cache ----
 
 
+needs_fp8_cache = pytest.mark.skipif(
+    not hasattr(cache_utils, "Fp8QuantizedLayer"), reason="this transformers has no 8-bit cache of its own"
+)
+
+
+@needs_fp8_cache
 def test_the_quantised_cache(models):
     """A quarter of the memory of fp32 (half of bf16), and logits near the others'."""
     model = load(str(models / "merged"), kv_cache="quantized")
@@ -198,6 +211,13 @@ def test_the_quantised_cache(models):
     assert model.chat(QUESTION, max_new_tokens=3).num_tokens == 3
 
 
+def test_the_quantised_cache_needs_a_transformers_that_has_it(tokenizer, monkeypatch):
+    monkeypatch.delattr(cache_utils, "Fp8QuantizedLayer", raising=False)
+    with pytest.raises(SettingsError, match=r"--kv_cache quantized: transformers 5\S+ cannot do it .*; pip install -U"):
+        choose_cache(build_model(tokenizer, tied=True), "quantized")
+
+
+@needs_fp8_cache
 def test_a_cache_that_cannot_be_quantised_is_refused(tokenizer):
     config = Gemma3TextConfig(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from data_utils.__main__ import main
-from tests.conftest import CONVERSATIONS, SHARED
+from tests.conftest import CONVERSATIONS, SHARED, needs
 from tests.templates import FOLDER
 from tests.test_cli import flags
 
@@ -112,7 +112,9 @@ def test_dropped_rows_are_listed_in_a_file(run_script, checkpoints, write_json, 
     assert json.loads(line)["id"] == "long" and json.loads(line)["where"].endswith("data.json:1")
 
 
-def test_show_tells_control_prompt_and_trained_tokens_apart(run_main, checkpoints, write_json, tmp_path):
+@pytest.fixture
+def shown_words(checkpoints, write_json):
+    """What `show` is told, of two rows."""
     row = {
         "id": "one",
         "messages": [
@@ -122,22 +124,28 @@ def test_show_tells_control_prompt_and_trained_tokens_apart(run_main, checkpoint
             {"role": "assistant", "content": "B", "weight": 0.5},
         ],
     }
-    path = write_json([GOOD, row])
-    model = ("--model", checkpoints["untied"])
-    code, stdout, _ = run_main("show", path, *model, "--id", "one")
+    return ["show", write_json([GOOD, row]), "--model", checkpoints["untied"]]
+
+
+def test_show_tells_control_prompt_and_trained_tokens_apart(run_main, shown_words):
+    needs("rich")
+    code, stdout, _ = run_main(*shown_words, "--id", "one")
     assert code == 0 and stdout.startswith("--- one: ")
     assert "«<|im_start|>»user\nQ <|im_end|>«<|im_end|>»" in stdout, "a text that looks like a control token is text"
     assert "[[B«<|im_end|>»]]" in stdout and "[[A" not in stdout
     assert "turn 1 (assistant, not to be trained), turn 2 (user)" in stdout
     assert "trained: turn 3 (assistant), up to its stop token, its loss times 0.5" in stdout
-    code, stdout, _ = run_main("show", path, *model, "--all", "--json", "--system_message", "S")
+    code, stdout, _ = run_main(*shown_words, "--index", 1, "--ids")
+    assert code == 0 and "«<|im_end|>» [" in stdout and "--- data-0" not in stdout
+
+
+def test_show_writes_json_and_a_page(run_main, shown_words, tmp_path):
+    code, stdout, _ = run_main(*shown_words, "--all", "--json", "--system_message", "S")
     first, second = map(json.loads, stdout.splitlines())
     assert first["id"] == "data-0" and second["id"] == "one"
     assert "".join(piece["text"] for piece in second["pieces"])[:10] == "<|im_start"
     assert second["pieces"][-1]["end"] == len(second["input_ids"]) == len(second["labels"])
-    code, stdout, _ = run_main("show", path, *model, "--index", 1, "--ids")
-    assert code == 0 and "«<|im_end|>» [" in stdout and "--- data-0" not in stdout
-    code, *_ = run_main("show", path, *model, "--html", tmp_path / "page.html")
+    code, *_ = run_main(*shown_words, "--html", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert code == 0 and page.startswith("<!doctype html>") and page.count("<h3>") == 2 and "&lt;|im_end|&gt;" in page
     assert 'class=trained title="trained: turn 3' in page

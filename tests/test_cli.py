@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file
 from transformers import MistralConfig, MistralForCausalLM
 
-from tests.conftest import CONVERSATIONS, run_python
+from tests.conftest import CONVERSATIONS, needs, run_python
 from tests.runs import MAX_LENGTH
 
 
@@ -233,6 +233,7 @@ def test_a_fresh_process_says_nothing_else(checkpoints, tmp_path):
 
 
 def test_show_prints_text_with_the_trained_parts_marked(checkpoints, capsys, monkeypatch):
+    needs("rich")
     from data_utils.__main__ import main
 
     monkeypatch.setattr(sys, "argv", ["data_utils", "show", str(CONVERSATIONS), "--model", str(checkpoints["untied"])])

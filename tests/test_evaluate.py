@@ -7,19 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("rich", reason="rich is not installed")
-
-
 import chat
 import merge_lora
-from commands import evaluate as work
 from commands.loading import load_answering
 from data_utils.template import ChatTemplate
 from inference import evaluate
-from inference.held_out import measure_losses
+from inference.held_out import HeldOut, measure_losses
 from inference.metrics import DATA_METRICS
 from tests import runs
-from tests.conftest import CONVERSATIONS, build_model
+from tests.conftest import CONVERSATIONS, build_model, needs
 from tests.test_cli import flags
 from tests.test_saved import write_result
 from tests.tool_model import ANSWER, ASKED, CALL, CALLED, RESULT, TOOL, write_tool_model
@@ -52,6 +48,7 @@ def models(checkpoints, tmp_path_factory):
 
 def run(models, *words, data="rows.jsonl", tokens=6, code=0):
     """Evaluate. Returns: the JSON file."""
+    needs("rich")
     out = models / "out.json"
     words = [*words, "--data", models / data, "--max_new_tokens", tokens, "--json", out, "--overwrite"]
     assert evaluate.main([str(word) for word in words]) == code
@@ -210,11 +207,25 @@ def test_the_table_and_the_worst_are_shown_and_written(models, capsys):
         (["--data", CONVERSATIONS, "--fail_below", "mmlu/acc=1"], "mmlu is not among --tasks"),
         (["--tasks", "mmlu", "--fail_below", "stopped=1"], "stopped needs --data"),
         (["--data", CONVERSATIONS, "--base", "x"], "--base x: has no effect, as no adapter is named"),
+    ],
+)
+def test_mistakes_are_named(models, words, message):
+    assert_refused(models, words, message)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
         (["--data", CONVERSATIONS, "--fail_below", "tool_call_f1=1"], "no such metric here; there are answer_tokens, "),
         (["--data", CONVERSATIONS, CONVERSATIONS, "--worst", "0"], "is read twice; name each file once"),
     ],
 )
-def test_mistakes_are_named(models, words, message):
+def test_mistakes_that_the_data_show_are_named(models, words, message):
+    needs("rich")
+    assert_refused(models, words, message)
+
+
+def assert_refused(models, words, message):
     with pytest.raises(ValueError) as caught:
         evaluate.main([str(models / "merged"), *map(str, words)])
     assert message in str(caught.value)
@@ -239,9 +250,9 @@ def test_models_that_cannot_be_compared_are_refused(models, tokenizer, tmp_path)
 
 def test_all_are_asked_by_the_template_of_the_last(models, checkpoints, monkeypatch):
     seen = []
-    measure = work.HeldOut.measure
+    measure = HeldOut.measure
     monkeypatch.setattr(
-        work.HeldOut, "measure", lambda self, chat, **k: seen.append((self, chat)) or measure(self, chat, **k)
+        HeldOut, "measure", lambda self, chat, **k: seen.append((self, chat)) or measure(self, chat, **k)
     )
     run(models, checkpoints["untied"], models / "adapter", tokens=1)
     (held_out, base), (same, adapted) = seen

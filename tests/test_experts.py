@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausal
 import merge_lora
 from tests import architectures, runs
 from tests.architectures import ARCHITECTURES
-from tests.conftest import CONVERSATIONS, run_python
+from tests.conftest import CONVERSATIONS, needs, run_python
 from tests.test_cli import flags
 from tuning.checkpoint.adapter import load_lora
 from tuning.errors import SettingsError
@@ -260,6 +260,7 @@ def test_experts_that_are_not_there_or_unknown_are_refused(tokenizer):
 
 
 def test_zero3_is_refused_by_name(checkpoints, tmp_path):
+    needs("deepspeed")
     words = flags(checkpoints["moe"], CONVERSATIONS, tmp_path / "out", "--use_lora", "--deepspeed", ZERO3)
     done = run_python("-m", "torch.distributed.run", "--nproc_per_node", 1, "finetune.py", *words, check=False)
     assert done.returncode
@@ -267,7 +268,7 @@ def test_zero3_is_refused_by_name(checkpoints, tmp_path):
 
 
 def test_experts_cannot_be_quantised_and_the_size_is_said(checkpoints, tmp_path):
-    pytest.importorskip("bitsandbytes")
+    needs("bitsandbytes")
     with pytest.raises(SettingsError, match=r"unquantised they take 0.0 GiB in bf16 \(24,576 parameters\)"):
         load_model(str(checkpoints["moe"]), dtype=torch.float32, quantization=runs.NF4)
 

@@ -12,10 +12,11 @@ from tokenizers import AddedToken, normalizers, pre_tokenizers
 from data_utils.tokenizer import load_tokenizer
 from inference import gguf_file
 from inference.pre_tokenizer import find_differences, find_pre_tokenizer
-from tests.conftest import build_model, build_moe
+from tests.conftest import build_model, build_moe, needs
 from tuning.errors import SettingsError
 
-gguf = pytest.importorskip("gguf", reason="gguf is not installed (requirements_export.txt)")
+needs("gguf")
+import gguf
 
 NAMES = {  # of Qwen3's tensors in a GGUF file
     "model.embed_tokens": "token_embd",

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import bench_memory
-from tests.conftest import CONVERSATIONS, ROOT, run_python, tear
+from tests.conftest import CONVERSATIONS, ROOT, needs, run_python, tear
 from tuning.checkpoint.manifest import find_fault
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -42,9 +42,11 @@ def test_lora_trains_merges_and_the_merge_is_verified(words, tmp_path, precision
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8", "gptq"])
-def test_q_lora_trains_and_merges_onto_what_it_was_trained_on(words, gptq, tmp_path, kind):
+def test_q_lora_trains_and_merges_onto_what_it_was_trained_on(words, request, tmp_path, kind):
     if kind == "gptq":
-        words[words.index("--model_name_or_path") + 1] = gptq[4]
+        words[words.index("--model_name_or_path") + 1] = request.getfixturevalue("gptq")[4]
+    else:
+        needs("bitsandbytes")
     run_python("finetune.py", *words, "--q_lora", *(["--bits", 8] if kind == "int8" else []))
     assert losses(tmp_path / "out")[-1] < losses(tmp_path / "out")[0]
     done = run_python("merge_lora.py", tmp_path / "out", tmp_path / "merged")
@@ -53,6 +55,7 @@ def test_q_lora_trains_and_merges_onto_what_it_was_trained_on(words, gptq, tmp_p
 
 
 def test_a_paged_optimizer_goes_on(words, tmp_path):
+    needs("bitsandbytes")
     run_python("finetune.py", *words, "--optim", "paged_adamw_8bit")
     out = tmp_path / "out"
     calm = losses(out)
@@ -74,6 +77,7 @@ def test_fp16_keeps_its_loss_scale_over_a_resume(words, tmp_path):
 
 
 def test_zero2_goes_on_with_the_optimizers_steps_on_the_gpu(words, tmp_path):
+    needs("deepspeed")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 1, "finetune.py", *words]
     launch += ["--deepspeed", ROOT / "finetune" / "ds_config_zero2.json"]
     run_python(*launch)

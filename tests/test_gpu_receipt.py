@@ -76,7 +76,9 @@ def fake_jobs(monkeypatch):
 def test_the_device_is_described_and_measured(tmp_path):
     assert tuple(environment.list_checks()) == jobs.ENVIRONMENT
     facts = environment.describe_device()
-    assert facts["rehearsal"] is not torch.cuda.is_available() and facts["version of torch"] == torch.__version__
+    assert facts["rehearsal"] is not torch.cuda.is_available()
+    # A package's metadata need not have the build (+cu130) that torch says.
+    assert facts["version of torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert environment.measure_memory()["copy_gb_per_s"] > 0
     assert all(rate > 0 for rate in environment.measure_matrix_products().values())
 
@@ -227,7 +229,8 @@ def test_no_job_is_begun_that_would_not_end(fake_jobs, monkeypatch):
     assert now[0] == 60 and not find_faults(made)
 
 
-def test_without_time_nothing_is_begun_and_the_receipt_is_valid(fake_jobs):
+def test_without_time_nothing_is_begun_and_the_receipt_is_valid(fake_jobs, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # all libraries are there
     made = make_receipt(None, 0.01, list(STAGES), lambda _: None)
     assert [stage for stage, *_ in fake_jobs] == ["environment"] and not find_faults(made)
     assert {e["status"] for e in made["entries"]} == {"ok", "not run"}

@@ -19,7 +19,7 @@ from data_utils.hub_data import HubData, find_data, read_name
 from data_utils.sources import DataError, read_records
 from data_utils.template import ChatTemplate
 from data_utils.tokenizer import load_tokenizer
-from tests.conftest import CONVERSATIONS, run_python
+from tests.conftest import CONVERSATIONS, needs, run_python
 from tuning.settings.other_tools import translate
 
 ROWS = [
@@ -227,15 +227,15 @@ def test_the_scripts_take_names(modelscope, monkeypatch, run_script, tmp_path):
     assert code == 2 and stderr.startswith("error: Org/Nothing: cannot be downloaded") and stderr.count("\n") == 1
     monkeypatch.delenv("USE_MODELSCOPE_HUB")
     monkeypatch.setattr(
-        sys, "argv", ["x", "show", str(CONVERSATIONS), "--model", "Org/Base-1.5", "--hub", "modelscope"]
+        sys, "argv", ["x", "show", str(CONVERSATIONS), "--model", "Org/Base-1.5", "--hub", "modelscope", "--json"]
     )
     from data_utils.__main__ import main
 
     assert main() == 0
 
 
-@pytest.mark.skipif(importlib.util.find_spec("modelscope") is None, reason="modelscope is not installed")
 def test_the_real_package_takes_these_calls():
+    needs("modelscope")
     from modelscope import snapshot_download
 
     inspect.signature(snapshot_download).bind("Org/Base", cache_dir="x", ignore_patterns=["*.bin"])

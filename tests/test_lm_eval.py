@@ -12,10 +12,10 @@ import merge_lora
 from data_utils.template import ChatTemplate
 from inference import evaluate
 from tests import runs
-from tests.conftest import run_python
+from tests.conftest import needs, run_python
 from tests.test_saved import write_result
 
-pytest.importorskip("lm_eval", reason="requirements_eval.txt is not installed")
+needs("lm_eval")
 pytestmark = pytest.mark.slow
 
 COMMON = {"dataset_path": "json", "test_split": "test", "doc_to_text": "{{question}}"}

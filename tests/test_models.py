@@ -15,7 +15,7 @@ import merge_lora
 from data_utils.tokenizer import load_tokenizer
 from tests import runs
 from tests.architectures import ARCHITECTURES, write
-from tests.conftest import CONVERSATIONS, ROOT
+from tests.conftest import CONVERSATIONS, ROOT, needs
 from tests.test_cli import flags
 from tuning.checkpoint.result import ResultWriter
 from tuning.checkpoint.run_record import RunFacts
@@ -133,7 +133,7 @@ FOUND: dict[str, dict[str, str]] = {}
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.xdist_group("models")
 def test_an_architecture(name, tokenizer, tmp_path, run_script):
-    pytest.importorskip("bitsandbytes")
+    needs("bitsandbytes")
     FOUND[name] = try_all(name, tokenizer, tmp_path, run_script)
     row = format_row(name, FOUND[name])
     if "WRITE_DOCS" not in os.environ:

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText
 
 from tests import architectures
 from tests.architectures import ARCHITECTURES
-from tests.conftest import CONVERSATIONS
+from tests.conftest import CONVERSATIONS, needs
 from tests.test_cli import flags
 from tuning.errors import SettingsError
 from tuning.model.loading import load_model
@@ -121,7 +121,7 @@ def test_full_training_keeps_a_tower_of_a_wider_dtype(tokenizer, run_script, tmp
 
 
 def test_q_lora_leaves_the_tower_alone(bases, run_script, tmp_path):
-    pytest.importorskip("bitsandbytes")
+    needs("bitsandbytes")
     words = flags(bases[QWEN], CONVERSATIONS, tmp_path / "out", "--q_lora", "--lora_r", 4)
     code, _, stderr = run_script("finetune.py", *words)
     assert code == 0, stderr

@@ -24,7 +24,7 @@ from data_utils.template import ChatTemplate
 from data_utils.tokenizer import load_tokenizer
 from examples.tiny_model import build_tokenizer, read_texts
 from inference.generate import decode_answer
-from tests.conftest import CONVERSATIONS, build_model
+from tests.conftest import CONVERSATIONS, build_model, needs
 from tuning.errors import SettingsError
 from tuning.model.new_tokens import NewTokens, add_rows, append_rows, count_rows, resize_model
 from tuning.model.token_rows import is_tied
@@ -180,6 +180,7 @@ def test_show_marks_them(make_tokenizer):
     template = _template(make_tokenizer(*TOKENS))
     messages = [{"role": "user", "content": "a<|tool|>"}, {"role": "assistant", "content": "[[语音]]"}]
     (row,) = template.encode_conversation(parse_record(Record({"messages": messages}, "f:1", 0)))
+    needs("rich")
     shown = as_text("0", row, template, colour=False, ids=False)
     assert "a«<|tool|>»" in shown and "[[«[[语音]]»«<|im_end|>»]]" in shown
 
@@ -379,6 +380,8 @@ SLOW = [("tied", "rows"), ("untied", "full"), ("untied", "matrices"), ("tied", "
 
 @pytest.mark.parametrize(("name", "kind"), [*FAST, *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW)])
 def test_a_result_is_saved_merged_and_answers(forks, run_script, checkpoints, data, tmp_path, name, kind):
+    if kind == "nf4":
+        needs("bitsandbytes")
     out = tmp_path / "out"
     stdout = train(forks, *command(checkpoints[name], data, out, kind))
     assert "12 new tokens, from 1024 on; the vocabulary matrices now have 1,088 rows" in stdout
@@ -425,6 +428,8 @@ ARMS += [("zero2", "nf4", "tied"), ("fsdp", "nf4", "untied")]
     [pytest.param(*arm, marks=[] if arm == ("ddp", "rows", "tied") else pytest.mark.slow) for arm in ARMS],
 )
 def test_two_processes_train_as_one(forks, run_script, checkpoints, data, tmp_path, engine, kind, name):
+    if kind == "nf4":
+        needs("bitsandbytes")
     one, two = tmp_path / "one", tmp_path / "two"
     train(forks, *command(checkpoints[name], data, one, kind))
     words = command(checkpoints[name], data, two, kind, accumulation=1)

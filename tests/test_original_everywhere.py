@@ -19,7 +19,7 @@ import merge_lora
 import quantize
 from commands.original import find_loadable
 from data_utils.tokenizer import load_tokenizer
-from tests.conftest import CONVERSATIONS, run_python
+from tests.conftest import CONVERSATIONS, needs, run_python
 from tests.original_checkpoint import (
     CONFIG,
     change,
@@ -143,6 +143,7 @@ def test_rows_beyond_seq_length_are_warned_of(original, forks, tmp_path):
 
 @pytest.mark.slow
 def test_quantize_takes_it_as_it_is(golden, tmp_path):
+    needs("gptqmodel", "optimum")
     source, ids, expected = golden
     words = ["--data", str(CONVERSATIONS), "--bits", "8", "--group_size", "32"]
     quantize.main([str(source), str(tmp_path / "int8"), *words])
@@ -190,6 +191,7 @@ def test_a_hub_name_is_converted_and_recorded(original, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_q_lora_trains_on_it_and_merges(original, tokenizer, forks, tmp_path):
+    needs("gptqmodel", "optimum")
     quantization = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": True, "sym": False}
     config = {**CONFIG, "seq_length": 512, "fp32": False, "fp16": True, "quantization_config": quantization}
     packed, plain = packed_state(config, bits=4, group_size=16)

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 import commands.convert
 from data_utils.sources import DataError
+from tests.conftest import needs
 from tests.original_checkpoint import (
     CHAT,
     CONFIG,
@@ -135,6 +136,7 @@ def test_where_it_stops(original, tmp_path, generation, eos, more):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_packed_weights_are_those_of_the_definition(original, tmp_path, bits):
+    needs("gptqmodel", "optimum")
     quantization = {"quant_method": "gptq", "bits": bits, "group_size": 16, "desc_act": True, "sym": False}
     config = {**CONFIG, "fp32": False, "fp16": True, "quantization_config": quantization}
     packed, plain = packed_state(config, bits=bits, group_size=16)

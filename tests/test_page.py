@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-pytest.importorskip("openai", reason="OpenAI's client is not installed")
+from tests.conftest import needs
+
+needs("openai")
 
 
 import chat

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from commands import conversation
 from data_utils.__main__ import main
 from data_utils.sources import DataError, as_line, find_sources, printable, read_records
+from tests.conftest import needs
 from tests.test_cli import flags
 from tuning.entry import run_entry
 from tuning.errors import MachineError, SettingsError
@@ -69,6 +70,8 @@ def test_escapes_in_data_are_shown_and_not_obeyed(run_main, write_json, model, c
         {"messages": GOOD, HIDING: 1},
         {"instruction": "Q", "output": ""},
     ]
+    if command in ("show", "show --ids"):
+        needs("rich")
     path = write_json("\n".join(map(json.dumps, rows)), "data.jsonl")
     name, *more = command.split()
     code, out, err = run_main(name, path, "--model", model, *more)

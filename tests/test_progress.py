@@ -9,12 +9,17 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tests.conftest import CONVERSATIONS, ROOT
+from tests.conftest import CONVERSATIONS, ROOT, needs
 from tests.test_cli import flags
 from tuning.training import progress
 from tuning.training.progress import ProgressCallback, draw_losses
 
-Console = pytest.importorskip("rich.console", reason="rich is not installed").Console
+
+def make_console(**options):
+    needs("rich")
+    from rich.console import Console
+
+    return Console(**options)
 
 
 class State:
@@ -26,7 +31,7 @@ LOGS = {"loss": 1.5, "learning_rate": 3e-4, "grad_norm": 0.25, "tokens_per_s": 1
 
 def test_lines_where_there_is_no_terminal(tmp_path, monkeypatch):
     out = io.StringIO()
-    callback = ProgressCallback(Console(file=out), tmp_path)
+    callback = ProgressCallback(make_console(file=out), tmp_path)
     monkeypatch.setattr(time, "monotonic", lambda: 100.0)
     callback.on_train_begin(None, type("Begin", (), {"global_step": 1, "max_steps": 10}), None)
     monkeypatch.setattr(time, "monotonic", lambda: 120.0)
@@ -41,7 +46,7 @@ def test_lines_where_there_is_no_terminal(tmp_path, monkeypatch):
 def test_a_first_loss_beyond_chance_is_said_once(tmp_path):
     for size, loss, expected in ((1000, 7.0, 1), (1000, 6.8, 0), (None, 99.0, 0)):
         out = io.StringIO()
-        callback = ProgressCallback(Console(file=out, width=200), tmp_path, vocabulary_size=size)
+        callback = ProgressCallback(make_console(file=out, width=200), tmp_path, vocabulary_size=size)
         callback.on_train_begin(None, State, None)
         for value in (loss, 50.0):
             callback.on_log(None, State, None, logs=LOGS | {"loss": value})
@@ -50,7 +55,7 @@ def test_a_first_loss_beyond_chance_is_said_once(tmp_path):
 
 def test_one_live_line_on_a_terminal(tmp_path):
     out = io.StringIO()
-    callback = ProgressCallback(Console(file=out, force_terminal=True, width=140), tmp_path)
+    callback = ProgressCallback(make_console(file=out, force_terminal=True, width=140), tmp_path)
     callback.on_train_begin(None, State, None)
     callback.on_log(None, State, None, logs=LOGS)
     callback.on_step_end(None, State, None)
@@ -97,7 +102,7 @@ def test_plots_are_drawn_from_time_to_time_and_take_a_share_of_it(tmp_path, monk
 
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(progress, "draw_losses", draw)
-    callback = ProgressCallback(Console(file=io.StringIO()), tmp_path)
+    callback = ProgressCallback(make_console(file=io.StringIO()), tmp_path)
     for _ in range(600):
         clock[0] += 1.0
         callback.on_evaluate(None, State, None)

@@ -17,7 +17,7 @@ import merge_lora
 import quantize
 from data_utils.steps import StepDataset
 from tests import runs
-from tests.conftest import CONVERSATIONS, ROOT
+from tests.conftest import CONVERSATIONS, ROOT, needs
 from tests.library_logits import Library
 from tests.runs import MAX_LENGTH, NF4, probe_logits
 from tests.test_chaos import kill_and_resume, words
@@ -44,14 +44,21 @@ KINDS = {
     "int8": Quantization("bitsandbytes", 8, dtype="float32"),
     "gptq4": None,
     "gptq8": None,
-}
+}  # at loading
 IDS = [1022, 40, 41, 1023, 5, 1022, 7, 8, 1023, 1021]
 
 
-@pytest.fixture
-def source(checkpoints, gptq):
-    """Kind -> (checkpoint, quantisation at loading)."""
-    return lambda kind: (gptq[int(kind[4:])] if kind.startswith("gptq") else checkpoints["untied"], KINDS[kind])
+@pytest.fixture(scope="session")
+def source(checkpoints, request):
+    """Kind -> (checkpoint, quantisation at loading). Skips the test where the kind's library is not installed."""
+
+    def get(kind):
+        if kind.startswith("gptq"):
+            return request.getfixturevalue("gptq")[int(kind[4:])], None
+        needs("bitsandbytes")
+        return checkpoints["untied"], KINDS[kind]
+
+    return get
 
 
 @pytest.fixture
@@ -141,6 +148,7 @@ def test_gradients_are_those_of_unpacked_weights(checkpoints, packed, kind, half
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_biases(tokenizer, tmp_path, kind):
+    needs("bitsandbytes")
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=48, intermediate_size=80, num_hidden_layers=1, num_attention_heads=4,
@@ -220,13 +228,13 @@ def test_gptq_numbers_are_unpacked_one_by_one_alike(bits, groups, multiple, outp
 
 
 @pytest.fixture(scope="session")
-def trained(forks, checkpoints, gptq, tmp_path_factory):
+def trained(forks, source, tmp_path_factory):
     """Kind -> directory of an adapter that finetune.py trained, once."""
     known = {}
 
     def get(kind):
         if kind not in known:
-            base = gptq[int(kind[4:])] if kind.startswith("gptq") else checkpoints["untied"]
+            base, _ = source(kind)
             out = tmp_path_factory.mktemp("qlora") / kind
             flags = {"fp4": ["--quant_type", "fp4"], "int8": ["--bits", "8"]}.get(kind, [])
             command = words(base, out, "qlora", steps=8, dropout=0.0, eval_steps=8)
@@ -283,6 +291,7 @@ def test_a_kill_of_one_of_two_processes_changes_nothing(forks, source, tmp_path,
 
 
 def test_another_quantisation_is_another_run(forks, checkpoints, tmp_path):
+    needs("bitsandbytes")
     command = words(checkpoints["untied"], tmp_path / "out", "qlora", steps=2)
     assert forks.run(*command)[0] == 0
     command[command.index("--max_steps") + 1] = 4
@@ -291,6 +300,7 @@ def test_another_quantisation_is_another_run(forks, checkpoints, tmp_path):
 
 
 def test_a_checkpoint_that_bitsandbytes_quantised(packed, checkpoints, forks, tmp_path):
+    needs("bitsandbytes")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
@@ -395,6 +405,7 @@ def test_a_plain_adapter_on_a_gptq_checkpoint(checkpoints, trained, tmp_path, ca
 
 
 def test_one_group_and_a_relative_directory(checkpoints, tmp_path, monkeypatch, capsys):
+    needs("gptqmodel", "optimum")
     monkeypatch.chdir(tmp_path)
     words = [str(checkpoints["tied"]), "out", "--data", str(CONVERSATIONS), "--group_size", "-1", "--num_rows", "8"]
     quantize.main(words)
@@ -556,6 +567,7 @@ def test_chat_answers_as_the_merged_model(trained, tmp_path, capsys, kind):
 
 
 def test_eight_bit_optimizers_go_on_exactly(forks, checkpoints, tmp_path):
+    needs("bitsandbytes")
     plan = {"kills": [{"at": 4, "only": "step"}], "steps": 5, "seed": "8", "flags": ["--optim", "adamw_8bit"]}
     kill_and_resume(forks, checkpoints["untied"], tmp_path, "full", 1, **plan)
     names = {name.partition("/")[0] for name in load_file(tmp_path / "calm/checkpoint-5/training_state.safetensors")}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from data_utils.qwen_tiktoken import SPECIAL_TOKENS, read_ranks
 from data_utils.sources import DataError
 from data_utils.tokenizer import load_tokenizer
-from tests.conftest import SHARED
+from tests.conftest import SHARED, needs
 from tests.original_checkpoint import (
     CONFIG,
     convert_to,
@@ -48,7 +48,9 @@ def test_ids_are_tiktokens(small_tokenizer, text):
 
 @pytest.fixture(scope="session")
 def small_tokenizer(tokenizer, tmp_path_factory):
-    tiktoken = pytest.importorskip("tiktoken")
+    needs("tiktoken")
+    import tiktoken
+
     from data_utils.qwen_tiktoken import _SPLIT
 
     directory = write_original(tmp_path_factory.mktemp("small"), tokenizer, random_state())

@@ -21,7 +21,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-pytest.importorskip("openai", reason="OpenAI's client is not installed")
+from tests.conftest import needs
+
+needs("openai")
 
 
 import chat

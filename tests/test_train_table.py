@@ -7,6 +7,7 @@ import pytest
 from benchmarks import arms, plan_table, train_table
 from benchmarks.cells import LENGTHS, SHAPES, Cell
 from benchmarks.random_models import count_work, plan_memory
+from tests.conftest import needs
 
 
 @pytest.fixture
@@ -23,6 +24,7 @@ def in_this_process(monkeypatch):
 
 @pytest.mark.slow
 def test_every_method_mode_and_arm(in_this_process, tmp_path, capsys):
+    needs("bitsandbytes", "gptqmodel", "optimum", "trl", "datasets")
     cells = ["tiny/lora/64/fast", "tiny/lora/64/lean", "tiny/lora_emb/64/fast", "tiny/full/64/lean"]
     train_table.main(
         ["--cells", *cells, "tiny/lora_tokens/64/fast", "tiny/qlora_nf4/64/lean", "--arms", "ours", "plain"]

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers.optimization import Adafactor
 
+from tests.conftest import needs
 from tuning.checkpoint.training_state import (
     load_optimizer,
     load_weights,
@@ -199,7 +200,8 @@ def test_weights_that_are_no_numbers_are_not_saved(checkpoints, tmp_path):
 
 
 def test_tables_that_parameters_share_come_back_for_each(tmp_path):
-    bnb = pytest.importorskip("bitsandbytes")
+    needs("bitsandbytes")
+    import bitsandbytes as bnb
 
     def build():
         torch.manual_seed(0)

@@ -120,7 +120,15 @@ def load_model(
             replace_quantized_layers(model)
         except SettingsError as error:
             raise SettingsError(f"{path}: {error}") from None
+    _keep_caps(model)
     return model
+
+
+def _keep_caps(model: PreTrainedModel) -> None:
+    """Attention that caps scores (Gemma-2), where transformers 5.17 takes one that leaves the caps out in silence."""
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    if capped and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")
 
 
 def _build_on_meta(
@@ -143,6 +151,7 @@ def _build_on_meta(
         model.tie_weights()  # accelerate gives each layer a matrix of its own
     if (generation_config := load_generation_config(path, cache_dir)) is not None:
         model.generation_config = generation_config
+    _keep_caps(model)
     return model
 
 
