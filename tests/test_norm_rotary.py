@@ -119,9 +119,11 @@ def test_norms_of_other_kinds_stay_as_they_are():
     assert model[-2](3) == 3
 
 
-def test_what_mixes_dtypes_or_takes_more_is_left_to_the_module():
+def test_what_mixes_dtypes_or_is_called_otherwise_is_left_to_the_module():
     norm = Qwen3RMSNorm(8)
     fuse_elementwise(norm)
+    numbers = torch.randn(2, 8)
+    torch.testing.assert_close(norm(hidden_states=numbers), norm(numbers))
     x = torch.randn(2, 8, dtype=torch.bfloat16)
     assert norm(x).dtype == torch.float32 == Qwen3RMSNorm(8)(x).dtype
 
@@ -193,10 +195,11 @@ def test_what_is_turned_in_part_is_left_to_transformers():
     rotary = _Rotary(reference)
     q, cos = torch.randn(1, 2, 3, 8), torch.randn(1, 3, 4)
     assert rotary(q, q, cos, cos) == (q, q) and calls == [1]
+    assert rotary(q, k=q, cos=cos, sin=cos) == (q, q) and calls == [1, 1]
     q = torch.randn(1, 3, 2, 8)
     cos = torch.randn(1, 3, 8)
     torch.testing.assert_close(rotary(q, q, cos, cos, unsqueeze_dim=2), own_rotary()(q, q, cos, cos, unsqueeze_dim=2))
-    assert calls == [1]
+    assert calls == [1, 1]
 
 
 # ---- models ----

@@ -102,13 +102,14 @@ class FusedNorm(nn.Module):
     offset: float
     weight: Tensor
 
-    def forward(self, x: Tensor, *rest: Any) -> Tensor:
-        """Shapes: x [..., H]. Returns: [..., H]."""
+    def forward(self, *inputs: Any, **named: Any) -> Tensor:
+        """As its own class's. Shapes: x [..., H]. Returns: [..., H]."""
         # What comes of two dtypes differs between models; a compiler fuses what it sees by itself.
-        if rest or x.dtype != self.weight.dtype or torch.compiler.is_compiling():
-            result: Tensor = super().forward(x, *rest)
+        usual = len(inputs) == 1 and not named and inputs[0].dtype == self.weight.dtype
+        if not usual or torch.compiler.is_compiling():
+            result: Tensor = super().forward(*inputs, **named)
             return result
-        return rms_norm(x, self.weight, self.eps_used, self.offset)
+        return rms_norm(inputs[0], self.weight, self.eps_used, self.offset)
 
 
 def _read_eps(module: nn.Module) -> float | None:
@@ -195,14 +196,15 @@ class _Rotary:
         self.reference = reference
         functools.update_wrapper(self, reference)
 
-    def __call__(
-        self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, unsqueeze_dim: int = 1, **options: Any
-    ) -> tuple[Tensor, Tensor]:
-        other = args or options or cos.requires_grad or not cos.shape[-1] == q.shape[-1] == k.shape[-1]
-        if other or torch.compiler.is_compiling():
-            return self.reference(q, k, cos, sin, *args, unsqueeze_dim=unsqueeze_dim, **options)
-        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-        return rotate(q, cos, sin), rotate(k, cos, sin)
+    def __call__(self, *inputs: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        usual = len(inputs) == 4 and not named.keys() - {"unsqueeze_dim"}
+        if usual and not torch.compiler.is_compiling():
+            q, k, cos, sin = inputs
+            if cos.shape[-1] == q.shape[-1] == k.shape[-1] and not cos.requires_grad:
+                dim = named.get("unsqueeze_dim", 1)
+                cos, sin = cos.unsqueeze(dim), sin.unsqueeze(dim)
+                return rotate(q, cos, sin), rotate(k, cos, sin)
+        return self.reference(*inputs, **named)
 
 
 def _turns_halves(function: Callable[..., Any]) -> bool:
