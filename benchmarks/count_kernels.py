@@ -2,8 +2,8 @@
 
 One micro-batch (one row of 8,192 tokens, bf16, LoRA r16) runs on tensors that have shapes and no values. Every
 operation that would be a kernel is counted with the bytes that it reads and writes, for ours and for transformers with
-peft. The decoder layer is the difference of a model with two layers and one with one. Norms count as the one kernel
-that torch has for them on GPUs; attention as one each way.
+peft. The decoder layer is the difference of a model with two layers and one with one. Our norms, attention and dropout
+count as the one kernel each way that torch has for them on GPUs.
 
 On paper: memory traffic at --bandwidth, products at --rate. Nothing is measured.
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import get_peft_model
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -90,9 +91,9 @@ def _count_bytes(tensor: Tensor) -> int:
 
 
 @contextlib.contextmanager
-def norms_as_one_kernel(tally: Tally) -> Iterator[None]:
-    """Inside, our norms count as torch's fused kernel."""
-    kind = norm_rotary._RmsNorm
+def as_on_a_gpu(tally: Tally) -> Iterator[None]:
+    """Inside, our norms and everybody's dropout are the kernels that torch has for them on GPUs."""
+    kind, dropout = norm_rotary._RmsNorm, F.dropout
     forward, backward = kind.forward, kind.backward
 
     def count_forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
@@ -106,9 +107,11 @@ def norms_as_one_kernel(tally: Tally) -> Iterator[None]:
         return results[0]
 
     kind.forward, kind.backward = staticmethod(count_forward), staticmethod(count_backward)
+    F.dropout = lambda x, p, training, inplace: torch.native_dropout(x, p, training)[0]
     try:
         yield
     finally:
+        F.dropout = dropout
         kind.forward, kind.backward = staticmethod(forward), staticmethod(backward)
 
 
@@ -131,7 +134,7 @@ def count_step(arm: str, cell: Cell, num_layers: int) -> Tally:
             index = torch.empty(cell.targets_per_row, dtype=torch.long)
             batch = {"input_ids": ids, "target_index": index, "targets": index, "position_ids": ids}
             batch |= {"lengths": [cell.length], "row_starts": torch.empty(2, dtype=torch.int32)}
-        with norms_as_one_kernel(tally), tally:
+        with as_on_a_gpu(tally), tally:
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 result = trained.train()(**batch)
             loss = result if arm == "ours" else result.loss
