@@ -282,7 +282,8 @@ def test_a_model_that_caps_scores_is_loaded_with_attention_that_does(tmp_path):
         for layer in loaded.model.layers:
             layer.self_attn.attn_logit_softcapping = None
         uncapped = loaded(ids).logits
-    assert torch.equal(found, expected) and (uncapped - expected).abs().max() > 1e-3 * expected.abs().max()
+    largest = expected.abs().max()
+    assert (found - expected).abs().max() < 1e-5 * largest and (uncapped - expected).abs().max() > 1e-3 * largest
     assert load_model(str(tmp_path), dtype=torch.float32, meta=True).config._attn_implementation == "eager"
 
 

@@ -81,7 +81,7 @@ class _RmsNorm(torch.autograd.Function):
         d_x = d_weight = None
         if ctx.needs_input_grad[1]:
             products = (d_output.to(inverse.dtype) * x).flatten(0, -2)
-            d_weight = (inverse.flatten() @ products).to(weight.dtype)
+            d_weight = products.t().mv(inverse.flatten()).to(weight.dtype)
         if ctx.needs_input_grad[0]:
             d_normal = d_output * _shift(weight, ctx.offset, inverse.dtype)
             along = torch.linalg.vecdot(d_normal, x.to(inverse.dtype)).unsqueeze(-1)
