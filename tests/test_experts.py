@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora.layer import ParamWrapper
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,6 +24,7 @@ from tuning.errors import SettingsError
 from tuning.model.loading import load_model
 from tuning.model.lora import add_lora
 from tuning.model.lora_experts import compute_experts, count_expert_adapters, find_expert_targets, grouped_product
+from tuning.model.lora_linear import FusedLoraLinear
 from tuning.model.packing import enable_packing
 from tuning.model.training_model import TrainingModel, enable_gradient_checkpointing
 
@@ -55,6 +57,8 @@ def without_ours(peft_model):
     plain = copy.deepcopy(peft_model)
     for module in plain.modules():
         vars(module).pop("forward", None)
+        if isinstance(module, FusedLoraLinear):
+            module.__class__ = LoraLinear
     return plain
 
 

@@ -118,6 +118,28 @@ def test_a_check_finds_attention_that_is_wrong(name, fault, monkeypatch):
     assert raised.value.figures["gradient_error"] > 1e-3
 
 
+@pytest.mark.parametrize("part", ["lora", "norm", "rotary"])
+def test_a_check_finds_a_part_of_ours_that_is_wrong(part, monkeypatch):
+    """What it compares with is not ours as well."""
+    from tuning.model import norm_rotary
+    from tuning.model.lora_linear import FusedLoraLinear
+
+    owner, name = {
+        "lora": (FusedLoraLinear, "forward"), "norm": (norm_rotary, "rms_norm"), "rotary": (norm_rotary, "_turn"),
+    }[part]  # fmt: skip
+    right = getattr(owner, name)
+    correctness.list_checks()["packed, fp32"]()  # what it leaves in transformers' modules takes no part either
+    if part == "rotary":  # after the trial
+        from transformers.models.qwen3 import modeling_qwen3
+
+        assert isinstance(modeling_qwen3.apply_rotary_pos_emb, norm_rotary._Rotary)
+    monkeypatch.setattr(owner, name, lambda *inputs: right(*inputs) * 1.01)
+    if part == "norm":
+        monkeypatch.setattr(norm_rotary, "_find_offset", lambda module, eps: 0.0)
+    with pytest.raises(CheckError, match="at most"):
+        correctness.list_checks()["packed, fp32"]()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["nemo/ours", "8b-r64-512/ours", "8b-r64-8192/plain", "7b-r64-4096/trl"])
 def test_a_training_cell_is_planned_and_trained(name):

@@ -21,6 +21,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 from transformers.models.cohere.modeling_cohere import apply_rotary_pos_emb as turn_neighbours
+from transformers.models.dinov3_vit import modeling_dinov3_vit
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.qwen3 import modeling_qwen3
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
@@ -119,11 +120,33 @@ def test_norms_of_other_kinds_stay_as_they_are():
     assert model[-2](3) == 3
 
 
-def test_what_mixes_dtypes_or_is_called_otherwise_is_left_to_the_module():
+class GroupedNorm(nn.Module):
+    """Of groups, or of all numbers, as Qwen4's."""
+
+    def __init__(self, width, group=None):
+        super().__init__()
+        self.weight, self.eps, self.group = nn.Parameter(torch.rand(width)), 1e-6, group
+
+    def forward(self, x):
+        grouped = x.unflatten(-1, (-1, self.group or x.shape[-1]))
+        return rms_norm(grouped, torch.ones(grouped.shape[-1]), self.eps).flatten(-2) * self.weight
+
+
+@pytest.mark.parametrize("group", [1, 4, 8, 12, 16, 24])
+@pytest.mark.parametrize("first", [False, True])
+def test_norms_of_one_class_are_told_apart(group, first):
+    norms = [GroupedNorm(48), GroupedNorm(48, group)][:: -1 if first else 1]
+    x = torch.randn(3, 48)
+    expected = [norm(x) for norm in norms]
+    fuse_elementwise(nn.ModuleList(norms))
+    assert sorted(isinstance(norm, FusedNorm) for norm in norms) == [False, True]
+    torch.testing.assert_close([norm(x) for norm in norms], expected)
+
+
+def test_what_mixes_dtypes_or_takes_more_is_left_to_the_module():
     norm = Qwen3RMSNorm(8)
     fuse_elementwise(norm)
-    numbers = torch.randn(2, 8)
-    torch.testing.assert_close(norm(hidden_states=numbers), norm(numbers))
+    torch.testing.assert_close(norm(hidden_states=(named := torch.randn(2, 8))), Qwen3RMSNorm(8)(named))
     x = torch.randn(2, 8, dtype=torch.bfloat16)
     assert norm(x).dtype == torch.float32 == Qwen3RMSNorm(8)(x).dtype
 
@@ -181,6 +204,13 @@ def test_functions_of_other_kinds_stay_as_they_are():
     assert not _turns_halves(turn_neighbours)
     assert not _turns_halves(lambda q, k, cos, sin: (q, k))
     assert not _turns_halves(lambda x, angles: x)
+    assert not _turns_halves(own_rotary(modeling_dinov3_vit)), "it leaves out the first positions"
+
+    def turn_last(q, k, cos, sin, unsqueeze_dim=1):  # Muse Glimmer's assistant: keys of which there are no queries
+        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+        return rotate(q, cos[..., -q.shape[-2] :, :], sin[..., -q.shape[-2] :, :]), rotate(k, cos, sin)
+
+    assert not _turns_halves(turn_last)
     # The right numbers, and another dtype.
     assert not _turns_halves(lambda q, k, cos, sin: tuple(x.float() for x in own_rotary()(q, k, cos, sin)))
 
@@ -200,6 +230,20 @@ def test_what_is_turned_in_part_is_left_to_transformers():
     cos = torch.randn(1, 3, 8)
     torch.testing.assert_close(rotary(q, q, cos, cos, unsqueeze_dim=2), own_rotary()(q, q, cos, cos, unsqueeze_dim=2))
     assert calls == [1, 1]
+
+
+def test_what_is_called_in_another_way_is_left_to_transformers():
+    def reference(q, k=None, cos=None, sin=None, unsqueeze_dim=1):  # Qwen4's
+        result = own_rotary()(q, q if k is None else k, cos, sin, unsqueeze_dim)
+        return result[0] if k is None else result
+
+    assert _turns_halves(reference)
+    rotary = _Rotary(reference)
+    q, cos = torch.randn(1, 3, 2, 8), torch.randn(1, 3, 8)
+    expected = own_rotary()(q, q, cos, cos, unsqueeze_dim=2)
+    torch.testing.assert_close(rotary(q, cos=cos, sin=cos, unsqueeze_dim=2), expected[0])
+    torch.testing.assert_close(rotary(q=q, k=q, cos=cos, sin=cos, unsqueeze_dim=2), expected)
+    torch.testing.assert_close(rotary(q, q, cos, cos, 2), expected)
 
 
 # ---- models ----

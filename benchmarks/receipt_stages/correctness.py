@@ -4,15 +4,18 @@ In half precision nothing equals fp32. So transformers and peft alone, one row a
 precision, and ours may be twice as far off as they are, and no further.
 """
 
+import contextlib
 import copy
 import functools
 import itertools
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -24,6 +27,7 @@ from data_utils.micro_batch import pack_rows
 from tuning.checkpoint.changes import merge_rows
 from tuning.model.attention import attend
 from tuning.model.lora import add_lora
+from tuning.model.lora_linear import FusedLoraLinear
 from tuning.model.packing import enable_packing
 from tuning.model.quantized_linear import FourBitLinear
 from tuning.model.training_model import TrainingModel
@@ -85,12 +89,9 @@ def check_model(kind: str, dtype: torch.dtype) -> Figures:
             parameter.data.normal_(std=0.02)
     peft_model.to(device)
     rows = [np.random.default_rng(number).integers(3, sizes["vocab_size"], n) for number, n in enumerate(lengths)]
-    theirs = copy.deepcopy(peft_model)
+    theirs = _pefts_own(peft_model)
     if kind == "experts":
         theirs.get_base_model().set_experts_implementation("eager")
-    for module in theirs.modules():
-        if isinstance(module, LoraLayer):
-            vars(module).pop("forward", None)  # peft's own
     exact = _compute(theirs, functools.partial(_sum_alone, theirs, rows), torch.float32)
     training_model = TrainingModel(peft_model)
     obstacle = enable_packing(training_model, max_length=max(lengths), dtype=dtype)
@@ -101,6 +102,29 @@ def check_model(kind: str, dtype: torch.dtype) -> Figures:
         return _judge(_compare(exact, ours), dict.fromkeys(("loss_error", "gradient_error"), 0.0), exact=True)
     same = _compute(theirs, functools.partial(_sum_alone, theirs, rows), dtype)
     return _judge(_compare(exact, ours), _compare(exact, same), exact=False)
+
+
+def _pefts_own(peft_model: Any) -> Any:
+    """A copy that peft and transformers compute."""
+    theirs = copy.deepcopy(peft_model)
+    for module in theirs.modules():
+        if isinstance(module, FusedLoraLinear):
+            module.__class__ = LoraLinear
+        if isinstance(module, LoraLayer):
+            vars(module).pop("forward", None)
+    return theirs
+
+
+@contextlib.contextmanager
+def _transformers_rotary(model: nn.Module) -> Iterator[None]:
+    """Inside, transformers' own, also where a TrainingModel was built before."""
+    namespace = vars(sys.modules[type(model).__module__])
+    before = namespace["apply_rotary_pos_emb"]
+    namespace["apply_rotary_pos_emb"] = getattr(before, "reference", before)
+    try:
+        yield
+    finally:
+        namespace["apply_rotary_pos_emb"] = before
 
 
 def _labels(ids: Any) -> Any:
@@ -117,7 +141,8 @@ def _sum_alone(model: Any, rows: list[Any]) -> Tensor:
     total: Any = 0.0
     for ids in rows:
         inputs, labels = (torch.tensor(each, device=model.device) for each in (ids, _labels(ids)))
-        logits = model(input_ids=inputs[None], use_cache=False).logits[0]
+        with _transformers_rotary(model.get_base_model()):
+            logits = model(input_ids=inputs[None], use_cache=False).logits[0]
         total = total + F.cross_entropy(logits[:-1].float(), labels[1:], ignore_index=-100, reduction="sum")
     return total
 

@@ -27,15 +27,16 @@ def fuse_elementwise(model: nn.Module) -> None:
 
 
 def _fuse_norms(model: nn.Module) -> None:
-    kinds: dict[tuple[type, float], type | None] = {}
+    kinds: dict[tuple[type, float, float], type] = {}
     for module in model.modules():
         if (eps := _read_eps(module)) is None or isinstance(module, FusedNorm):
             continue
-        key = (type(module), eps)
-        if key not in kinds:
-            kinds[key] = _choose_class(module, eps)
-        if (kind := kinds[key]) is not None:
-            module.__class__ = kind
+        # Each by itself: two modules of one class may compute different things (Qwen4's, with and without groups).
+        if (offset := _find_offset(module, eps)) is not None:
+            key = (type(module), eps, offset)
+            if key not in kinds:
+                kinds[key] = _make_class(*key)
+            module.__class__ = kinds[key]
 
 
 def _fuse_rotary(model: nn.Module) -> None:
@@ -120,28 +121,29 @@ def _read_eps(module: nn.Module) -> float | None:
     return eps if is_one and isinstance(eps, float) and "forward" not in vars(module) else None
 
 
-def _choose_class(module: nn.Module, eps: float) -> type | None:
-    """A class that computes what a norm does; None where it is no RMS norm of a kind that is known here.
-
-    Gemma's adds 1 to its weight.
-    """
+def _find_offset(module: nn.Module, eps: float) -> float | None:
+    """What a norm adds to its weight (Gemma's adds 1); None where it is no RMS norm of a kind that is known here."""
     generator = torch.Generator().manual_seed(0)
-    probe = copy.copy(module)
-    # Small numbers, so that eps counts; another weight, since the module's may be in shards or have no values.
-    x, weight = torch.randn(5, 8, generator=generator) * 0.01, torch.rand(8, generator=generator) + 0.5
-    vars(probe)["_parameters"] = {"weight": nn.Parameter(weight, requires_grad=False)}
-    found = _try(functools.partial(type(module).forward, probe), x)
+    probe, trials = copy.copy(module), []
+    for width in (8, 24):  # of which one at most can be a group of a norm that works on groups
+        # Small numbers, so that eps counts; another weight, since the module's may be in shards or have no values.
+        x, weight = torch.randn(5, width, generator=generator) * 0.01, torch.rand(width, generator=generator) + 0.5
+        vars(probe)["_parameters"] = {"weight": nn.Parameter(weight, requires_grad=False)}
+        trials.append((x, weight, _try(functools.partial(type(module).forward, probe), x)))
     for offset in (0.0, 1.0):
-        if _same(found, rms_norm(x, weight, eps, offset)):
-            own = type(module)
-            return type(own.__name__, (FusedNorm, own), {"eps_used": eps, "offset": offset, "__doc__": own.__doc__})
+        if all(_same(found, rms_norm(x, weight, eps, offset)) for x, weight, found in trials):
+            return offset
     return None
 
 
-def _try(function: Callable[..., Any], *inputs: Tensor) -> Any:
+def _make_class(own: type, eps: float, offset: float) -> type:
+    return type(own.__name__, (FusedNorm, own), {"eps_used": eps, "offset": offset, "__doc__": own.__doc__})
+
+
+def _try(function: Callable[..., Any], *inputs: Tensor, **options: Any) -> Any:
     """What a function gives; None where it wants other arguments."""
     try:
-        return function(*inputs)
+        return function(*inputs, **options)
     except Exception:
         return None
 
@@ -196,26 +198,27 @@ class _Rotary:
         self.reference = reference
         functools.update_wrapper(self, reference)
 
-    def __call__(self, *inputs: Any, **named: Any) -> tuple[Tensor, Tensor]:
-        usual = len(inputs) == 4 and not named.keys() - {"unsqueeze_dim"}
-        if usual and not torch.compiler.is_compiling():
-            q, k, cos, sin = inputs
-            if cos.shape[-1] == q.shape[-1] == k.shape[-1] and not cos.requires_grad:
-                dim = named.get("unsqueeze_dim", 1)
-                cos, sin = cos.unsqueeze(dim), sin.unsqueeze(dim)
-                return rotate(q, cos, sin), rotate(k, cos, sin)
-        return self.reference(*inputs, **named)
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        """(q, k, cos, sin), and unsqueeze_dim by name: rotated q and k. Whatever else: what reference gives."""
+        usual = len(inputs) == 4 and options.keys() <= {"unsqueeze_dim"} and not torch.compiler.is_compiling()
+        if not usual or inputs[2].requires_grad or len({each.shape[-1] for each in inputs}) > 1:
+            return self.reference(*inputs, **options)
+        q, k, *angles = inputs
+        cos, sin = (each.unsqueeze(options.get("unsqueeze_dim", 1)) for each in angles)
+        return rotate(q, cos, sin), rotate(k, cos, sin)
 
 
 def _turns_halves(function: Callable[..., Any]) -> bool:
-    """Whether a function is what rotate computes, in one dtype and in two."""
+    """Whether a function is what rotate computes: in one dtype and in two, with the heads first or not."""
     generator = torch.Generator().manual_seed(0)
     numbers = [torch.randn(1, heads, 3, 8, generator=generator) for heads in (2, 1, 1, 1)]
     for dtype, other in itertools.product((torch.float32, torch.bfloat16), repeat=2):
         q, k, cos, sin = (x.to(kind) for x, kind in zip(numbers, (dtype, dtype, other, other), strict=True))
-        found = _try(function, q, k, cos[:, 0], sin[:, 0])
-        if not isinstance(found, tuple) or len(found) != 2:
-            return False
-        if not all(map(_same, found, [rotate(q, cos, sin), rotate(k, cos, sin)])):
-            return False
-    return True
+        angles, expected = (cos[:, 0], sin[:, 0]), [rotate(q, cos, sin), rotate(k, cos, sin)]
+        found = _try(function, q, k, *angles)
+        turned = _try(function, *(each.transpose(1, 2) for each in (q, k)), *angles, unsqueeze_dim=2)
+        for pair, expects in ((found, expected), (turned, [each.transpose(1, 2) for each in expected])):
+            if not isinstance(pair, tuple) or len(pair) != 2 or not all(map(_same, pair, expects)):
+                return False
+    # Some leave out positions for which there are no angles: the first ones, or those that only keys have.
+    return _try(function, q[:, :, 1:], k, *angles) is None
