@@ -5,7 +5,7 @@ operation that would be a kernel is counted with the bytes that it reads and wri
 peft. The decoder layer is the difference of a model with two layers and one with one. Our norms, attention and dropout
 count as the one kernel each way that torch has for them on GPUs.
 
-On paper: memory traffic at --bandwidth, products at --rate. Nothing is measured.
+On paper: products at --rate, all else (attention, too) by its memory traffic at --bandwidth. Nothing is measured.
 """
 
 import argparse
@@ -66,8 +66,8 @@ class Tally(TorchDispatchMode):
         self.kernels[self.part, kind] += 1
         self.bytes[self.part, kind] += sum(map(_count_bytes, (*read, *written)))
         if kind == "products":
-            a, b = read[-2:] if not name.startswith("addmm") else read[1:3]
-            self.flops[self.part, kind] += 2 * a.shape[-2] * a.shape[-1] * b.shape[-1]
+            a, b = read[1:3] if name.startswith(("addmm", "baddbmm")) else read[:2]
+            self.flops[self.part, kind] += 2 * a.numel() * b.shape[-1]
 
     @contextlib.contextmanager
     def one_kernel(self, name: str, inputs: Any) -> Iterator[list[Any]]:

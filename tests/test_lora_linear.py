@@ -255,3 +255,18 @@ def test_together_they_hold_no_activation():
         attention.k_proj.lora_A["default"](y)
     ) * attention.k_proj.scaling["default"]  # fmt: skip
     assert torch.allclose(attention.k_proj(y), expected, atol=1e-6)
+
+
+def test_an_input_that_changed_in_between_is_computed_anew():
+    model, slow = (build_blocks(fast=each).base_model.model[0].attention for each in (True, False))
+    x = torch.randn(3, 12, dtype=torch.float64)
+    with torch.no_grad():
+        model.q_proj(x)
+        x.mul_(2)
+        check_equal([model.k_proj(x)], [slow.k_proj(x)])
+        model.q_proj(x)
+    assert model.v_proj(x).requires_grad, "the first call kept no graph"
+    with torch.inference_mode():
+        y = torch.randn(3, 12, dtype=torch.float64)
+        check_equal([model.q_proj(y), model.k_proj(y)], [slow.q_proj(y), slow.k_proj(y)])
+    check_equal([model.q_proj(x[0])], [slow.q_proj(x[0])])

@@ -59,7 +59,7 @@ class FusedLoraLinear(LoraLinear):
         # gathered buffer alive.
         sharded = hasattr(up, "ds_id")
         casts = x.dtype != down.weight.dtype and not torch.is_autocast_enabled(x.device.type)
-        other = sharded or casts or args or options or self.disable_adapters or self.merged
+        other = sharded or casts or args or options or self.disable_adapters or self.merged or x.ndim < 2
         if other or not self.group.is_plain_product():
             return super().forward(x, *args, **options)
         return self.group.take(self, x)
@@ -71,6 +71,7 @@ class _Group:
     def __init__(self, layers: list[Any]):
         self._layers = layers
         self._input: Any = None  # a weak reference
+        self._state: Any = None  # of the input, when the outputs were computed
         self._outputs: dict[LoraLinear, Tensor] = {}
 
     def is_plain_product(self) -> bool:
@@ -79,9 +80,12 @@ class _Group:
 
     def take(self, layer: LoraLinear, x: Tensor) -> Tensor:
         """The output of a layer. Shapes: x [..., in]. Returns: [..., out]."""
-        if self._input is None or self._input() is not x or layer not in self._outputs:
+        # An input that was written to in between is another one, and what was computed without a graph has none.
+        state = (None if x.is_inference() else x._version, torch.is_grad_enabled())
+        same = self._input is not None and self._input() is x and self._state == state
+        if not same or layer not in self._outputs:
             self._outputs = dict(zip(self._layers, self._compute(x), strict=True))
-            self._input = weakref.ref(x)
+            self._input, self._state = weakref.ref(x), state
         return self._outputs.pop(layer)
 
     def _compute(self, x: Tensor) -> tuple[Tensor, ...]:

@@ -217,7 +217,9 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
 
 
 def compile_layers(training_model: TrainingModel) -> None:
-    """Let torch.compile fuse what a decoder layer does beside its attention. Compiled twice in all, at the first step.
+    """Let torch.compile fuse what a decoder layer does beside its attention.
+
+    It compiles twice at the first step, for the first layer and for the others, and again at the first evaluation.
 
     Raises: SettingsError: it does not work here, or would compile nothing.
     """
