@@ -80,22 +80,26 @@ class _Group:
 
     def take(self, layer: LoraLinear, x: Tensor) -> Tensor:
         """The output of a layer. Shapes: x [..., in]. Returns: [..., out]."""
+        if torch.compiler.is_compiling():  # which cannot follow a weak reference
+            return _compute([layer], x)[0]
         # An input that was written to in between is another one, and what was computed without a graph has none.
         state = (None if x.is_inference() else x._version, torch.is_grad_enabled())
         same = self._input is not None and self._input() is x and self._state == state
         if not same or layer not in self._outputs:
-            self._outputs = dict(zip(self._layers, self._compute(x), strict=True))
+            self._outputs = dict(zip(self._layers, _compute(self._layers, x), strict=True))
             self._input, self._state = weakref.ref(x), state
         return self._outputs.pop(layer)
 
-    def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
-        adapters = [part["default"].weight for layer in self._layers for part in (layer.lora_A, layer.lora_B)]
-        layers = [(layer.base_layer, layer.scaling["default"], _dropout_of(layer)) for layer in self._layers]
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        with torch.autocast(device, enabled=False):
-            outputs: tuple[Tensor, ...] = _LoraProducts.apply(x.to(dtype), layers, *adapters)
-        return outputs
+
+def _compute(layers: list[Any], x: Tensor) -> tuple[Tensor, ...]:
+    """The outputs of layers that are given the same input."""
+    adapters = [part["default"].weight for layer in layers for part in (layer.lora_A, layer.lora_B)]
+    constants = [(layer.base_layer, layer.scaling["default"], _dropout_of(layer)) for layer in layers]
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    with torch.autocast(device, enabled=False):
+        outputs: tuple[Tensor, ...] = _LoraProducts.apply(x.to(dtype), constants, *adapters)
+    return outputs
 
 
 def _dropout_of(layer: LoraLinear) -> float:
