@@ -11,6 +11,7 @@ On paper: products at --rate, all else (attention, too) by its memory traffic at
 import argparse
 import contextlib
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -84,10 +85,7 @@ class Tally(TorchDispatchMode):
 def _count_bytes(tensor: Tensor) -> int:
     """Of a tensor in memory: what is broadcast counts once."""
     sizes = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
-    count = tensor.element_size()
-    for size in sizes:
-        count *= size
-    return count
+    return math.prod(sizes, start=tensor.element_size())
 
 
 @contextlib.contextmanager

@@ -140,5 +140,5 @@ def plan_memory(cell: Cell, *, device_type: str, process_bytes: int = 0) -> Memo
         device_type=device_type,
         process_bytes=process_bytes,
         accumulates=cell.micro_batches > 1,
-        device_memory=memory_limit(choose_device()) if device_type == "cuda" and torch.cuda.is_available() else None,
+        device_memory=memory_limit(device) if (device := choose_device()).type == device_type == "cuda" else None,
     )

@@ -1,6 +1,5 @@
 """LoRA on experts: the same numbers as peft's whole deltas, without them, in what is trained, saved and merged."""
 
-import copy
 import itertools
 
 import pytest
@@ -8,13 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora.layer import ParamWrapper
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import merge_lora
+from benchmarks.receipt_stages.correctness import copy_as_pefts
 from tests import architectures, runs
 from tests.architectures import ARCHITECTURES
 from tests.conftest import CONVERSATIONS, needs, run_python
@@ -24,7 +23,6 @@ from tuning.errors import SettingsError
 from tuning.model.loading import load_model
 from tuning.model.lora import add_lora
 from tuning.model.lora_experts import compute_experts, count_expert_adapters, find_expert_targets, grouped_product
-from tuning.model.lora_linear import FusedLoraLinear
 from tuning.model.packing import enable_packing
 from tuning.model.training_model import TrainingModel, enable_gradient_checkpointing
 
@@ -52,16 +50,6 @@ def gradients(model, ids):
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def without_ours(peft_model):
-    """The same adapters, as peft itself computes them."""
-    plain = copy.deepcopy(peft_model)
-    for module in plain.modules():
-        vars(module).pop("forward", None)
-        if isinstance(module, FusedLoraLinear):
-            module.__class__ = LoraLinear
-    return plain
-
-
 def assert_same(ours, theirs):
     (loss, found), (expected_loss, expected) = ours, theirs
     assert loss == pytest.approx(expected_loss, abs=1e-5)
@@ -80,7 +68,7 @@ def test_products_by_group_are_pefts_whole_deltas(name, r, use_rslora):
     model, _ = add_lora(build(name), r=r, alpha=4, dropout=0.0, use_rslora=use_rslora)
     assert count_expert_adapters(model)
     randomise(model)
-    assert_same(gradients(model, IDS), gradients(without_ours(model), IDS))
+    assert_same(gradients(model, IDS), gradients(copy_as_pefts(model), IDS))
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -173,7 +161,7 @@ def test_no_delta_of_all_experts_is_ever_made():
     model, _ = add_lora(Qwen3MoeForCausalLM(config), r=4, alpha=8, dropout=0.1)
     whole = 32 * 64 * 64  # of the smaller of the two stacks
     sizes = []
-    for each in (model, without_ours(model)):
+    for each in (model, copy_as_pefts(model)):
         with _Largest(each.parameters()) as mode:
             each(input_ids=IDS, labels=IDS).loss.backward()
         sizes.append(mode.largest)

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -89,7 +88,7 @@ def check_model(kind: str, dtype: torch.dtype) -> Figures:
             parameter.data.normal_(std=0.02)
     peft_model.to(device)
     rows = [np.random.default_rng(number).integers(3, sizes["vocab_size"], n) for number, n in enumerate(lengths)]
-    theirs = _pefts_own(peft_model)
+    theirs = copy_as_pefts(peft_model)
     if kind == "experts":
         theirs.get_base_model().set_experts_implementation("eager")
     exact = _compute(theirs, functools.partial(_sum_alone, theirs, rows), torch.float32)
@@ -104,14 +103,13 @@ def check_model(kind: str, dtype: torch.dtype) -> Figures:
     return _judge(_compare(exact, ours), _compare(exact, same), exact=False)
 
 
-def _pefts_own(peft_model: Any) -> Any:
+def copy_as_pefts(peft_model: Any) -> Any:
     """A copy that peft and transformers compute."""
     theirs = copy.deepcopy(peft_model)
     for module in theirs.modules():
+        vars(module).pop("forward", None)
         if isinstance(module, FusedLoraLinear):
             module.__class__ = LoraLinear
-        if isinstance(module, LoraLayer):
-            vars(module).pop("forward", None)
     return theirs
 
 

@@ -159,7 +159,7 @@ def _same(found: Any, expected: Tensor) -> bool:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """X * cos + (-x's second half, its first half) * sin, over the last dimension.
+    """Rotate: x * cos + (-x's second half, its first half) * sin, over the last dimension.
 
     Shapes: x [..., D]; cos, sin broadcast to it. Returns: [..., D], in the dtype that x and cos promote to.
     """
